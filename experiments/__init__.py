@@ -1,0 +1,1 @@
+"""Experiments: one trainer, tasks, studies of overrides only, and one JSON file per run."""

@@ -1,0 +1,1 @@
+"""Flax NNX models that the tasks adapt."""

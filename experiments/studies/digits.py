@@ -1,0 +1,30 @@
+"""Digits: adapt a small ViT from the digits 0-4 to 5-9, AdamW against AltLoRA and AltLoRA+.
+
+    python -m experiments demo            # this study, with a figure (`make demo`)
+    python -m experiments run digits
+
+Cost: about TODO minutes on 2 CPU cores, pretraining and compilation included. No download.
+"""
+
+from experiments.schema import Plan
+from experiments.study import Study
+
+STUDY = Study(
+    task="digits",
+    plan=Plan(steps=150, eval_every=15, head_learning_rate=3e-3),
+    learning_rates={
+        "adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        "altlora": (0.01, 0.03, 0.1, 0.3, 1.0),
+        "altlora-plus": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    },
+    seeds=(0, 1, 2),
+)
+
+SMOKE = {
+    "plan.steps": 30,
+    "plan.eval_every": 15,
+    "task_options.depth": 1,
+    "task_options.pretrain_steps": 60,
+    "learning_rates": {"adamw": [3e-3, 1e-2], "altlora": [0.1, 0.3], "altlora-plus": [3e-3, 1e-2]},
+    "seeds": [0],
+}

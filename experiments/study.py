@@ -1,0 +1,148 @@
+"""Studies: what is compared, as data. A study file holds overrides of one `Study` only."""
+
+import importlib
+import json
+import pkgutil
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from pydantic import Field, ValidationError, field_validator
+
+from experiments import studies
+from experiments.errors import ExperimentError
+from experiments.methods import get_method
+from experiments.schema import Plan, Record
+from experiments.tasks import parse_options
+
+
+class Study(Record):
+    """A comparison of methods on one task.
+
+    Attributes:
+        task: Name of the task.
+        task_options: Options of the task that differ from its defaults.
+        plan: Steps and schedule, the same for all methods.
+        learning_rates: The methods and the peak learning rates that each is swept over.
+        seeds: The sweep runs with the first; the best learning rate of each method, by final
+            validation loss, then runs with the others.
+    """
+
+    task: str
+    task_options: dict[str, Any] = Field(default_factory=dict)
+    plan: Plan
+    learning_rates: dict[str, tuple[float, ...]] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+
+    @field_validator("learning_rates")
+    @classmethod
+    def _check_rates(cls, value: dict[str, tuple[float, ...]]) -> dict[str, tuple[float, ...]]:
+        for method, rates in value.items():
+            if not rates or any(not rate > 0 for rate in rates):
+                raise ValueError(f"{method} needs positive learning rates, got {rates}")
+        return value
+
+    def runs(self) -> int:
+        """Returns how many runs the study takes."""
+        sweep = sum(map(len, self.learning_rates.values()))
+        return sweep + len(self.learning_rates) * (len(self.seeds) - 1)
+
+
+class StudyFile(NamedTuple):
+    """What a file of `experiments/studies/` gives."""
+
+    name: str
+    description: str
+    study: Study
+    smoke: Mapping[str, Any]
+
+
+def study_names() -> list[str]:
+    """Returns the names of all studies."""
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(studies.__path__))
+
+
+def load_study(name: str) -> StudyFile:
+    """Loads a study by name.
+
+    Raises:
+        ExperimentError: There is no such study; the message lists those there are.
+    """
+    if name not in study_names():
+        raise ExperimentError(f"unknown study {name!r}; there are: {', '.join(study_names())}")
+    module = importlib.import_module(f"{studies.__name__}.{name.replace('-', '_')}")
+    return StudyFile(name, (module.__doc__ or "").strip(), module.STUDY, module.SMOKE)
+
+
+def override(study: Study, changes: Mapping[str, Any]) -> Study:
+    """Returns the study with some values changed.
+
+    Args:
+        study: The study.
+        changes: New values by dotted key, such as `{"plan.steps": 100, "seeds": [0, 1]}`.
+
+    Raises:
+        ExperimentError: There is no such key, or the value does not fit; the message says which.
+    """
+    values = study.model_dump()
+    task_options = parse_options(study.task, study.task_options).model_dump()
+    known = [
+        *(f"plan.{key}" for key in values["plan"]),
+        *(f"learning_rates.{key}" for key in values["learning_rates"]),
+        *(f"task_options.{key}" for key in task_options),
+        "learning_rates",
+        "seeds",
+    ]
+    for key, value in changes.items():
+        if key not in known:
+            raise ExperimentError(f"unknown override {key!r}; there are: {', '.join(known)}")
+        group, _, name = key.partition(".")
+        if name:
+            values[group][name] = value
+        else:
+            values[group] = value
+    try:
+        changed = Study.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ExperimentError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+    for method in changed.learning_rates:
+        get_method(method)
+    parse_options(changed.task, changed.task_options)
+    return changed
+
+
+def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
+    """Parses `key=value` texts; a value that is not JSON is taken as a string.
+
+    Raises:
+        ExperimentError: A text has no `=`.
+    """
+    changes = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise ExperimentError(f"--override {text!r} is not of the form key=value")
+        try:
+            changes[key.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            changes[key.strip()] = value
+    return changes
+
+
+def select(study: Study, methods: list[str], learning_rates: list[float]) -> Study:
+    """Narrows a study to some methods, or replaces its sweep by given learning rates.
+
+    Raises:
+        ExperimentError: Unknown method, or one that the study has no learning rates for.
+    """
+    chosen = {}
+    for method in methods or list(study.learning_rates):
+        get_method(method)
+        rates = tuple(learning_rates) or study.learning_rates.get(method)
+        if not rates:
+            raise ExperimentError(
+                f"the study has no learning rates for {method!r} (it has: "
+                f"{', '.join(study.learning_rates)}); pass --learning-rate"
+            )
+        chosen[method] = rates
+    return override(study, {"learning_rates": chosen})

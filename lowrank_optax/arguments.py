@@ -1,0 +1,82 @@
+"""Checks of hyperparameters, one wording for all methods."""
+
+from collections.abc import Callable, Collection
+from typing import Any
+
+import jax
+import optax
+
+
+def check(name: str, value: Any, ok: Callable[[Any], bool], remedy: str) -> None:
+    """Raises unless a plain number passes; traced values and schedules cannot be checked.
+
+    Args:
+        name: the argument's name.
+        value: its value.
+        ok: the condition.
+        remedy: what the value must be, as the end of a sentence.
+
+    Raises:
+        ValueError: the condition fails.
+
+    Example:
+        >>> check("damping", 1e-6, lambda v: v > 0, "must be positive")
+    """
+    if isinstance(value, int | float) and not ok(value):
+        raise ValueError(f"`{name}` {remedy}, got {value}.")
+
+
+def check_positive(name: str, value: Any) -> None:
+    """Raises unless a plain number is positive.
+
+    Example:
+        >>> check_positive("learning_rate", 1e-3)
+    """
+    check(name, value, lambda v: v > 0, "must be positive")
+
+
+def check_decay(name: str, value: Any) -> None:
+    """Raises unless a plain number can be the decay of a moving average.
+
+    Example:
+        >>> check_decay("b1", 0.9)
+    """
+    check(name, value, lambda v: 0 <= v < 1, "must lie in [0, 1)")
+
+
+def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
+    """Raises unless the value is one of the choices.
+
+    Example:
+        >>> check_choice("first", "b", ("a", "b"))
+    """
+    if value not in choices:
+        raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
+
+
+def unpaired_mask(mask: Any) -> Any:
+    """Makes a mask of a whole parameter tree serve the leaves that are left to a fallback.
+
+    Args:
+        mask: None, a callable from parameters to booleans, or a (prefix) tree of booleans.
+
+    Returns:
+        What an optax transformation of the unpaired leaves takes as its ``mask``.
+
+    Example:
+        >>> import optax
+        >>> rest = {"lora_a": optax.MaskedNode(), "bias": 0.0}
+        >>> unpaired_mask({"lora_a": True, "bias": False})(rest)
+        {'bias': False, 'lora_a': MaskedNode()}
+    """
+    if mask is None or callable(mask):
+        return mask
+
+    def of_rest(rest: Any) -> Any:
+        is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+        full = jax.tree.broadcast(mask, rest, is_leaf=is_masked)
+        return jax.tree.map(
+            lambda leaf, m: leaf if is_masked(leaf) else m, rest, full, is_leaf=is_masked
+        )
+
+    return of_rest

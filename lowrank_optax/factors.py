@@ -1,0 +1,449 @@
+"""LoRA factor pairs: the pair as a value, and pairing, which finds pairs in any parameter tree.
+
+This is the only module that knows key names and axis orders. Everything above it sees canonical
+pairs, ``a`` of shape (..., in, r) and ``b`` of shape (..., r, out), where leading axes are batch.
+"""
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+class LoRAPair(NamedTuple):
+    """The two factors of one LoRA adapter, ``ΔK = scale · a · b``.
+
+    It is a pytree and may stand as a node anywhere in a parameter tree.
+
+    Args:
+        a: the input-side factor, (..., in, r), floating.
+        b: the output-side factor, (..., r, out), floating; leading axes are batch axes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> pair = LoRAPair(a=jnp.ones((6, 2)), b=jnp.zeros((2, 4)))
+        >>> (pair.a @ pair.b).shape
+        (6, 4)
+
+    Source: LoRA, arXiv 2106.09685, in Flax orientation (``a = Aᵀ``, ``b = Bᵀ``).
+    """
+
+    a: jax.Array
+    b: jax.Array
+
+
+_NODE_TYPES = (LoRAPair,)
+
+
+@dataclass(frozen=True)
+class PairSpec:
+    """Declares which leaves of a parameter tree form a pair, and the meaning of their axes.
+
+    A pattern names the tail of a leaf's path. Components are separated by ``/`` and may hold
+    wildcards ``*``; leaves whose paths agree outside the pattern, wildcards included, belong
+    together. Axes that are neither input, rank nor output are batch axes and must come in the same
+    order in both factors; several input or output axes are flattened.
+
+    Args:
+        a: pattern of the input-side factor.
+        b: pattern of the output-side factor.
+        auxiliary: patterns of leaves that no gradient trains, by field name of ``node``.
+        node: the NamedTuple that such a pair becomes; its fields are ``a``, ``b`` and the auxiliary
+            names.
+        a_in: axes of ``a`` that contract with the layer's input.
+        a_rank: rank axis of ``a``.
+        b_rank: rank axis of ``b``.
+        b_out: axes of ``b`` that make the layer's output.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> transposed = PairSpec("down", "up", a_in=(1,), a_rank=0, b_rank=1, b_out=(0,))
+        >>> tree = {"q": {"down": jnp.ones((2, 6)), "up": jnp.zeros((4, 2))}}
+        >>> [pair] = find_pairs(tree, [transposed]).take(tree)
+        >>> pair.a.shape, pair.b.shape
+        ((6, 2), (2, 4))
+    """
+
+    a: str
+    b: str
+    auxiliary: Mapping[str, str] = field(default_factory=dict)
+    node: type = LoRAPair
+    a_in: tuple[int, ...] = (-2,)
+    a_rank: int = -1
+    b_rank: int = -2
+    b_out: tuple[int, ...] = (-1,)
+
+    def match(self, path: str) -> "Member | None":
+        """Says which role the leaf at ``path`` plays, or None if it plays none."""
+        for role, pattern in {"a": self.a, "b": self.b, **self.auxiliary}.items():
+            found = re.fullmatch(_tail_regex(pattern), path)
+            if found:
+                prefix, *captures = found.groups(default="")
+                name = "/".join([prefix.rstrip("/"), *captures]).strip("/")
+                return Member(pair=name, role=role, spec=self)
+        return None
+
+
+class Member(NamedTuple):
+    """The part one leaf plays: a pair's name, ``role`` (``"a"``, ``"b"`` or auxiliary), its spec.
+
+    A callable given as a spec returns one for each leaf that belongs to a pair, None for others.
+
+    Example:
+        >>> spec = PairSpec("a", "b")
+        >>> member = Member(pair="layers/0/q", role="a", spec=spec)
+        >>> member.role
+        'a'
+    """
+
+    pair: str
+    role: str
+    spec: PairSpec
+
+
+PairMatcher = PairSpec | Callable[[str], Member | None]
+
+_PEFT_AXES: dict[str, Any] = {"a_in": (-1,), "a_rank": -2, "b_rank": -1, "b_out": (-2,)}
+
+DEFAULT_SPECS: tuple[PairMatcher, ...] = (
+    PairSpec("lora_a", "lora_b"),  # Flax NNX and Linen, EasyDeL, this library's modules
+    PairSpec("*_lora_a", "*_lora_b"),  # qwix: beside the weight it adapts
+    PairSpec("lora_A", "lora_B", **_PEFT_AXES),  # Hugging Face PEFT and its ports
+    PairSpec("lora_A/weight", "lora_B/weight", **_PEFT_AXES),
+    PairSpec("lora_A/*/weight", "lora_B/*/weight", **_PEFT_AXES),
+)
+"""Layouts that are found without being declared."""
+
+
+def _tail_regex(pattern: str) -> str:
+    tail = re.escape(pattern).replace(r"\*", "([^/]+)")
+    return f"(.*/)?{tail}"
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Writes a key path as ``layers/0/lora_a``, the same for NNX variables and plain arrays.
+
+    Args:
+        path: a key path of ``jax.tree_util``.
+
+    Returns:
+        The keys joined by ``/``. Dots inside dictionary keys separate components too, as in PEFT's
+        flat names; the trailing attribute of a Flax variable (``.value``) is left out.
+
+    Example:
+        >>> import jax
+        >>> tree = {"layers": [{"lora_a": 0.0}], "q.lora_A.weight": 0.0}
+        >>> [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
+        ['layers/0/lora_a', 'q/lora_A/weight']
+    """
+    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    names = []
+    for key in path:
+        match key:
+            case jax.tree_util.DictKey() | jax.tree_util.FlattenedIndexKey():
+                names.append(str(key.key).replace(".", "/"))
+            case jax.tree_util.SequenceKey():
+                names.append(str(key.idx))
+            case jax.tree_util.GetAttrKey():
+                names.append(key.name)
+            case _:
+                names.append(str(key).strip("."))
+    return "/".join(names)
+
+
+@dataclass(frozen=True)
+class PairLeaves:
+    """Where one pair lies in a flattened tree.
+
+    Args:
+        path: the pair's name, the path of what holds its leaves.
+        spec: the layout of its leaves.
+        leaves: leaf index by role.
+    """
+
+    path: str
+    spec: PairSpec
+    leaves: Mapping[str, int]
+
+    def take(self, leaves: Sequence[Any]) -> Any:
+        """Takes this pair out of a flat list, as its node type with canonical factors."""
+        spec = self.spec
+        values = {role: leaves[index] for role, index in self.leaves.items()}
+        values["a"] = _to_matrix(values["a"], spec.a_in, (spec.a_rank,))
+        values["b"] = _to_matrix(values["b"], (spec.b_rank,), spec.b_out)
+        return spec.node(**values)
+
+    def put(self, leaves: list[Any], pair: Any, like: Sequence[Any]) -> None:
+        """Puts a canonical pair back into a flat list, each leaf in the layout of ``like``."""
+        spec = self.spec
+        for role, index in self.leaves.items():
+            value = getattr(pair, role)
+            if role == "a":
+                value = _from_matrix(value, spec.a_in, (spec.a_rank,), like[index].shape)
+            elif role == "b":
+                value = _from_matrix(value, (spec.b_rank,), spec.b_out, like[index].shape)
+            leaves[index] = value
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """A parameter tree taken apart into pairs and the rest.
+
+    Made by :func:`find_pairs`. It holds structure only, no arrays.
+
+    Args:
+        treedef: structure of the whole tree.
+        paths: name of every leaf.
+        pairs: where each pair lies.
+    """
+
+    treedef: jax.tree_util.PyTreeDef
+    paths: tuple[str, ...]
+    pairs: tuple[PairLeaves, ...]
+
+    def take(self, tree: Any) -> list[Any]:
+        """Returns the pairs of a tree of this structure, factors canonical, in a fixed order."""
+        leaves = self.treedef.flatten_up_to(tree)
+        return [pair.take(leaves) for pair in self.pairs]
+
+    def put(self, values: Sequence[Any], like: Any) -> Any:
+        """Builds a tree of pairs in the layout of ``like``; other leaves become ``MaskedNode``."""
+        like_leaves = self.treedef.flatten_up_to(like)
+        leaves: list[Any] = [optax.MaskedNode()] * len(self.paths)
+        for pair, value in zip(self.pairs, values, strict=True):
+            pair.put(leaves, value, like_leaves)
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def rest(self, tree: Any) -> Any:
+        """Returns the tree with the leaves of pairs replaced by ``MaskedNode``."""
+        leaves = self.treedef.flatten_up_to(tree)
+        for index in self._paired:
+            leaves[index] = optax.MaskedNode()
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def merge(self, pairs: Any, rest: Any) -> Any:
+        """Joins what :meth:`put` and :meth:`rest` return into one whole tree."""
+        leaves = self.treedef.flatten_up_to(rest)
+        pair_leaves = self.treedef.flatten_up_to(pairs)
+        for index in self._paired:
+            leaves[index] = pair_leaves[index]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def by_leaf(self, tree: Any, what: str) -> list[Any]:
+        """Reads one value for each leaf from ``tree``: a single value or a prefix tree of them."""
+        try:
+            full = jax.tree.broadcast(tree, jax.tree.unflatten(self.treedef, self.paths))
+        except ValueError as error:
+            raise ValueError(
+                f"`{what}` does not fit the parameter tree; give one value, or a tree (or a prefix"
+                f" of one) with the structure of the parameters. {error}"
+            ) from error
+        return jax.tree.leaves(full)
+
+    @property
+    def _paired(self) -> list[int]:
+        return [index for pair in self.pairs for index in pair.leaves.values()]
+
+
+def find_pairs(tree: Any, specs: Sequence[PairMatcher] = DEFAULT_SPECS) -> Pairing:
+    """Finds the LoRA pairs of a parameter tree.
+
+    Args:
+        tree: parameters: arrays, ``ShapeDtypeStruct`` or Flax variables in any nesting.
+            ``LoRAPair`` nodes are pairs whatever ``specs`` says; ``None`` and ``MaskedNode`` are
+            passed over.
+        specs: tried in order on every leaf's path: :class:`PairSpec` objects, or callables from the
+            path to a :class:`Member` or None.
+
+    Returns:
+        The pairing, with pairs in the order of the tree. It may hold no pairs at all.
+
+    Raises:
+        ValueError: half a pair, shapes that do not multiply, a rank above min(in, out), batch axes
+            that differ. The message names the path and the remedy.
+        TypeError: a factor that is not floating.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tree = {"q": {"kernel": jnp.ones((6, 4)),
+        ...               "lora_a": jnp.ones((6, 2)), "lora_b": jnp.zeros((2, 4))}}
+        >>> [pair.path for pair in find_pairs(tree).pairs]
+        ['q']
+    """
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    paths = tuple(path_name(path) for path, _ in flat)
+    leaves = [leaf for _, leaf in flat]
+    members = _node_members(tree)
+
+    found: dict[tuple[str, PairSpec | str], tuple[PairSpec, dict[str, int]]] = {}
+    for index, path in enumerate(paths):
+        member = members.get(path) or _first_match(specs, path)
+        if member is not None:
+            key = (member.pair, f"{member.spec.a}|{member.spec.b}")
+            _, indices = found.setdefault(key, (member.spec, {}))
+            if member.role in indices:
+                raise ValueError(
+                    f"{paths[indices[member.role]]} and {path} both claim the role"
+                    f" {member.role!r} of the pair {member.pair!r}; make the spec tell them apart."
+                )
+            indices[member.role] = index
+    pairs = tuple(PairLeaves(name, spec, idx) for (name, _), (spec, idx) in found.items())
+    for pair in pairs:
+        _check(pair, paths, leaves)
+    if not pairs and any("lora" in path.lower() for path in paths):
+        suspects = [path for path in paths if "lora" in path.lower()]
+        warnings.warn(
+            f"No LoRA pairs found, but some leaves look like factors: {', '.join(suspects[:4])}."
+            " Declare their layout with a PairSpec (argument `specs`).",
+            stacklevel=2,
+        )
+    return Pairing(treedef, paths, pairs)
+
+
+def scales(pairing: Pairing, scale: Any) -> list[Any]:
+    """Reads the forward scale s of every pair, ``ΔK = s · a · b``.
+
+    Args:
+        pairing: the pairs.
+        scale: one number; a callable from a pair's path to its number; or a tree: numbers by path
+            (``{"layers/0/q": 2.0, ...}``), or a (prefix of a) tree shaped like the parameters.
+
+    Returns:
+        One number per pair.
+
+    Raises:
+        ValueError: a tree that does not fit or gives the factors of a pair different scales, or a
+            number that is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tree = {"q": LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4)))}
+        >>> scales(find_pairs(tree), lambda path: 16 / 2 if path == "q" else 1.0)
+        [8.0]
+    """
+    names = [pair.path for pair in pairing.pairs]
+    if callable(scale):
+        values = [scale(name) for name in names]
+    elif isinstance(scale, Mapping) and names and set(names) <= set(scale):
+        values = [scale[name] for name in names]
+    elif not names:
+        return []
+    else:
+        leaves = pairing.by_leaf(scale, "scale")
+        values = [leaves[pair.leaves["a"]] for pair in pairing.pairs]
+        for pair, value in zip(pairing.pairs, values, strict=True):
+            if leaves[pair.leaves["b"]] is not value and leaves[pair.leaves["b"]] != value:
+                raise ValueError(
+                    f"{pair.path}: `scale` differs between its two factors; give both the same."
+                )
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"{name}: `scale` must be positive, got {value}.")
+    return values
+
+
+def _first_match(specs: Sequence[PairMatcher], path: str) -> Member | None:
+    for spec in specs:
+        member = spec.match(path) if isinstance(spec, PairSpec) else spec(path)
+        if member is not None:
+            return member
+    return None
+
+
+def _node_members(tree: Any) -> dict[str, Member]:
+    """Members of the pairs that stand in the tree as nodes, by leaf path."""
+    is_node = lambda x: isinstance(x, _NODE_TYPES)  # noqa: E731
+    members = {}
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
+        if is_node(node):
+            fields = type(node)._fields
+            auxiliary = {name: name for name in fields if name not in ("a", "b")}
+            spec = PairSpec("a", "b", auxiliary=auxiliary, node=type(node))
+            for sub_path, _ in jax.tree_util.tree_leaves_with_path(node):
+                member = Member(path_name(path), sub_path[0].name, spec)
+                members[path_name((*path, *sub_path))] = member
+    return members
+
+
+def _check(pair: PairLeaves, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Raises unless the leaves make a whole, well-shaped pair."""
+    spec, index = pair.spec, pair.leaves
+    for role in ("a", "b", *spec.auxiliary):
+        if role not in index:
+            present = ", ".join(paths[i] for i in index.values())
+            raise ValueError(
+                f"Half a pair at {pair.path!r}: found {present}, but no leaf for {role!r}. Keep the"
+                " factors of a pair together: give them the same label or mask, or leave both out."
+            )
+    for role in ("a", "b"):
+        leaf = leaves[index[role]]
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(
+                f"{paths[index[role]]}: a LoRA factor must be floating, got {leaf.dtype}."
+            )
+    path_a, path_b = paths[index["a"]], paths[index["b"]]
+    shape_a, shape_b = tuple(leaves[index["a"]].shape), tuple(leaves[index["b"]].shape)
+    both = f"{path_a} {shape_a} and {path_b} {shape_b}"
+    remedy = "If their axes are laid out differently, declare them with a PairSpec (`specs`)."
+    batch_a, n_in, rank = _matrix_shape(path_a, shape_a, spec.a_in, (spec.a_rank,))
+    batch_b, rank_b, n_out = _matrix_shape(path_b, shape_b, (spec.b_rank,), spec.b_out)
+    if rank != rank_b:
+        raise ValueError(f"{both} do not multiply: ranks {rank} and {rank_b}. {remedy}")
+    if batch_a != batch_b:
+        raise ValueError(f"{both} have different batch axes: {batch_a} and {batch_b}. {remedy}")
+    if not 1 <= rank <= min(n_in, n_out):
+        raise ValueError(
+            f"{both}: the rank {rank} must lie between 1 and min(in, out) = {min(n_in, n_out)};"
+            f" choose a smaller LoRA rank for this layer. {remedy}"
+        )
+
+
+def _axes(path: str, ndim: int, rows: tuple[int, ...], cols: tuple[int, ...]) -> tuple[int, ...]:
+    """Order of axes that brings (batch, rows, cols) together."""
+    if any(not -ndim <= axis < ndim for axis in rows + cols):
+        raise ValueError(
+            f"{path}: a factor needs the axes {rows + cols} but has {ndim}; declare its layout with"
+            " a PairSpec (`specs`)."
+        )
+    named = tuple(axis % ndim for axis in rows + cols)
+    if len(set(named)) != len(named):
+        raise ValueError(f"{path}: the axes {rows + cols} name one axis of {ndim} twice.")
+    return (*(axis for axis in range(ndim) if axis not in named), *named)
+
+
+def _matrix_shape(
+    path: str, shape: tuple[int, ...], rows: tuple[int, ...], cols: tuple[int, ...]
+) -> tuple[tuple[int, ...], int, int]:
+    ordered = [shape[axis] for axis in _axes(path, len(shape), rows, cols)]
+    batch = tuple(ordered[: len(shape) - len(rows) - len(cols)])
+    n_rows = 1
+    for size in ordered[len(batch) : len(batch) + len(rows)]:
+        n_rows *= size
+    n_cols = 1
+    for size in ordered[len(batch) + len(rows) :]:
+        n_cols *= size
+    return batch, n_rows, n_cols
+
+
+def _to_matrix(x: Any, rows: tuple[int, ...], cols: tuple[int, ...]) -> Any:
+    """Brings a leaf to (batch..., rows, cols)."""
+    order = _axes("", x.ndim, rows, cols)
+    if order == tuple(range(x.ndim)) and len(rows) == len(cols) == 1:
+        return x
+    batch, n_rows, n_cols = _matrix_shape("", x.shape, rows, cols)
+    return jnp.transpose(x, order).reshape(*batch, n_rows, n_cols)
+
+
+def _from_matrix(x: Any, rows: tuple[int, ...], cols: tuple[int, ...], shape: Any) -> Any:
+    """Undoes :func:`_to_matrix` for a leaf of the given shape."""
+    order = _axes("", len(shape), rows, cols)
+    if order == tuple(range(len(shape))) and len(rows) == len(cols) == 1:
+        return x
+    inverse = sorted(range(len(shape)), key=order.__getitem__)
+    return jnp.transpose(x.reshape([shape[axis] for axis in order]), inverse)

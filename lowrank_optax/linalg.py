@@ -1,0 +1,137 @@
+"""Algebra over the rank axis of LoRA factors: everything here is r×r or r-wide.
+
+A factor's *side* is ``"a"`` for (..., in, r) or ``"b"`` for (..., r, out). One notation serves
+both: :func:`cross` contracts the long axis, :func:`mix` multiplies the rank axis, so an equation
+for ``a`` reads the same for ``b``. Inputs are brought to float32 or better, and matrix products run
+at full precision, which TPUs and GPUs do not do by default.
+"""
+
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+Side = Literal["a", "b"]
+
+_CROSS = {"a": "...ni,...nj->...ij", "b": "...in,...jn->...ij"}
+_MIX = {"a": "...ni,...ij->...nj", "b": "...in,...ij->...jn"}
+
+
+def other(side: Side) -> Side:
+    """Returns the side across from ``side``.
+
+    Example:
+        >>> other("a"), other("b")
+        ('b', 'a')
+    """
+    return "b" if side == "a" else "a"
+
+
+def compute_dtype(*arrays: Any) -> jnp.dtype:
+    """Returns the dtype of small algebra on the arrays: float32, or float64 where one has it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> compute_dtype(jnp.ones(2, jnp.bfloat16)).name
+        'float32'
+    """
+    return jnp.result_type(jnp.float32, *arrays)
+
+
+def cross(side: Side, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Computes the r×r product of two factors of one side: ``xᵀy`` for a, ``x yᵀ`` for b.
+
+    Args:
+        side: which factor ``x`` and ``y`` are.
+        x: (..., in, r) or (..., r, out).
+        y: as ``x``.
+
+    Returns:
+        (..., r, r) in :func:`compute_dtype`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> cross("b", jnp.ones((2, 5)), jnp.ones((2, 5))).tolist()
+        [[5.0, 5.0], [5.0, 5.0]]
+    """
+    return _einsum(_CROSS[side], x, y)
+
+
+def gram(side: Side, x: jax.Array) -> jax.Array:
+    """Computes the Gram matrix of a factor over its rank axis, :func:`cross` of it with itself.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> gram("a", jnp.eye(3, 2)).tolist()
+        [[1.0, 0.0], [0.0, 1.0]]
+    """
+    return cross(side, x, x)
+
+
+def mix(side: Side, x: jax.Array, m: jax.Array) -> jax.Array:
+    """Mixes a factor's rank components: ``x m`` for a, ``mᵀ x`` for b.
+
+    Args:
+        side: which factor ``x`` is.
+        x: (..., in, r) or (..., r, out).
+        m: (..., r, r).
+
+    Returns:
+        As ``x``, in :func:`compute_dtype`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> mix("a", jnp.ones((1, 2)), jnp.array([[1.0, 2.0], [3.0, 4.0]])).tolist()
+        [[4.0, 6.0]]
+    """
+    return _einsum(_MIX[side], x, m)
+
+
+def product(x: jax.Array, y: jax.Array) -> jax.Array:
+    """Computes the matrix product ``x y`` of small matrices (..., r, r) at full precision.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> product(2.0 * jnp.eye(2), 3.0 * jnp.eye(2)).tolist()
+        [[6.0, 0.0], [0.0, 6.0]]
+    """
+    return _einsum("...ik,...kj->...ij", x, y)
+
+
+def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
+    r"""Inverts damped Gram matrices by Cholesky: ``(M + δ I)⁻¹``.
+
+    Rounding makes a singular Gram matrix indefinite at the level of eps·trace, where a smaller δ
+    would be lost and Cholesky fail. The damping is therefore ``max(δ, 4 eps trace(M))``: δ itself
+    in float64 with any sensible value, and a floor in float32.
+
+    Args:
+        matrix: (..., r, r), symmetric positive semi-definite, float32 or float64.
+        damping: δ, a positive scalar.
+
+    Returns:
+        (..., r, r). Finite for every finite input whose floor does not overflow.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> damped_inverse(jnp.zeros((2, 2)), 0.25).tolist()
+        [[4.0, 0.0], [0.0, 4.0]]
+    """
+    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
+    floor = 4 * jnp.finfo(matrix.dtype).eps * trace
+    factor = jax.lax.linalg.cholesky(
+        matrix + jnp.maximum(jnp.asarray(damping, matrix.dtype), floor) * eye,
+        symmetrize_input=False,
+    )
+    root = jax.lax.linalg.triangular_solve(
+        factor, jnp.broadcast_to(eye, matrix.shape), left_side=True, lower=True
+    )
+    return _einsum("...ki,...kj->...ij", root, root)
+
+
+def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
+    dtype = compute_dtype(x, y)
+    return jnp.einsum(
+        subscripts, x.astype(dtype), y.astype(dtype), precision=jax.lax.Precision.HIGHEST
+    )

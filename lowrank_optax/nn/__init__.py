@@ -1,0 +1,52 @@
+"""LoRA for Flax: NNX layers and surgery, Linen modules and an interceptor."""
+
+from lowrank_optax.nn.config import LoRAConfig
+from lowrank_optax.nn.contraction import Contraction, KernelAxes
+from lowrank_optax.nn.flax_linen import (
+    LinenAdapter,
+    LoRADense,
+    LoRADenseGeneral,
+    LoRAEinsumDense,
+)
+from lowrank_optax.nn.flax_nnx import LoRAEinsum, LoRALayer, LoRALinear, LoRALinearGeneral
+from lowrank_optax.nn.functional import lora_apply, lora_delta
+from lowrank_optax.nn.linen_surgery import (
+    lora_adapters,
+    lora_interceptor,
+    merge_lora_variables,
+    unmerge_lora_variables,
+)
+from lowrank_optax.nn.nnx_surgery import (
+    add_lora,
+    lora_scales,
+    merge_lora,
+    remove_lora,
+    unload_lora,
+    unmerge_lora,
+)
+
+__all__ = [
+    "Contraction",
+    "KernelAxes",
+    "LinenAdapter",
+    "LoRAConfig",
+    "LoRADense",
+    "LoRADenseGeneral",
+    "LoRAEinsum",
+    "LoRAEinsumDense",
+    "LoRALayer",
+    "LoRALinear",
+    "LoRALinearGeneral",
+    "add_lora",
+    "lora_adapters",
+    "lora_apply",
+    "lora_delta",
+    "lora_interceptor",
+    "lora_scales",
+    "merge_lora",
+    "merge_lora_variables",
+    "remove_lora",
+    "unload_lora",
+    "unmerge_lora",
+    "unmerge_lora_variables",
+]

@@ -1,0 +1,122 @@
+"""The settings of a LoRA adapter: validated, scaled and initialized in one place."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from lowrank_optax.factors import LoRAPair
+
+Initializer = Callable[..., Any]
+
+# Module-level objects: equal configurations then compare equal, and jit caches stay warm.
+DEFAULT_A_INIT: Initializer = jax.nn.initializers.he_uniform()
+DEFAULT_B_INIT: Initializer = jax.nn.initializers.zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAConfig:
+    r"""Settings of a LoRA adapter.
+
+    The forward scale is $s = \alpha / r$, or $s = \alpha / \sqrt r$ for rank-stabilized LoRA.
+
+    Attributes:
+      rank: r, at least 1 and at most min(in, out) of every adapted kernel.
+      alpha: positive numerator of the scale.
+      rslora: divide by the square root of the rank instead of the rank.
+      dropout: probability in [0, 1) of dropping an entry of the adapter's input.
+      a_init: initializer of ``a``, called as ``a_init(key, (in, r), dtype)`` for each batch entry.
+      b_init: initializer of ``b``, called as ``b_init(key, (r, out), dtype)``; zeros by default, so
+        that an adapted model starts as the base model.
+      param_dtype: dtype of the factors, whatever the dtype of the base kernel.
+      dtype: dtype of the adapter's matmul operands; None means the dtype of the base's output.
+
+    Raises:
+      ValueError: if a setting is outside its range.
+
+    Example:
+      >>> LoRAConfig(rank=4, alpha=16.0).scale
+      4.0
+      >>> LoRAConfig(rank=4, alpha=16.0, rslora=True).scale
+      8.0
+
+    Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685; Kalajdzievski, rsLoRA,
+    https://arxiv.org/abs/2312.03732.
+    """
+
+    rank: int
+    alpha: float = 16.0
+    rslora: bool = False
+    dropout: float = 0.0
+    a_init: Initializer = DEFAULT_A_INIT
+    b_init: Initializer = DEFAULT_B_INIT
+    param_dtype: DTypeLike = jnp.float32
+    dtype: DTypeLike | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if self.alpha <= 0:
+            raise ValueError(f"alpha must be positive, got {self.alpha}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+
+    @property
+    def scale(self) -> float:
+        """The forward scale s."""
+        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    def check_rank(self, n_in: int, n_out: int, path: str) -> None:
+        """Refuses a rank that the kernel cannot use.
+
+        Args:
+          n_in: flattened input size of the kernel.
+          n_out: flattened output size of the kernel.
+          path: where the kernel is, for the message.
+
+        Raises:
+          ValueError: if the rank exceeds min(in, out).
+        """
+        if self.rank > min(n_in, n_out):
+            raise ValueError(
+                f"{path}: rank {self.rank} exceeds min(in, out) = {min(n_in, n_out)} of its "
+                f"({n_in}, {n_out}) kernel; lower the rank or leave this layer out of the targets"
+            )
+
+    def init_pair(self, key: jax.Array, batch: tuple[int, ...], n_in: int, n_out: int) -> LoRAPair:
+        """Draws new factors.
+
+        Args:
+          key: random key.
+          batch: leading axes of the factors; each entry is drawn independently.
+          n_in: flattened input size.
+          n_out: flattened output size.
+
+        Returns:
+          The pair, ``a`` (batch..., in, r) and ``b`` (batch..., r, out), in ``param_dtype``.
+
+        Example:
+          >>> import jax
+          >>> pair = LoRAConfig(rank=2).init_pair(jax.random.key(0), (12,), 8, 6)
+          >>> pair.a.shape, pair.b.shape
+          ((12, 8, 2), (12, 2, 6))
+        """
+        key_a, key_b = jax.random.split(key)
+        return LoRAPair(
+            a=self._draw(self.a_init, key_a, batch, (n_in, self.rank)),
+            b=self._draw(self.b_init, key_b, batch, (self.rank, n_out)),
+        )
+
+    def _draw(
+        self, init: Initializer, key: jax.Array, batch: tuple[int, ...], shape: tuple[int, int]
+    ) -> Any:
+        if not batch:
+            return init(key, shape, self.param_dtype)  # may be boxed with sharding names
+        # An initializer that saw the batch axes would count them into the fan-in.
+        keys = jax.random.split(key, math.prod(batch))
+        stacked = jax.vmap(lambda one: init(one, shape, self.param_dtype))(keys)
+        return jax.tree.map(lambda leaf: leaf.reshape(*batch, *shape), stacked)

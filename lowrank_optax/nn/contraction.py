@@ -1,0 +1,341 @@
+"""How a kernel of any shape contracts with its input, and the matrices that LoRA sees.
+
+LoRA factors are always flat: ``a`` (batch..., in, r) and ``b`` (batch..., r, out), where *in* is
+the product of the contracted kernel axes, *out* that of the output axes, and *batch* are axes that
+input, kernel and output share (experts). `KernelAxes` describes the weight side of a layer,
+`Contraction` the activation side.
+"""
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+_ELLIPSIS = "..."
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelAxes:
+    """The role of every axis of a kernel.
+
+    Axes are counted from the end, so a kernel that gains leading axes (layers stacked by
+    ``nnx.vmap`` or ``nn.scan``) keeps its description; the leading axes count as batch.
+
+    Attributes:
+      batch: negative positions of the batch axes.
+      contracted: negative positions of the axes contracted with the input.
+      out: negative positions of the output axes.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> axes = KernelAxes.in_order(0, 1, 2)
+      >>> axes.to_matrix(jnp.zeros((4, 2, 3))).shape
+      (4, 6)
+    """
+
+    batch: tuple[int, ...]
+    contracted: tuple[int, ...]
+    out: tuple[int, ...]
+
+    @classmethod
+    def in_order(cls, n_batch: int, n_contracted: int, n_out: int) -> "KernelAxes":
+        """Describes a kernel laid out as (batch..., contracted..., out...), as Dense kernels are.
+
+        Args:
+          n_batch: number of batch axes.
+          n_contracted: number of contracted axes.
+          n_out: number of output axes.
+
+        Returns:
+          The description.
+
+        Example:
+          >>> KernelAxes.in_order(0, 1, 1)
+          KernelAxes(batch=(), contracted=(-2,), out=(-1,))
+        """
+        ndim = n_batch + n_contracted + n_out
+        axes = tuple(range(-ndim, 0))
+        return cls(axes[:n_batch], axes[n_batch : n_batch + n_contracted], axes[ndim - n_out :])
+
+    def sizes(self, kernel_shape: Sequence[int]) -> tuple[tuple[int, ...], int, int]:
+        """Returns the sizes that the factors of a kernel need.
+
+        Args:
+          kernel_shape: shape of the kernel.
+
+        Returns:
+          The batch shape (stacking axes first), the size of *in* and the size of *out*.
+
+        Raises:
+          ValueError: if the kernel has fewer axes than described.
+
+        Example:
+          >>> KernelAxes.in_order(0, 1, 2).sizes((12, 4, 2, 3))
+          ((12,), 4, 6)
+        """
+        shape = tuple(kernel_shape)
+        stack = self.stack_shape(shape)
+        batch = tuple(shape[i] for i in self.batch)
+        n_in = math.prod(shape[i] for i in self.contracted)
+        n_out = math.prod(shape[i] for i in self.out)
+        return stack + batch, n_in, n_out
+
+    def stack_shape(self, kernel_shape: Sequence[int]) -> tuple[int, ...]:
+        """Returns the leading sizes of a kernel that the description does not cover.
+
+        Args:
+          kernel_shape: shape of the kernel.
+
+        Returns:
+          The sizes, empty for a layer that is not stacked.
+
+        Raises:
+          ValueError: if the kernel has fewer axes than described.
+
+        Example:
+          >>> KernelAxes.in_order(0, 1, 2).stack_shape((12, 4, 2, 3))
+          (12,)
+        """
+        shape = tuple(kernel_shape)
+        described = len(self.batch) + len(self.contracted) + len(self.out)
+        if len(shape) < described:
+            raise ValueError(f"kernel of shape {shape} has fewer than {described} axes")
+        return shape[: len(shape) - described]
+
+    def to_matrix(self, kernel: jax.Array) -> jax.Array:
+        """Lays a kernel out as a stack of matrices.
+
+        Args:
+          kernel: the kernel, with the described axes last.
+
+        Returns:
+          The same numbers as (batch..., in, out).
+
+        Raises:
+          ValueError: if the kernel has fewer axes than described.
+        """
+        batch, n_in, n_out = self.sizes(kernel.shape)
+        return jnp.transpose(kernel, self._order(kernel.shape)).reshape(*batch, n_in, n_out)
+
+    def from_matrix(self, matrix: jax.Array, kernel_shape: Sequence[int]) -> jax.Array:
+        """Undoes `to_matrix`.
+
+        Args:
+          matrix: (batch..., in, out).
+          kernel_shape: shape of the kernel to return.
+
+        Returns:
+          The same numbers in the kernel's layout.
+
+        Raises:
+          ValueError: if the sizes do not fit.
+        """
+        shape = tuple(kernel_shape)
+        batch, n_in, n_out = self.sizes(shape)
+        if matrix.shape != (*batch, n_in, n_out):
+            raise ValueError(
+                f"a matrix of shape {matrix.shape} does not fit a kernel of shape {shape}, "
+                f"which needs {(*batch, n_in, n_out)}"
+            )
+        order = self._order(shape)
+        ordered = matrix.reshape([shape[i] for i in order])
+        return jnp.transpose(ordered, _inverse(order))
+
+    def _order(self, shape: tuple[int, ...]) -> list[int]:
+        stacked = range(len(self.stack_shape(shape)))
+        return [*stacked, *(i + len(shape) for i in (*self.batch, *self.contracted, *self.out))]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contraction:
+    """Which axes of the input, the kernel and the output belong together.
+
+    A label that stands in input and kernel only is contracted, one in kernel and output only is an
+    output axis, one in all three is a batch axis, one in input and output only is a token axis.
+    ``'...'`` in input and output stands for any number of token axes.
+
+    Attributes:
+      x: labels of the input's axes.
+      kernel: labels of the kernel's axes.
+      y: labels of the output's axes.
+
+    Raises:
+      ValueError: if the labels do not describe a linear layer of that kind.
+
+    Example:
+      >>> Contraction.from_einsum('BTD,NDH->BTNH').kernel_axes
+      KernelAxes(batch=(), contracted=(-2,), out=(-3, -1))
+    """
+
+    x: tuple[str, ...]
+    kernel: tuple[str, ...]
+    y: tuple[str, ...]
+
+    def __post_init__(self) -> None:
+        x, kernel, y = set(self.x), set(self.kernel), set(self.y)
+        problems = {
+            "labels that occur twice in one operand": {
+                label
+                for labels in (self.x, self.kernel, self.y)
+                for label in labels
+                if labels.count(label) > 1
+            },
+            "an ellipsis in the kernel": kernel & {_ELLIPSIS},
+            "kernel labels that are summed out": kernel - x - y,
+            "input labels that are summed out": x - kernel - y,
+            "output labels that come from nowhere": y - x - kernel,
+        }
+        for problem, labels in problems.items():
+            if labels:
+                raise ValueError(f"{self}: LoRA cannot adapt {problem}: {sorted(labels)}")
+        if not (x & kernel) - y or not (kernel & y) - x:
+            raise ValueError(f"{self}: LoRA needs a contracted axis and an output axis")
+
+    def __str__(self) -> str:
+        """Writes the contraction the way einsum does."""
+        return f"'{''.join(self.x)},{''.join(self.kernel)}->{''.join(self.y)}'"
+
+    @classmethod
+    def from_einsum(cls, einsum_str: str) -> "Contraction":
+        """Reads a contraction from an einsum string with the input first and the kernel second.
+
+        Args:
+          einsum_str: such as ``'BTD,NDH->BTNH'`` or ``'...d,df->...f'``; spaces are ignored.
+
+        Returns:
+          The contraction.
+
+        Raises:
+          ValueError: if the string is not of the form ``'x,kernel->y'`` or is no linear layer.
+
+        Example:
+          >>> Contraction.from_einsum('...d, df -> ...f').x
+          ('...', 'd')
+        """
+        text = einsum_str.replace(" ", "")
+        inputs, arrow, output = text.partition("->")
+        operands = inputs.split(",")
+        if not arrow or len(operands) != 2:
+            raise ValueError(f"einsum string {einsum_str!r} is not of the form 'x,kernel->y'")
+        return cls(_labels(operands[0]), _labels(operands[1]), _labels(output))
+
+    @classmethod
+    def from_dense_general(
+        cls, ndim: int, axis: Sequence[int], batch_axes: Sequence[int], n_out: int
+    ) -> "Contraction":
+        """Describes what ``DenseGeneral`` and ``LinearGeneral`` do to an input of ``ndim`` axes.
+
+        Args:
+          ndim: number of axes of the input.
+          axis: contracted axes of the input; flax takes them in increasing order.
+          batch_axes: batch axes of the input.
+          n_out: number of output axes; they come last in the output, batch axes first.
+
+        Returns:
+          The contraction.
+
+        Example:
+          >>> print(Contraction.from_dense_general(3, axis=(-1,), batch_axes=(), n_out=2))
+          'x0x1x2,x2o0o1->x0x1o0o1'
+        """
+        x = tuple(f"x{i}" for i in range(ndim))
+        contracted = tuple(x[i] for i in sorted(i % ndim for i in axis))
+        batch = tuple(x[i] for i in sorted(i % ndim for i in batch_axes))
+        tokens = tuple(label for label in x if label not in contracted + batch)
+        out = tuple(f"o{i}" for i in range(n_out))
+        return cls(x, batch + contracted + out, batch + tokens + out)
+
+    @property
+    def kernel_axes(self) -> KernelAxes:
+        """The roles of the kernel's axes, each in the order of the kernel."""
+        roles: dict[tuple[bool, bool], list[int]] = {}
+        for position, label in enumerate(self.kernel, start=-len(self.kernel)):
+            roles.setdefault((label in self.x, label in self.y), []).append(position)
+        return KernelAxes(
+            batch=tuple(roles.get((True, True), ())),
+            contracted=tuple(roles[True, False]),
+            out=tuple(roles[False, True]),
+        )
+
+    def flatten_input(self, x: jax.Array) -> jax.Array:
+        """Lays the input out so that a matmul with flat factors is right.
+
+        Args:
+          x: the layer's input.
+
+        Returns:
+          (tokens..., in) without batch axes, else (batch..., tokens, in) with one token axis.
+
+        Raises:
+          ValueError: if the input has too few axes.
+        """
+        labels, batch, tokens, contracted = self._input_roles(x.ndim)
+        order = [labels.index(label) for label in (*batch, *tokens, *contracted)]
+        shape = dict(zip(labels, x.shape, strict=True))
+        n_in = math.prod(shape[label] for label in contracted)
+        return jnp.transpose(x, order).reshape(
+            *(shape[label] for label in batch), *_token_shape(shape, batch, tokens), n_in
+        )
+
+    def unflatten_output(
+        self, y: jax.Array, x_shape: Sequence[int], kernel_shape: Sequence[int]
+    ) -> jax.Array:
+        """Brings the product of a flattened input with flat factors to the layer's output layout.
+
+        Args:
+          y: (tokens..., out) or (batch..., tokens, out), as `flatten_input` and a matmul leave it.
+          x_shape: shape of the layer's input.
+          kernel_shape: shape of the layer's kernel.
+
+        Returns:
+          The layer's output layout.
+        """
+        labels, batch, tokens, _ = self._input_roles(len(x_shape))
+        shape = dict(zip(labels, x_shape, strict=True))
+        out = tuple(label for label in self.kernel if label in self.y and label not in self.x)
+        shape |= {label: kernel_shape[self.kernel.index(label)] for label in out}
+        ordered = (*batch, *tokens, *out)
+        target = _expand(self.y, tuple(label for label in labels if label.startswith(_ELLIPSIS)))
+        return jnp.transpose(
+            y.reshape([shape[label] for label in ordered]),
+            [ordered.index(label) for label in target],
+        )
+
+    def _input_roles(self, ndim: int) -> tuple[tuple[str, ...], ...]:
+        """Returns the labels of an input of ``ndim`` axes: all, batch, tokens, contracted."""
+        unnamed = ndim - len([label for label in self.x if label != _ELLIPSIS])
+        if unnamed < 0 or (unnamed and _ELLIPSIS not in self.x):
+            raise ValueError(f"{self}: the input has {ndim} axes")
+        labels = _expand(self.x, tuple(f"{_ELLIPSIS}{i}" for i in range(unnamed)))
+        batch = tuple(k for k in self.kernel if k in self.x and k in self.y)
+        contracted = tuple(k for k in self.kernel if k in self.x and k not in self.y)
+        tokens = tuple(label for label in labels if label not in self.kernel)
+        return labels, batch, tokens, contracted
+
+
+def _labels(term: str) -> tuple[str, ...]:
+    """Splits an einsum term into letters, an ellipsis counting as one."""
+    head, ellipsis, tail = term.partition(_ELLIPSIS)
+    return (*head, *([_ELLIPSIS] if ellipsis else []), *tail)
+
+
+def _expand(labels: tuple[str, ...], unnamed: tuple[str, ...]) -> tuple[str, ...]:
+    """Puts the unnamed axes in the place of the ellipsis."""
+    if _ELLIPSIS not in labels:
+        return labels
+    at = labels.index(_ELLIPSIS)
+    return labels[:at] + unnamed + labels[at + 1 :]
+
+
+def _token_shape(
+    shape: dict[str, int], batch: tuple[str, ...], tokens: tuple[str, ...]
+) -> tuple[int, ...]:
+    """Keeps token axes apart unless batch axes force matmul to see a single one."""
+    sizes = tuple(shape[label] for label in tokens)
+    return (math.prod(sizes),) if batch else sizes
+
+
+def _inverse(order: list[int]) -> list[int]:
+    return [order.index(i) for i in range(len(order))]

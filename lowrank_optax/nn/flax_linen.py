@@ -1,0 +1,255 @@
+"""LoRA modules for Flax Linen.
+
+A LoRA module is its plain counterpart, with ``kernel`` and ``bias`` at the same place in
+``'params'``, and two factors in a collection of their own, ``'lora'``. Kernels are therefore
+neither differentiated nor touched by the optimizer when one trains the adapters::
+
+    variables = model.init(key, x)
+    params, lora = variables['params'], variables['lora']
+    grads = jax.grad(lambda lora: loss(model.apply({'params': params, 'lora': lora}, x)))(lora)
+    updates, state = tx.update(grads, tx.init(lora), lora)
+
+Factors are drawn from the ``'lora'`` rng stream, or else from ``'params'``, after the layer's own
+parameters, which keep the values they have without LoRA. ``nn.remat`` needs nothing special;
+``nn.scan`` and ``nn.vmap`` over layers need ``'lora': 0`` in ``variable_axes`` next to
+``'params': 0``. To adapt models that exist already, see `lora_interceptor`.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax.factors import LoRAPair
+from lowrank_optax.nn.config import LoRAConfig
+from lowrank_optax.nn.contraction import Contraction, KernelAxes
+from lowrank_optax.nn.functional import lora_apply
+
+LinenLayer = nn.Dense | nn.DenseGeneral | nn.Einsum
+
+_COLLECTION = "lora"
+_DEFAULT_CONFIG = LoRAConfig(rank=8)
+
+
+class LinenAdapter(NamedTuple):
+    """What the arrays of a Linen adapter do not say about it.
+
+    Attributes:
+      axes: the roles of the base kernel's axes.
+      scale: the forward scale s.
+    """
+
+    axes: KernelAxes
+    scale: float
+
+
+class LoRADense(nn.Dense):
+    r"""``nn.Dense`` with a LoRA adapter.
+
+    $$y = x K + \mathrm{bias} + s\,(x\,a)\,b$$
+
+    Attributes:
+      lora: settings of the adapter.
+      deterministic: if True, no dropout; else ``lora.dropout`` needs a ``'dropout'`` rng.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = LoRADense(6, lora=LoRAConfig(rank=2))
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4)))
+      >>> jax.tree.map(jnp.shape, variables['lora'])
+      {'lora_a': (4, 2), 'lora_b': (2, 6)}
+
+    Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
+    """
+
+    lora: LoRAConfig = _DEFAULT_CONFIG
+    deterministic: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          inputs: (..., in).
+
+        Returns:
+          (..., out), in the dtype ``nn.Dense`` returns.
+
+        Raises:
+          ValueError: if the rank exceeds min(in, out) or the variables hold no adapter.
+        """
+        y = super().__call__(inputs)
+        contraction = layer_contraction(self, inputs)
+        return y + adapter_output(
+            self, self.lora, contraction, inputs, y, deterministic=self.deterministic
+        )
+
+
+class LoRADenseGeneral(nn.DenseGeneral):
+    """``nn.DenseGeneral`` with a LoRA adapter on the flattened kernel.
+
+    Attributes:
+      lora: settings of the adapter.
+      deterministic: if True, no dropout; else ``lora.dropout`` needs a ``'dropout'`` rng.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = LoRADenseGeneral((2, 3), lora=LoRAConfig(rank=2))
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4)))
+      >>> jax.tree.map(jnp.shape, variables['lora'])
+      {'lora_a': (4, 2), 'lora_b': (2, 6)}
+    """
+
+    lora: LoRAConfig = _DEFAULT_CONFIG
+    deterministic: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          inputs: what ``nn.DenseGeneral`` takes.
+
+        Returns:
+          What ``nn.DenseGeneral`` returns, in the same dtype.
+
+        Raises:
+          ValueError: if the rank exceeds min(in, out) or the variables hold no adapter.
+        """
+        y = super().__call__(inputs)
+        contraction = layer_contraction(self, inputs)
+        return y + adapter_output(
+            self, self.lora, contraction, inputs, y, deterministic=self.deterministic
+        )
+
+
+class LoRAEinsumDense(nn.Einsum):
+    """``nn.Einsum`` with a LoRA adapter on the flattened kernel.
+
+    Attributes:
+      lora: settings of the adapter.
+      deterministic: if True, no dropout; else ``lora.dropout`` needs a ``'dropout'`` rng.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> layer = LoRAEinsumDense((2, 4, 3), 'BTD,NDH->BTNH', lora=LoRAConfig(rank=2))
+      >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 5, 4)))
+      >>> jax.tree.map(jnp.shape, variables['lora'])
+      {'lora_a': (4, 2), 'lora_b': (2, 6)}
+    """
+
+    lora: LoRAConfig = _DEFAULT_CONFIG
+    deterministic: bool = False
+
+    @nn.compact
+    def __call__(self, inputs: jax.Array, einsum_str: str | None = None) -> jax.Array:
+        """Applies the layer.
+
+        Args:
+          inputs: what ``nn.Einsum`` takes.
+          einsum_str: the contraction, if the module was made without one.
+
+        Returns:
+          What ``nn.Einsum`` returns, in the same dtype.
+
+        Raises:
+          ValueError: if the contraction is no linear layer, the rank exceeds min(in, out) or the
+            variables hold no adapter.
+        """
+        y = super().__call__(inputs, einsum_str)
+        contraction = layer_contraction(self, inputs, einsum_str)
+        return y + adapter_output(
+            self, self.lora, contraction, inputs, y, deterministic=self.deterministic
+        )
+
+
+LoRAModule = LoRADense | LoRADenseGeneral | LoRAEinsumDense
+
+
+def adapter_output(
+    layer: LinenLayer,
+    config: LoRAConfig,
+    contraction: Contraction,
+    inputs: jax.Array,
+    y: jax.Array,
+    *,
+    deterministic: bool = False,
+) -> jax.Array:
+    """Computes what the adapter of a bound layer adds to the layer's output.
+
+    Args:
+      layer: the layer, while it is being called, after its own parameters exist.
+      config: settings of the adapter.
+      contraction: how the layer contracts its kernel with ``inputs``.
+      inputs: the layer's input.
+      y: the layer's output.
+      deterministic: if True, no dropout.
+
+    Returns:
+      The addition, in the shape and dtype of ``y``.
+
+    Raises:
+      ValueError: if the rank exceeds min(in, out) or the variables hold no adapter.
+    """
+    kernel_shape = nn.meta.unbox(layer.get_variable("params", "kernel")).shape
+    pair = _factors(layer, config, *contraction.kernel_axes.sizes(kernel_shape))
+    x = inputs.astype(y.dtype)
+    if config.dropout and not deterministic:
+        keep = jax.random.bernoulli(layer.make_rng("dropout"), 1 - config.dropout, x.shape)
+        x = jnp.where(keep, x / (1 - config.dropout), jnp.zeros_like(x))
+    flat = lora_apply(contraction.flatten_input(x), pair, config.scale, config.dtype)
+    return contraction.unflatten_output(flat, inputs.shape, kernel_shape)
+
+
+def layer_contraction(
+    layer: LinenLayer, inputs: jax.Array, einsum_str: str | None = None
+) -> Contraction:
+    """Describes how a layer contracts its kernel with an input.
+
+    Args:
+      layer: the layer.
+      inputs: the layer's input.
+      einsum_str: the contraction that an ``nn.Einsum`` was called with.
+
+    Returns:
+      The contraction.
+
+    Raises:
+      ValueError: if an einsum string is no linear layer.
+    """
+    if isinstance(layer, nn.Dense):
+        return Contraction.from_dense_general(inputs.ndim, (-1,), (), 1)
+    if isinstance(layer, nn.DenseGeneral):
+        return Contraction.from_dense_general(
+            inputs.ndim,
+            _as_tuple(layer.axis),
+            _as_tuple(layer.batch_dims),
+            len(_as_tuple(layer.features)),
+        )
+    return Contraction.from_einsum(nn.merge_param("einsum_str", layer.einsum_str, einsum_str))
+
+
+def _factors(
+    layer: LinenLayer, config: LoRAConfig, batch: tuple[int, ...], n_in: int, n_out: int
+) -> LoRAPair:
+    """Reads the factors of a layer, creating them first where the collection may be written."""
+    path = "/".join(layer.path) or type(layer).__name__
+    if not layer.has_variable(_COLLECTION, "lora_a"):
+        if not layer.is_mutable_collection(_COLLECTION):
+            raise ValueError(
+                f"{path}: the variables hold no adapter for this layer. Pass the 'lora' collection "
+                "that init made; under nn.scan or nn.vmap add 'lora': 0 to variable_axes"
+            )
+        config.check_rank(n_in, n_out, path)
+        new = config.init_pair(layer.make_rng(_COLLECTION), batch, n_in, n_out)
+        layer.put_variable(_COLLECTION, "lora_a", new.a)
+        layer.put_variable(_COLLECTION, "lora_b", new.b)
+    return LoRAPair(
+        a=layer.variable(_COLLECTION, "lora_a").value, b=layer.variable(_COLLECTION, "lora_b").value
+    )
+
+
+def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)

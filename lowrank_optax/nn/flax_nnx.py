@@ -1,0 +1,282 @@
+"""LoRA layers for Flax NNX.
+
+`LoRALayer` wraps an ``nnx.Linear``, ``nnx.LinearGeneral`` or ``nnx.Einsum``; `LoRALinear`,
+`LoRALinearGeneral` and `LoRAEinsum` build the layer that they wrap. The base weights stay frozen
+because one trains with respect to ``nnx.LoRAParam`` only::
+
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+    grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, batch)
+    optimizer.update(model, grads)
+
+``nnx.LoRAParam`` is a subclass of ``nnx.Param``: ``wrt=nnx.Param`` selects factors *and* kernels.
+
+Layers may be built inside ``nnx.vmap`` (factors then are (layers, in, r) and (layers, r, out)), and
+a layer whose kernel is already stacked along leading axes may be wrapped: the factors get the same
+leading axes. Stacks along other axes than the leading ones are not supported.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from lowrank_optax.factors import LoRAPair
+from lowrank_optax.nn.config import LoRAConfig
+from lowrank_optax.nn.contraction import Contraction, KernelAxes
+from lowrank_optax.nn.functional import lora_apply
+
+BaseLayer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
+
+
+class LoRALayer(nnx.Module):
+    r"""A linear layer with a trainable low-rank adapter beside its frozen kernel.
+
+    $$y = \mathrm{base}(x) + s\,(x\,a)\,b$$
+
+    Args:
+      base: the layer to adapt. It is kept, not copied, as attribute ``base``.
+      lora: settings of the adapter.
+      rngs: the ``params`` stream draws the factors; the ``dropout`` stream is used if
+        ``lora.dropout`` is positive.
+      path: name of the layer in error messages.
+
+    Attributes:
+      base: the wrapped layer.
+      lora: the settings.
+      axes: roles of the base kernel's axes; *in* and *out* below are the flattened ones.
+      lora_a: ``nnx.LoRAParam``, (stacked..., batch..., in, r).
+      lora_b: ``nnx.LoRAParam``, (stacked..., batch..., r, out).
+      dropout: ``nnx.Dropout`` on the adapter's input, or None.
+      merged: whether the kernel already contains the update; the adapter is then skipped.
+
+    Raises:
+      ValueError: if the base is not a supported layer, has an adapter already, or its kernel is too
+        small for the rank.
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> base = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+      >>> layer = LoRALayer(base, LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+      >>> layer.lora_a.shape, layer.lora_b.shape
+      ((4, 2), (2, 6))
+      >>> bool((layer(jnp.ones((1, 4))) == base(jnp.ones((1, 4)))).all())
+      True
+
+    Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
+    """
+
+    def __init__(
+        self, base: BaseLayer, lora: LoRAConfig, *, rngs: nnx.Rngs, path: str = "LoRALayer"
+    ):
+        require_supported(base, path)
+        self.axes = _kernel_axes(base)
+        shape = base.kernel.shape
+        batch, n_in, n_out = self.axes.sizes(shape)
+        lora.check_rank(n_in, n_out, path)
+        pair = lora.init_pair(rngs.params(), batch, n_in, n_out)
+        self.base = base
+        self.lora = lora
+        self.lora_a = nnx.LoRAParam(pair.a)
+        self.lora_b = nnx.LoRAParam(pair.b)
+        self.merged = False
+        self.dropout: nnx.Dropout | None = nnx.data(None)
+        if lora.dropout > 0:
+            stack = self.axes.stack_shape(shape)
+            stream = rngs.dropout.split(stack) if stack else rngs.dropout.fork()
+            self.dropout = nnx.Dropout(lora.dropout)
+            self.dropout.rngs = nnx.data(stream)
+
+    @property
+    def scale(self) -> float:
+        """The forward scale s."""
+        return self.lora.scale
+
+    @property
+    def pair(self) -> LoRAPair:
+        """The factors as a value."""
+        return LoRAPair(a=self.lora_a[...], b=self.lora_b[...])
+
+    def __call__(
+        self, inputs: jax.Array, *, einsum_str: str | None = None, out_sharding: Any = None
+    ) -> jax.Array:
+        """Applies the base layer and its adapter.
+
+        Args:
+          inputs: what the base layer takes.
+          einsum_str: overrides the string of an ``nnx.Einsum`` base; the kernel's axes must keep
+            their roles.
+          out_sharding: passed to the base layer; the adapter's output is brought to it.
+
+        Returns:
+          What the base layer returns, in the same dtype. The adapter works in that dtype unless
+          ``lora.dtype`` says otherwise.
+
+        Raises:
+          ValueError: if ``einsum_str`` changes the role of a kernel axis.
+        """
+        override = {} if einsum_str is None else {"einsum_str": einsum_str}
+        y = self.base(inputs, out_sharding=out_sharding, **override)
+        if self.merged:
+            return y
+        contraction = _contraction(self.base, inputs.ndim, einsum_str)
+        if contraction.kernel_axes != self.axes:
+            raise ValueError(
+                f"{contraction} gives the kernel axes other roles than the einsum string that the "
+                "adapter was built for; adapt a layer of its own for this use"
+            )
+        x = inputs.astype(y.dtype)
+        if self.dropout is not None:
+            x = self.dropout(x)
+        delta = contraction.unflatten_output(
+            lora_apply(contraction.flatten_input(x), self.pair, self.scale, self.lora.dtype),
+            inputs.shape,
+            self.base.kernel.shape,
+        )
+        if out_sharding is not None:
+            delta = jax.sharding.reshard(delta, out_sharding)
+        return y + delta
+
+
+class LoRALinear(LoRALayer):
+    """``nnx.Linear`` with a LoRA adapter.
+
+    Args:
+      in_features: number of input features.
+      out_features: number of output features.
+      lora: settings of the adapter.
+      rngs: streams for kernel, factors and dropout.
+      **base_options: further arguments of ``nnx.Linear``.
+
+    Raises:
+      ValueError: if the rank exceeds min(in, out).
+
+    Example:
+      >>> from flax import nnx
+      >>> import jax.numpy as jnp
+      >>> layer = LoRALinear(4, 6, lora=LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+      >>> layer(jnp.ones((1, 4))).shape
+      (1, 6)
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        lora: LoRAConfig,
+        rngs: nnx.Rngs,
+        **base_options: Any,
+    ):
+        base = nnx.Linear(in_features, out_features, rngs=rngs, **base_options)
+        super().__init__(base, lora, rngs=rngs, path="LoRALinear")
+
+
+class LoRALinearGeneral(LoRALayer):
+    """``nnx.LinearGeneral`` with a LoRA adapter on the flattened kernel.
+
+    Args:
+      in_features: sizes of the contracted axes.
+      out_features: sizes of the output axes.
+      lora: settings of the adapter.
+      rngs: streams for kernel, factors and dropout.
+      **base_options: further arguments of ``nnx.LinearGeneral``, such as ``axis``.
+
+    Raises:
+      ValueError: if the rank exceeds min(in, out).
+
+    Example:
+      >>> from flax import nnx
+      >>> layer = LoRALinearGeneral(4, (2, 3), lora=LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+      >>> layer.base.kernel.shape, layer.lora_b.shape
+      ((4, 2, 3), (2, 6))
+    """
+
+    def __init__(
+        self,
+        in_features: int | Sequence[int],
+        out_features: int | Sequence[int],
+        *,
+        lora: LoRAConfig,
+        rngs: nnx.Rngs,
+        **base_options: Any,
+    ):
+        base = nnx.LinearGeneral(in_features, out_features, rngs=rngs, **base_options)
+        super().__init__(base, lora, rngs=rngs, path="LoRALinearGeneral")
+
+
+class LoRAEinsum(LoRALayer):
+    """``nnx.Einsum`` with a LoRA adapter on the flattened kernel.
+
+    Args:
+      einsum_str: contraction of input and kernel, such as ``'BTD,NDH->BTNH'``.
+      kernel_shape: shape of the kernel.
+      lora: settings of the adapter.
+      rngs: streams for kernel, factors and dropout.
+      **base_options: further arguments of ``nnx.Einsum``, such as ``bias_shape``.
+
+    Raises:
+      ValueError: if the string does not describe a linear layer, or the rank exceeds min(in, out).
+
+    Example:
+      >>> from flax import nnx
+      >>> layer = LoRAEinsum('BTD,NDH->BTNH', (2, 4, 3), lora=LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+      >>> layer.lora_a.shape, layer.lora_b.shape
+      ((4, 2), (2, 6))
+    """
+
+    def __init__(
+        self,
+        einsum_str: str,
+        kernel_shape: Sequence[int],
+        *,
+        lora: LoRAConfig,
+        rngs: nnx.Rngs,
+        **base_options: Any,
+    ):
+        base = nnx.Einsum(einsum_str, tuple(kernel_shape), rngs=rngs, **base_options)
+        super().__init__(base, lora, rngs=rngs, path="LoRAEinsum")
+
+
+def require_supported(module: Any, path: str) -> BaseLayer:
+    """Refuses modules that cannot be given an adapter.
+
+    Args:
+      module: the candidate.
+      path: its path, for the message.
+
+    Returns:
+      The module.
+
+    Raises:
+      ValueError: if it has an adapter already, or is no Linear, LinearGeneral or Einsum.
+    """
+    if isinstance(module, LoRALayer | nnx.LoRA | nnx.LoRALinear):
+        raise ValueError(f"{path} already has LoRA; remove it first or leave it out of the targets")
+    if not isinstance(module, BaseLayer):
+        raise ValueError(
+            f"{path} is a {type(module).__name__}; LoRA adapts nnx.Linear, nnx.LinearGeneral and "
+            "nnx.Einsum: narrow the targets"
+        )
+    return module
+
+
+def _kernel_axes(base: BaseLayer) -> KernelAxes:
+    if isinstance(base, nnx.Linear):
+        return KernelAxes.in_order(0, 1, 1)
+    if isinstance(base, nnx.LinearGeneral):
+        return KernelAxes.in_order(
+            len(base.batch_axis), len(base.in_features), len(base.out_features)
+        )
+    return Contraction.from_einsum(base.einsum_str).kernel_axes
+
+
+def _contraction(base: BaseLayer, ndim: int, einsum_str: str | None) -> Contraction:
+    if isinstance(base, nnx.Linear):
+        return Contraction.from_dense_general(ndim, (-1,), (), 1)
+    if isinstance(base, nnx.LinearGeneral):
+        return Contraction.from_dense_general(
+            ndim, base.axis, tuple(base.batch_axis), len(base.out_features)
+        )
+    return Contraction.from_einsum(base.einsum_str if einsum_str is None else einsum_str)

@@ -1,0 +1,110 @@
+"""The one place where an input meets LoRA factors, and the dense update that they stand for."""
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from lowrank_optax.factors import LoRAPair
+from lowrank_optax.nn.contraction import KernelAxes
+
+
+def lora_apply(
+    x: jax.Array, pair: LoRAPair, scale: float = 1.0, dtype: DTypeLike | None = None
+) -> jax.Array:
+    r"""Applies a LoRA pair to an input without forming the dense kernel.
+
+    $$y = s \cdot (x\,a)\,b$$
+
+    Both products accumulate in at least float32. The scale is applied to the narrow ``x @ a``.
+    Leading axes of the factors are batch axes and broadcast as in `jax.numpy.matmul`.
+
+    Args:
+      x: input, (..., in). Not a floating dtype: taken as the dtype of ``pair.a``.
+      pair: the factors, ``a`` (..., in, r) and ``b`` (..., r, out), of any floating dtype.
+      scale: forward scale s.
+      dtype: dtype of the two products' operands; None means the dtype of ``x``.
+
+    Returns:
+      y, (..., out), in the dtype of ``x``.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import LoRAPair
+      >>> pair = LoRAPair(a=jnp.ones((3, 1)), b=jnp.ones((1, 2)))
+      >>> lora_apply(jnp.ones((1, 3)), pair, scale=2.0)
+      Array([[6., 6.]], dtype=float32)
+
+    Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
+    """
+    if not jnp.issubdtype(x.dtype, jnp.inexact):
+        x = x.astype(pair.a.dtype)  # casting the factors to an integer dtype would zero them
+    operand = x.dtype if dtype is None else jnp.dtype(dtype)
+    accumulate = jnp.promote_types(operand, jnp.float32)
+    narrow = jnp.matmul(
+        x.astype(operand), pair.a.astype(operand), preferred_element_type=accumulate
+    )
+    narrow = (scale * narrow).astype(operand)
+    y = jnp.matmul(narrow, pair.b.astype(operand), preferred_element_type=accumulate)
+    return y.astype(x.dtype)
+
+
+def lora_delta(pair: LoRAPair, scale: float = 1.0) -> jax.Array:
+    r"""Forms the dense kernel update that a LoRA pair stands for.
+
+    $$\Delta K = s \cdot a\,b$$
+
+    Computed at the highest matmul precision, because the result is meant to be added to a kernel.
+
+    Args:
+      pair: the factors, ``a`` (..., in, r) and ``b`` (..., r, out), of any floating dtype.
+      scale: forward scale s.
+
+    Returns:
+      The update, (..., in, out), in at least float32.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import LoRAPair
+      >>> lora_delta(LoRAPair(a=jnp.ones((3, 1)), b=jnp.ones((1, 2))), scale=0.5)
+      Array([[0.5, 0.5],
+             [0.5, 0.5],
+             [0.5, 0.5]], dtype=float32)
+
+    Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
+    """
+    dtype = jnp.promote_types(jnp.result_type(pair.a, pair.b), jnp.float32)
+    product = jnp.matmul(
+        pair.a.astype(dtype), pair.b.astype(dtype), precision=jax.lax.Precision.HIGHEST
+    )
+    return scale * product
+
+
+def merge_kernel(kernel: jax.Array, pair: LoRAPair, scale: float, axes: KernelAxes) -> jax.Array:
+    r"""Folds a LoRA pair into a kernel of any layout.
+
+    $$K + s \cdot a\,b$$
+
+    Args:
+      kernel: base kernel, with the axes that ``axes`` describes last.
+      pair: the flat factors of that kernel.
+      scale: forward scale s; its negative takes the update out again.
+      axes: the roles of the kernel's axes.
+
+    Returns:
+      The sum, formed in at least float32 and rounded to the kernel's dtype.
+
+    Raises:
+      ValueError: if the factors do not fit the kernel.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from lowrank_optax import LoRAPair
+      >>> pair = LoRAPair(a=jnp.ones((3, 1)), b=jnp.ones((1, 4)))
+      >>> kernel = jnp.zeros((3, 2, 2), jnp.bfloat16)
+      >>> merge_kernel(kernel, pair, 0.5, KernelAxes.in_order(0, 1, 2))[0]
+      Array([[0.5, 0.5],
+             [0.5, 0.5]], dtype=bfloat16)
+    """
+    delta = axes.from_matrix(lora_delta(pair, scale), kernel.shape)
+    wide = jnp.promote_types(kernel.dtype, delta.dtype)
+    return (kernel.astype(wide) + delta.astype(wide)).astype(kernel.dtype)

@@ -1,0 +1,277 @@
+"""Adding LoRA to an existing Linen model, and folding it into the kernels.
+
+Training only the adapters::
+
+    with nn.lora_interceptor('query|value', rank=8) as adapters:
+        variables = model.init(key, x)
+    params, lora = variables['params'], variables['lora']
+
+    @jax.jit
+    def step(lora, opt_state, x):
+        def loss(lora):
+            with nn.lora_interceptor('query|value', rank=8):
+                return loss_of(model.apply({'params': params, 'lora': lora}, x))
+        updates, opt_state = tx.update(jax.grad(loss)(lora), opt_state, lora)
+        return optax.apply_updates(lora, updates), opt_state
+
+The `with` belongs inside the function that is jitted: the interceptor acts while JAX traces, and a
+function traced outside of it ignores the adapters. Pretrained parameters get adapters by
+``model.apply({'params': params}, x, mutable=['lora'], rngs={'lora': key})``.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.core
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import traverse_util
+from flax.linen.module import InterceptorContext
+from jax.typing import DTypeLike
+
+from lowrank_optax.factors import LoRAPair
+from lowrank_optax.nn.config import DEFAULT_A_INIT, DEFAULT_B_INIT, Initializer, LoRAConfig
+from lowrank_optax.nn.flax_linen import (
+    LinenAdapter,
+    LinenLayer,
+    LoRAModule,
+    adapter_output,
+    layer_contraction,
+)
+from lowrank_optax.nn.functional import merge_kernel
+from lowrank_optax.nn.targets import TargetMatcher, Targets
+
+
+@contextlib.contextmanager
+def lora_interceptor(
+    targets: Targets,
+    *,
+    rank: int,
+    alpha: float = 16.0,
+    rslora: bool = False,
+    dropout: float = 0.0,
+    a_init: Initializer = DEFAULT_A_INIT,
+    b_init: Initializer = DEFAULT_B_INIT,
+    param_dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = None,
+    deterministic: bool = False,
+) -> Iterator[dict[str, LinenAdapter]]:
+    """Gives the targeted layers of any Linen model LoRA adapters while the context is open.
+
+    ``init`` creates them in the collection ``'lora'`` (from the ``'lora'`` rng stream, or else
+    ``'params'``) and leaves every parameter bit for bit what it is without the interceptor;
+    ``apply`` uses them. Works under ``jit``, ``grad``, ``nn.remat``, and ``nn.scan`` or ``nn.vmap``
+    with ``'lora': 0`` in their ``variable_axes``.
+
+    Args:
+      targets: a regular expression, a sequence of them, or ``(path, module) -> bool``. An
+        expression matches the whole '/'-joined path or its last component (`re.fullmatch`).
+      rank: r of every adapter.
+      alpha: numerator of the scale, alpha / r.
+      rslora: scale by alpha / sqrt(r) instead.
+      dropout: probability of dropping an adapter input.
+      a_init: initializer of ``a``, called with the shape (in, r).
+      b_init: initializer of ``b``, called with the shape (r, out).
+      param_dtype: dtype of the factors.
+      dtype: dtype of the adapters' matmuls; None means that of the base layer's output.
+      deterministic: if True, no dropout; else a positive ``dropout`` needs a ``'dropout'`` rng.
+
+    Yields:
+      A dictionary that is filled while models are traced: what `merge_lora_variables` needs to know
+      of each adapter, by '/'-joined path.
+
+    Raises:
+      ValueError: if a setting is out of range; if a target is not a ``nn.Dense``,
+        ``nn.DenseGeneral`` or ``nn.Einsum`` or has LoRA already; if the rank exceeds min(in, out);
+        if the variables hold no adapter for a target; at the end of the context, if a target
+        matched nothing while a model was initialized in it.
+
+    Example:
+      >>> import flax.linen
+      >>> import jax, jax.numpy as jnp
+      >>> model = flax.linen.Sequential([flax.linen.Dense(8), flax.linen.relu, flax.linen.Dense(2)])
+      >>> with lora_interceptor('layers_0', rank=2) as adapters:
+      ...     variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
+      >>> jax.tree.map(jnp.shape, variables['lora'])
+      {'layers_0': {'lora_a': (4, 2), 'lora_b': (2, 8)}}
+      >>> adapters['layers_0'].scale
+      8.0
+
+    Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
+    """
+    config = LoRAConfig(rank, alpha, rslora, dropout, a_init, b_init, param_dtype, dtype)
+    matcher = TargetMatcher(targets)
+    adapters: dict[str, LinenAdapter] = {}
+    initialized: set[str] = set()
+
+    def intercept(
+        call: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext
+    ) -> Any:
+        module = context.module
+        if context.method_name != "__call__" or module.scope is None:
+            return call(*args, **kwargs)
+        path = "/".join(module.path)
+        if module.is_initializing() and isinstance(module, LinenLayer):
+            initialized.add(path)
+        if not matcher(path, module):
+            return call(*args, **kwargs)
+        layer = _require_supported(module, path)
+        y = call(*args, **kwargs)
+        contraction = layer_contraction(layer, *args, **kwargs)
+        _record(adapters, path, LinenAdapter(contraction.kernel_axes, config.scale))
+        inputs = args[0] if args else kwargs["inputs"]
+        return y + adapter_output(
+            layer, config, contraction, inputs, y, deterministic=deterministic
+        )
+
+    with nn.intercept_methods(intercept):
+        yield adapters
+    if initialized:
+        matcher.require_all_used(initialized)
+
+
+def lora_adapters(
+    model: nn.Module, variables: Mapping[str, Any], *args: Any, **kwargs: Any
+) -> dict[str, LinenAdapter]:
+    """Finds the adapters of a model that is built of `LoRADense` and its like.
+
+    The model is traced, not run.
+
+    Args:
+      model: the model.
+      variables: its variables.
+      *args: example arguments of ``model.apply``.
+      **kwargs: keyword arguments of ``model.apply``, such as ``rngs``.
+
+    Returns:
+      What `merge_lora_variables` needs to know of each adapter, by '/'-joined path.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from lowrank_optax.nn.flax_linen import LoRADense
+      >>> model, x = LoRADense(6, lora=LoRAConfig(rank=2)), jnp.ones((1, 4))
+      >>> lora_adapters(model, model.init(jax.random.key(0), x), x)['']
+      LinenAdapter(axes=KernelAxes(batch=(), contracted=(-2,), out=(-1,)), scale=8.0)
+    """
+    adapters: dict[str, LinenAdapter] = {}
+
+    def intercept(
+        call: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext
+    ) -> Any:
+        module = context.module
+        if context.method_name == "__call__" and isinstance(module, LoRAModule):
+            axes = layer_contraction(module, *args, **kwargs).kernel_axes
+            _record(adapters, "/".join(module.path), LinenAdapter(axes, module.lora.scale))
+        return call(*args, **kwargs)
+
+    with nn.intercept_methods(intercept):
+        jax.eval_shape(lambda tree: model.apply(tree, *args, **kwargs), variables)
+    return adapters
+
+
+def merge_lora_variables(
+    variables: Mapping[str, Any], adapters: Mapping[str, LinenAdapter]
+) -> dict[str, Any]:
+    """Folds the adapters into the kernels.
+
+    Sums are formed in at least float32 and rounded to the kernel's dtype.
+
+    Args:
+      variables: with the collections ``'params'`` and ``'lora'``; layers may be stacked along
+        leading axes (``nn.scan`` with ``variable_axes={'params': 0, 'lora': 0}``).
+      adapters: what `lora_interceptor` yielded or `lora_adapters` returned.
+
+    Returns:
+      Parameters for the plain model; ``variables`` is left as it is.
+
+    Raises:
+      ValueError: if ``variables`` has no adapters, or one that ``adapters`` does not describe or
+        that does not fit its kernel.
+
+    Example:
+      >>> import flax.linen
+      >>> import jax, jax.numpy as jnp
+      >>> model, x = flax.linen.Sequential([flax.linen.Dense(8)]), jnp.ones((1, 4))
+      >>> with lora_interceptor('layers_0', rank=2, b_init=jax.nn.initializers.ones) as adapters:
+      ...     y, variables = model.init_with_output(jax.random.key(0), x)
+      >>> merged = merge_lora_variables(variables, adapters)
+      >>> bool(jnp.allclose(model.apply({'params': merged}, x), y, rtol=1e-5))
+      True
+    """
+    return _add_deltas(variables, adapters, 1)
+
+
+def unmerge_lora_variables(
+    variables: Mapping[str, Any], adapters: Mapping[str, LinenAdapter]
+) -> dict[str, Any]:
+    """Subtracts what `merge_lora_variables` added.
+
+    Both directions round to the kernel's dtype, so kernels come back to within that rounding, not
+    bit for bit. Keep the original parameters where that matters.
+
+    Args:
+      variables: with the merged ``'params'`` and the unchanged ``'lora'``.
+      adapters: as for `merge_lora_variables`.
+
+    Returns:
+      The parameters without the adapters.
+
+    Raises:
+      ValueError: as `merge_lora_variables`.
+
+    Example:
+      >>> import flax.linen
+      >>> import jax, jax.numpy as jnp
+      >>> model = flax.linen.Sequential([flax.linen.Dense(8)])
+      >>> with lora_interceptor('layers_0', rank=2) as adapters:
+      ...     variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
+      >>> merged = merge_lora_variables(variables, adapters)
+      >>> params = unmerge_lora_variables({**variables, 'params': merged}, adapters)
+      >>> bool((params['layers_0']['kernel'] == variables['params']['layers_0']['kernel']).all())
+      True
+    """
+    return _add_deltas(variables, adapters, -1)
+
+
+def _require_supported(module: nn.Module, path: str) -> LinenLayer:
+    if isinstance(module, LoRAModule):
+        raise ValueError(f"{path or 'the model'} already has LoRA; leave it out of the targets")
+    if not isinstance(module, LinenLayer):
+        raise ValueError(
+            f"{path or 'the model'} is a {type(module).__name__}; LoRA adapts nn.Dense, "
+            "nn.DenseGeneral and nn.Einsum: narrow the targets"
+        )
+    return module
+
+
+def _record(adapters: dict[str, LinenAdapter], path: str, adapter: LinenAdapter) -> None:
+    if adapters.setdefault(path, adapter) != adapter:
+        raise ValueError(f"{path}: two calls of it give the axes of one kernel different roles")
+
+
+def _add_deltas(
+    variables: Mapping[str, Any], adapters: Mapping[str, LinenAdapter], sign: int
+) -> dict[str, Any]:
+    params = traverse_util.flatten_dict(flax.core.unfreeze(variables["params"]))
+    factors = traverse_util.flatten_dict(flax.core.unfreeze(variables.get("lora", {})))
+    if not factors:
+        raise ValueError("the variables have no 'lora' collection: there is nothing to merge")
+    for scope in sorted({path[:-1] for path in factors}):
+        name = "/".join(scope)
+        if name not in adapters:
+            raise ValueError(
+                f"{name or 'the model'}: no adapter of that path is described. Trace the model: "
+                "jax.eval_shape(model.apply, variables, x) inside lora_interceptor, or call "
+                "lora_adapters(model, variables, x)"
+            )
+        pair = LoRAPair(*(nn.meta.unbox(factors[*scope, leaf]) for leaf in ("lora_a", "lora_b")))
+        boxed = params[*scope, "kernel"]
+        axes, scale = adapters[name]
+        try:
+            kernel = merge_kernel(nn.meta.unbox(boxed), pair, sign * scale, axes)
+        except ValueError as error:
+            raise ValueError(f"{name or 'the model'}: {error}") from error
+        params[*scope, "kernel"] = nn.meta.replace_boxed(boxed, kernel)
+    return traverse_util.unflatten_dict(params)

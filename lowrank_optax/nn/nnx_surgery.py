@@ -1,0 +1,317 @@
+"""Adding LoRA to an existing NNX model, folding it into the kernels, and taking it off again."""
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+
+from lowrank_optax.nn.config import DEFAULT_A_INIT, DEFAULT_B_INIT, Initializer, LoRAConfig
+from lowrank_optax.nn.flax_nnx import BaseLayer, LoRALayer, require_supported
+from lowrank_optax.nn.functional import merge_kernel
+from lowrank_optax.nn.targets import TargetMatcher, Targets
+
+
+class _Edge(NamedTuple):
+    """A place in the model that holds a module: ``parent.key`` or ``parent[key]`` is ``module``."""
+
+    path: str
+    parent: Any
+    key: Any
+    module: nnx.Module
+
+
+def add_lora(
+    model: nnx.Module,
+    targets: Targets,
+    *,
+    rank: int,
+    alpha: float = 16.0,
+    rslora: bool = False,
+    dropout: float = 0.0,
+    a_init: Initializer = DEFAULT_A_INIT,
+    b_init: Initializer = DEFAULT_B_INIT,
+    param_dtype: DTypeLike = jnp.float32,
+    dtype: DTypeLike | None = None,
+    rngs: nnx.Rngs,
+) -> list[str]:
+    """Replaces the targeted layers of a model, in place, by `LoRALayer` around them.
+
+    A kernel at ``layers/0/query/kernel`` moves to ``layers/0/query/base/kernel``: restore a
+    checkpoint of the plain model before the call. A module that several places share is adapted
+    once for all of them. Nothing is changed if an error is raised.
+
+    Args:
+      model: any NNX module; the targets are among its descendants, also in ``nnx.List``,
+        ``nnx.Dict``, lists and dicts. Layers stacked along leading kernel axes get stacked factors.
+      targets: a regular expression, a sequence of them, or ``(path, module) -> bool``. An
+        expression matches the whole '/'-joined path or its last component (`re.fullmatch`).
+      rank: r of every adapter.
+      alpha: numerator of the scale, alpha / r.
+      rslora: scale by alpha / sqrt(r) instead.
+      dropout: probability of dropping an adapter input; ``model.train()`` and ``model.eval()``
+        switch it.
+      a_init: initializer of ``a``, called with the shape (in, r).
+      b_init: initializer of ``b``, called with the shape (r, out).
+      param_dtype: dtype of the factors.
+      dtype: dtype of the adapters' matmuls; None means that of the base layer's output.
+      rngs: ``params`` draws the factors, ``dropout`` feeds the dropout.
+
+    Returns:
+      The paths of the adapted layers, sorted.
+
+    Raises:
+      ValueError: if a target matches nothing, or matches a module that is not an ``nnx.Linear``,
+        ``nnx.LinearGeneral`` or ``nnx.Einsum`` or has LoRA already; if a setting is out of range or
+        the rank exceeds min(in, out) of a targeted kernel.
+
+    Example:
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu,
+      ...                        nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+      >>> add_lora(model, 'layers/0', rank=2, alpha=4.0, rngs=nnx.Rngs(2))
+      ['layers/0']
+      >>> model.layers[0].lora_a.shape
+      (4, 2)
+
+    Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
+    """
+    config = LoRAConfig(rank, alpha, rslora, dropout, a_init, b_init, param_dtype, dtype)
+    matcher = TargetMatcher(targets)
+    edges = list(_edges(model))
+    matched: dict[int, tuple[str, BaseLayer]] = {}
+    for edge in edges:
+        if matcher(edge.path, edge.module):
+            # The base inside a LoRA layer is refused by the name of that layer.
+            adapted = isinstance(edge.parent, LoRALayer | nnx.LoRA)
+            layer = require_supported(edge.parent if adapted else edge.module, edge.path)
+            matched.setdefault(id(layer), (edge.path, layer))
+    matcher.require_all_used(edge.path for edge in edges if isinstance(edge.module, BaseLayer))
+    # Every wrapper is built before the first one is installed: an error leaves the model alone.
+    wrappers = {
+        key: LoRALayer(layer, config, rngs=rngs, path=path)
+        for key, (path, layer) in matched.items()
+    }
+    places = [edge for edge in edges if id(edge.module) in wrappers]
+    for edge in places:
+        if isinstance(edge.parent, tuple):
+            raise ValueError(f"{edge.path} is inside a tuple: use nnx.List to hold layers")
+    for edge in places:
+        _replace(edge, wrappers[id(edge.module)])
+    return sorted(path for path, _ in matched.values())
+
+
+def merge_lora(model: nnx.Module) -> list[str]:
+    """Folds s·a·b into the base kernels, in place; the adapters stay but are skipped.
+
+    The sum is formed in at least float32 and rounded to the kernel's dtype. Gradients of merged
+    adapters are zero: merge for inference. Layers that are merged already are left alone.
+
+    Args:
+      model: a model with LoRA layers, or a LoRA layer.
+
+    Returns:
+      The paths of the layers merged by this call, sorted.
+
+    Raises:
+      ValueError: if there is no LoRA layer, or a kernel is shared with another layer, which would
+        change too.
+
+    Example:
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+      >>> _ = add_lora(model, 'layers/0', rank=2, rngs=nnx.Rngs(1))
+      >>> merge_lora(model)
+      ['layers/0']
+    """
+    layers = {path: layer for path, layer in _lora_layers(model).items() if not layer.merged}
+    _refuse_shared_kernels(model, layers)
+    for layer in layers.values():
+        _add_to_kernel(layer, 1)
+    return sorted(layers)
+
+
+def unmerge_lora(model: nnx.Module) -> list[str]:
+    """Subtracts s·a·b from the base kernels that `merge_lora` added it to, in place.
+
+    Both directions round to the kernel's dtype, so the kernel comes back to within its rounding
+    (about one unit in the last place of the larger of kernel and merged kernel), not bit for bit;
+    in bfloat16 that is a relative 2⁻⁸. Merge an ``nnx.clone(model)`` where exactness matters.
+    The factors must not have changed since the merge.
+
+    Args:
+      model: a model with LoRA layers, or a LoRA layer.
+
+    Returns:
+      The paths of the layers unmerged by this call, sorted.
+
+    Raises:
+      ValueError: if there is no LoRA layer.
+
+    Example:
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+      >>> _ = add_lora(model, 'layers/0', rank=2, rngs=nnx.Rngs(1))
+      >>> merge_lora(model) == unmerge_lora(model)
+      True
+    """
+    layers = {path: layer for path, layer in _lora_layers(model).items() if layer.merged}
+    for layer in layers.values():
+        _add_to_kernel(layer, -1)
+    return sorted(layers)
+
+
+def unload_lora(model: nnx.Module) -> list[str]:
+    """Merges every adapter and puts the plain base layers back, in place.
+
+    Args:
+      model: a model with LoRA layers below its root.
+
+    Returns:
+      The paths of the layers that were put back, sorted.
+
+    Raises:
+      ValueError: as `merge_lora`, or if the model itself is the LoRA layer.
+
+    Example:
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+      >>> _ = add_lora(model, 'layers/0', rank=2, rngs=nnx.Rngs(1))
+      >>> unload_lora(model)
+      ['layers/0']
+      >>> type(model.layers[0]).__name__
+      'Linear'
+    """
+    merge_lora(model)
+    return _put_bases_back(model)
+
+
+def remove_lora(model: nnx.Module) -> list[str]:
+    """Drops every adapter and puts the plain base layers back, in place.
+
+    Args:
+      model: a model with LoRA layers below its root.
+
+    Returns:
+      The paths of the layers that were put back, sorted.
+
+    Raises:
+      ValueError: if there is no LoRA layer, one is merged, or the model itself is the LoRA layer.
+
+    Example:
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+      >>> _ = add_lora(model, 'layers/0', rank=2, rngs=nnx.Rngs(1))
+      >>> remove_lora(model)
+      ['layers/0']
+    """
+    for path, layer in _lora_layers(model).items():
+        if layer.merged:
+            raise ValueError(
+                f"{path or 'the model'} is merged: call unmerge_lora first to drop the adapter, or "
+                "unload_lora to keep it in the kernel"
+            )
+    return _put_bases_back(model)
+
+
+def lora_scales(model: nnx.Module) -> dict[str, float]:
+    """Returns the forward scale of every adapter.
+
+    Args:
+      model: a model with LoRA layers.
+
+    Returns:
+      Scale by '/'-joined path of the module that holds ``lora_a`` and ``lora_b``; empty if none.
+
+    Example:
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+      >>> _ = add_lora(model, 'layers/0', rank=2, alpha=4.0, rngs=nnx.Rngs(1))
+      >>> lora_scales(model)
+      {'layers/0': 2.0}
+    """
+    return {path: layer.scale for path, layer in _find_lora_layers(model)}
+
+
+def _edges(root: nnx.Module) -> Iterator[_Edge]:
+    """Yields every place that holds a module; a shared module is entered once."""
+    entered = {id(root)}
+
+    def walk(parent: Any, prefix: str) -> Iterator[_Edge]:
+        for key, child in _children(parent):
+            path = f"{prefix}/{key}" if prefix else str(key)
+            if isinstance(child, nnx.Module):
+                yield _Edge(path, parent, key, child)
+            if id(child) not in entered:
+                entered.add(id(child))
+                yield from walk(child, path)
+
+    yield from walk(root, "")
+
+
+def _children(node: Any) -> list[tuple[Any, Any]]:
+    if isinstance(node, nnx.Pytree):
+        return [(k, v) for k, v in vars(node).items() if not k.startswith("_pytree__")]
+    if isinstance(node, dict):
+        return list(node.items())
+    if isinstance(node, list | tuple):
+        return list(enumerate(node))
+    return []
+
+
+def _replace(edge: _Edge, module: nnx.Module) -> None:
+    if isinstance(edge.parent, nnx.Pytree):
+        setattr(edge.parent, edge.key, module)
+    else:
+        edge.parent[edge.key] = module
+
+
+def _find_lora_layers(model: nnx.Module) -> Iterator[tuple[str, LoRALayer]]:
+    if isinstance(model, LoRALayer):
+        yield "", model
+    seen: set[int] = set()
+    for edge in _edges(model):
+        if isinstance(edge.module, LoRALayer) and id(edge.module) not in seen:
+            seen.add(id(edge.module))
+            yield edge.path, edge.module
+
+
+def _lora_layers(model: nnx.Module) -> dict[str, LoRALayer]:
+    layers = dict(_find_lora_layers(model))
+    if not layers:
+        raise ValueError("the model has no LoRA layer: call add_lora first")
+    return layers
+
+
+def _put_bases_back(model: nnx.Module) -> list[str]:
+    if isinstance(model, LoRALayer):
+        raise ValueError("a LoRA layer cannot replace itself in place: use its attribute 'base'")
+    paths = sorted(_lora_layers(model))
+    for edge in list(_edges(model)):
+        if isinstance(edge.module, LoRALayer):
+            _replace(edge, edge.module.base)
+    return paths
+
+
+def _add_to_kernel(layer: LoRALayer, sign: int) -> None:
+    kernel = layer.base.kernel
+    kernel[...] = merge_kernel(kernel[...], layer.pair, sign * layer.scale, layer.axes)
+    layer.merged = not layer.merged
+
+
+def _refuse_shared_kernels(model: nnx.Module, layers: dict[str, LoRALayer]) -> None:
+    owners: dict[int, list[str]] = {}
+    modules: dict[int, tuple[str, nnx.Module]] = {id(model): ("", model)}
+    for edge in _edges(model):
+        modules.setdefault(id(edge.module), (edge.path, edge.module))
+    for path, module in modules.values():
+        for _, value in _children(module):
+            if isinstance(value, nnx.Variable):
+                owners.setdefault(id(value), []).append(path)
+    for path, layer in layers.items():
+        holders = owners[id(layer.base.kernel)]
+        if len(holders) > 1:
+            raise ValueError(
+                f"{path}: its kernel is shared by {', '.join(holders)}; merging changes them all"
+            )

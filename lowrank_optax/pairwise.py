@@ -1,0 +1,347 @@
+"""The engine: lifts a rule for one LoRA pair to an optax transformation of any parameter tree.
+
+A method is a *rule*, a generator that sees one pair and reads like the paper. Where it needs
+algebra on r×r matrices it yields a list of :class:`Batched` requests and receives the results::
+
+    def rule(step, grads, state, pair, scale):
+        [inverse] = yield [Batched(invert, gram("a", pair.a))]
+        ...
+        return updates, state
+
+The engine runs the rules of all pairs in lockstep and answers the requests of one round together:
+matrices of the same shape are stacked, so one Cholesky serves every layer, while the large factors
+stay where they are. It also finds the pairs, hands the other leaves to a fallback transformation,
+keeps the state in trees shaped like the parameters, and leaves out a pair whose gradient is not
+finite.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax import factors
+from lowrank_optax.linalg import compute_dtype
+
+
+class Batched:
+    """A request for small algebra, which the engine answers for all pairs at once.
+
+    Args:
+        function: maps stacked matrices (n, r, r) to (n, ., .); the same object for every pair.
+        matrices: its arguments for this pair, each (..., r, r).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> answer([Batched(jnp.linalg.inv, 2.0 * jnp.eye(2))])[0].tolist()
+        [[0.5, 0.0], [0.0, 0.5]]
+    """
+
+    def __init__(self, function: Callable[..., jax.Array], *matrices: jax.Array) -> None:
+        self.function = function
+        self.matrices = matrices
+
+
+class Step(NamedTuple):
+    """What every pair shares in one update.
+
+    Args:
+        count: updates done before this one, int32 scalar.
+        decay: weight-decay mask of this pair's leaves, by role.
+    """
+
+    count: jax.Array
+    decay: Any
+
+
+RuleRun = Generator[list[Batched], list[jax.Array], tuple[Any, Any]]
+
+
+class Rule(Protocol):
+    """A method on one pair: ``(step, grads, state, pair, scale) → (updates, state)``.
+
+    ``grads``, ``pair`` and the returned updates are nodes of the same type with canonical factors;
+    ``state`` is a NamedTuple whose fields are such nodes.
+    """
+
+    def __call__(self, step: Step, grads: Any, state: Any, pair: Any, scale: Any) -> RuleRun:
+        """Starts the rule on one pair."""
+        ...
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One of the rules that a method takes turns in.
+
+    Args:
+        rule: the rule.
+        reads: the gradients it uses; where one of these is not finite, the pair sits out.
+    """
+
+    rule: Rule
+    reads: tuple[str, ...] = ("a", "b")
+
+
+class PairwiseState(NamedTuple):
+    """State of a lifted method.
+
+    Args:
+        count: updates done, int32 scalar.
+        skipped: how often a pair was left out because its gradient or its small algebra was not
+            finite, int32 scalar, summed over pairs.
+        pairs: the method's NamedTuple; each field is a tree shaped like the parameters with
+            ``MaskedNode`` in place of unpaired leaves.
+        fallback: state of the transformation of the unpaired leaves.
+    """
+
+    count: jax.Array
+    skipped: jax.Array
+    pairs: Any
+    fallback: optax.OptState
+
+
+def lift(
+    branches: Sequence[Branch],
+    state_type: type,
+    init: Callable[[Any], Any],
+    *,
+    fallback: optax.GradientTransformation,
+    turn: Callable[[jax.Array], jax.Array] | None = None,
+    scale: Any = 1.0,
+    decay_mask: Any = None,
+    specs: Sequence[factors.PairMatcher] = factors.DEFAULT_SPECS,
+    node: type = factors.LoRAPair,
+    name: str = "this transformation",
+) -> optax.GradientTransformationExtraArgs:
+    """Lifts rules for one pair to a transformation of a whole parameter tree.
+
+    Args:
+        branches: the rules, which must return the same structures.
+        state_type: the method's NamedTuple of nodes.
+        init: the ``state_type`` of one pair at the start, from the pair.
+        fallback: transformation of every leaf that belongs to no pair.
+        turn: index of the branch to run, from the count; needed if there are several.
+        scale: forward scale, see :func:`lowrank_optax.factors.scales`.
+        decay_mask: what weight decay applies to: a tree of booleans or a callable from the
+            parameters to one, None for everything. Rules find it in ``step.decay``.
+        specs: layouts of the pairs, see :func:`lowrank_optax.factors.find_pairs`.
+        node: the node type the rules understand.
+        name: the method's name, for messages.
+
+    Returns:
+        A transformation that needs ``params`` in ``update``. Updates have the gradients' dtypes.
+
+    Raises:
+        ValueError: in ``init`` or ``update``, for pairs that do not fit (see ``find_pairs``), for
+            nodes of another type, for missing ``params``, or trees that do not match.
+
+    Example:
+        A rule that moves ``a`` by its preconditioned gradient and leaves ``b``:
+
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from typing import NamedTuple
+        >>> from lowrank_optax import LoRAPair, linalg
+        >>> class NoState(NamedTuple):
+        ...     pass
+        >>> invert = lambda gram: linalg.damped_inverse(gram, 1e-6)
+        >>> def rule(step, grads, state, pair, scale):
+        ...     [inverse] = yield [Batched(invert, linalg.gram("b", pair.b))]
+        ...     return LoRAPair(-linalg.mix("a", grads.a, inverse), 0 * grads.b), state
+        >>> tx = lift([Branch(rule)], NoState, lambda pair: NoState(), fallback=optax.sgd(0.1))
+        >>> params = {"q": LoRAPair(jnp.zeros((4, 2)), 2.0 * jnp.eye(2, 3)), "bias": jnp.ones(3)}
+        >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
+        >>> updates["q"].a[0].round(3).tolist(), updates["bias"].shape
+        ([-0.25, -0.25], (3,))
+    """
+    fallback = optax.with_extra_args_support(fallback)
+
+    def find(params: Any) -> factors.Pairing:
+        pairing = factors.find_pairs(params, specs)
+        for pair in pairing.pairs:
+            if pair.spec.node is not node:
+                raise ValueError(
+                    f"{pair.path}: {name} works on {node.__name__}, but this is a"
+                    f" {pair.spec.node.__name__}. Use the optimizer made for it, or plain factors."
+                )
+        return pairing
+
+    def init_fn(params: Any) -> PairwiseState:
+        pairing = find(params)
+        states = [init(pair) for pair in pairing.take(params)]
+        return PairwiseState(
+            count=jnp.zeros([], jnp.int32),
+            skipped=jnp.zeros([], jnp.int32),
+            pairs=_to_trees(pairing, state_type, states, params),
+            fallback=fallback.init(pairing.rest(params)),
+        )
+
+    def update_fn(
+        updates: Any, state: PairwiseState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, PairwiseState]:
+        if params is None:
+            raise ValueError(f"{name} needs the parameters: call `update(grads, state, params)`.")
+        pairing = find(params)
+        _check_same_tree(updates, pairing, name)
+        rest, fallback_state = fallback.update(
+            pairing.rest(updates), state.fallback, pairing.rest(params), **extra_args
+        )
+        if not pairing.pairs:
+            count = optax.safe_increment(state.count)
+            return rest, state._replace(count=count, fallback=fallback_state)
+
+        grads, pairs = pairing.take(updates), pairing.take(params)
+        pair_states = _to_pairs(pairing, state.pairs)
+        pair_scales = factors.scales(pairing, scale)
+        decay = _decay_by_pair(pairing, decay_mask, params)
+
+        def run(branch: Branch, grads: Any, pair_states: Any, pairs: Any) -> Any:
+            results, finite = _lockstep(
+                [
+                    branch.rule(Step(state.count, pair_decay), *args)
+                    for pair_decay, *args in zip(
+                        decay, grads, pair_states, pairs, pair_scales, strict=True
+                    )
+                ]
+            )
+            moves, new_states, skipped = [], [], jnp.zeros([], jnp.int32)
+            for (move, new), finite_algebra, grad, old in zip(
+                results, finite, grads, pair_states, strict=True
+            ):
+                ok = finite_algebra & _all_finite([getattr(grad, role) for role in branch.reads])
+                moves.append(_where(ok, move, jax.tree.map(jnp.zeros_like, grad)))
+                new_states.append(_where(ok, new, old))
+                skipped += ~ok
+            return moves, new_states, skipped
+
+        if len(branches) == 1:
+            moves, new_states, skipped = run(branches[0], grads, pair_states, pairs)
+        else:
+            moves, new_states, skipped = jax.lax.switch(
+                turn(state.count),
+                [lambda *args, branch=branch: run(branch, *args) for branch in branches],
+                grads,
+                pair_states,
+                pairs,
+            )
+        new_state = PairwiseState(
+            count=optax.safe_increment(state.count),
+            skipped=state.skipped + skipped,
+            pairs=_to_trees(pairing, state_type, new_states, params),
+            fallback=fallback_state,
+        )
+        return pairing.merge(pairing.put(moves, updates), rest), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def answer(requests: Sequence[Batched]) -> list[jax.Array]:
+    """Answers requests together: matrices of one function and shape are stacked into one call.
+
+    Args:
+        requests: one per pair.
+
+    Returns:
+        The results, in the order of the requests, with their batch axes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> one, two = answer([Batched(jnp.linalg.det, s * jnp.eye(3)) for s in (1.0, 2.0)])
+        >>> float(one), float(two)
+        (1.0, 8.0)
+    """
+    groups: dict[Any, list[int]] = defaultdict(list)
+    for index, request in enumerate(requests):
+        kind = tuple((m.shape[-2:], m.dtype) for m in request.matrices)
+        groups[request.function, kind].append(index)
+    answers: dict[int, jax.Array] = {}
+    for (function, _), indices in groups.items():
+        stacks = [
+            jnp.concatenate([m.reshape(-1, *m.shape[-2:]) for m in column])
+            for column in zip(*(requests[i].matrices for i in indices), strict=True)
+        ]
+        result = function(*stacks)
+        start = 0
+        for i in indices:
+            batch = requests[i].matrices[0].shape[:-2]
+            stop = start + math.prod(batch)
+            answers[i] = result[start:stop].reshape(*batch, *result.shape[1:])
+            start = stop
+    return [answers[i] for i in range(len(requests))]
+
+
+def _lockstep(runs: Sequence[RuleRun]) -> tuple[list[Any], list[jax.Array]]:
+    """Runs all rules to their end, one round of requests at a time.
+
+    Returns their results, and for each whether its first round was finite: a factorization that
+    fails there shows before anything depends on it.
+    """
+    results: list[Any] = [None] * len(runs)
+    finite: list[Any] = [jnp.array(True)] * len(runs)
+    replies: dict[int, Any] = dict.fromkeys(range(len(runs)))
+    first_round = True
+    while replies:
+        requests: dict[int, list[Batched]] = {}
+        for index, reply in replies.items():
+            try:
+                requests[index] = runs[index].send(reply)
+            except StopIteration as stop:
+                results[index] = stop.value
+        answers = iter(answer([request for asked in requests.values() for request in asked]))
+        replies = {i: [next(answers) for _ in asked] for i, asked in requests.items()}
+        if first_round:
+            for index, reply in replies.items():
+                finite[index] = _all_finite(reply)
+            first_round = False
+    return results, finite
+
+
+def _all_finite(arrays: Sequence[jax.Array]) -> jax.Array:
+    """A sum is finite only if every term is; one reduction is all this costs."""
+    return jnp.isfinite(sum(jnp.sum(x.astype(compute_dtype(x))) for x in arrays))
+
+
+def _where(ok: jax.Array, new: Any, old: Any) -> Any:
+    """Takes ``new`` where ``ok``, else ``old``, in the dtypes of ``old``."""
+    return jax.tree.map(lambda n, o: jnp.where(ok, n.astype(o.dtype), o), new, old)
+
+
+def _to_trees(pairing: factors.Pairing, state_type: type, states: Sequence[Any], like: Any) -> Any:
+    """Turns one state per pair into one state whose fields are trees shaped like the parameters."""
+    return state_type(
+        *(pairing.put([getattr(s, name) for s in states], like) for name in state_type._fields)
+    )
+
+
+def _to_pairs(pairing: factors.Pairing, state: Any) -> list[Any]:
+    """Undoes :func:`_to_trees`."""
+    fields = [pairing.take(tree) for tree in state]
+    return [type(state)(*(field[i] for field in fields)) for i in range(len(pairing.pairs))]
+
+
+def _decay_by_pair(pairing: factors.Pairing, mask: Any, params: Any) -> list[dict[str, bool]]:
+    if callable(mask):
+        mask = mask(params)
+    by_leaf = pairing.by_leaf(True if mask is None else mask, "mask")
+    return [{role: by_leaf[index] for role, index in pair.leaves.items()} for pair in pairing.pairs]
+
+
+def _check_same_tree(updates: Any, pairing: factors.Pairing, name: str) -> None:
+    try:
+        leaves = pairing.treedef.flatten_up_to(updates)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: gradients and parameters differ in structure. {error}"
+        ) from error
+    for pair in pairing.pairs:
+        for role, index in pair.leaves.items():
+            if not hasattr(leaves[index], "shape"):
+                raise ValueError(
+                    f"{name}: {pairing.paths[index]} has no gradient ({leaves[index]!r}), so"
+                    f" {pair.path!r} is half a pair ({role!r} is missing). Take gradients of both"
+                    " factors, or mask both in the parameters too."
+                )

@@ -1,0 +1,117 @@
+import json
+import re
+from itertools import pairwise
+
+import pytest
+from typer.testing import CliRunner
+
+import experiments.__main__
+from experiments.__main__ import app
+from experiments.errors import ExperimentError
+from experiments.methods import METHODS
+from experiments.study import load_study, override, parse_overrides, select, study_names
+
+TINY_RUN = ["run", "digits", "--override=plan.eval_every=3", "--steps=3", "--seed=0"]
+
+
+def invoke(*arguments):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    return result.exit_code, re.sub(r"\s+", " ", result.output)
+
+
+def test_run_writes_results_and_figure_then_reuses_them(tmp_path, tiny_digits, monkeypatch):
+    def load_tiny(name, options, data_dir, on_step):
+        assert (name, data_dir) == ("digits", None)
+        return tiny_digits
+
+    monkeypatch.setattr(experiments.__main__, "load_task", load_tiny)
+
+    def run(*arguments):
+        return invoke(*TINY_RUN, "--method=adamw", "--out", tmp_path, *arguments)
+
+    code, output = run("--learning-rate=0.01")
+    assert code == 0, output
+    (first,) = tmp_path.glob("*.json")
+    content = first.read_bytes()
+    losses = json.loads(content)["train_losses"]
+    assert json.loads(content)["status"] == "finished"
+    assert (tmp_path / "digits.png").stat().st_size > 10_000
+
+    code, output = run("--learning-rate=0.01", "--learning-rate=0.001")
+    assert code == 0, output
+    assert "Reused 1 of 2" in output
+    assert "--fresh" in output
+    assert len(list(tmp_path.glob("*.json"))) == 2
+    assert first.read_bytes() == content
+
+    first.write_text("{")
+    code, output = run("--learning-rate=0.01")
+    assert code == 2
+    assert "not a result of schema" in output
+    assert first.read_text() == "{"
+    code, output = run("--learning-rate=0.01", "--fresh")
+    assert code == 0, output
+    assert json.loads(first.read_bytes())["train_losses"] == losses
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nonsense"], "unknown study 'nonsense'; there are: digits, minilm-sst2"),
+        (["run", "digits", "--method=sgd"], "unknown method 'sgd'; there are: adamw, altlora"),
+        (["run", "digits", "--method=altlora-sequential"], "pass --learning-rate"),
+        (["run", "digits", "--override=plan.stops=3"], "unknown override 'plan.stops'"),
+        (["run", "digits", "--override=task_options.size=3"], "task_options.rank"),
+        (["run", "digits", "--override=task_options.rank=big"], "task_options.rank: "),
+        (["run", "digits", "--override=plan.steps"], "not of the form key=value"),
+        (["run", "digits", "--steps=0"], "plan.steps: Input should be greater than 0"),
+        (["run", "digits", "--learning-rate=-1"], "needs positive learning rates"),
+        (["run", "digits", "--data-dir=."], "takes no --data-dir"),
+        (["run", "minilm-sst2", "--data-dir=no/such/folder"], "no/such/folder/train.tsv does not"),
+    ],
+)
+def test_mistakes_are_explained_without_a_traceback(arguments, message, tmp_path):
+    code, output = invoke(*arguments, "--out", tmp_path)
+    assert code == 2
+    assert message in output
+    assert "Traceback" not in output
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_list_names_every_study_and_method():
+    code, output = invoke("list")
+    assert code == 0
+    for name in [*study_names(), *METHODS]:
+        assert f" {name} " in output
+
+
+@pytest.mark.parametrize("name", study_names())
+def test_studies_are_fair_and_their_smoke_is_valid(name):
+    file = load_study(name)
+    assert f"python -m experiments run {name}" in file.description
+    for rates in file.study.learning_rates.values():
+        assert len(rates) >= 5
+        ratios = [b / a for a, b in pairwise(rates)]
+        assert all(2.5 < ratio < 4 for ratio in ratios)
+    assert len({len(rates) for rates in file.study.learning_rates.values()}) == 1
+    smoke = override(file.study, file.smoke)
+    assert smoke.runs() < file.study.runs()
+
+
+def test_overrides_are_json_or_text():
+    changes = parse_overrides(["seeds=[3,4]", "task_options.targets=query|key", "plan.steps=7"])
+    study = override(load_study("digits").study, changes)
+    assert study.seeds == (3, 4)
+    assert study.task_options["targets"] == "query|key"
+    assert study.plan.steps == 7
+    assert load_study("digits").study.plan.steps != 7
+
+
+def test_select_narrows_and_replaces_the_sweep():
+    study = load_study("digits").study
+    assert list(select(study, ["altlora"], []).learning_rates) == ["altlora"]
+    chosen = select(study, ["altlora-sequential"], [0.5])
+    assert chosen.learning_rates == {"altlora-sequential": (0.5,)}
+    assert chosen.runs() == len(study.seeds)
+    with pytest.raises(ExperimentError, match="unknown method"):
+        select(study, ["adam"], [0.1])

@@ -73,7 +73,7 @@ def unpaired_mask(mask: Any) -> Any:
         return mask
 
     def of_rest(rest: Any) -> Any:
-        is_masked = lambda x: isinstance(x, optax.MaskedNode)  # noqa: E731
+        is_masked = lambda x: isinstance(x, optax.MaskedNode)
         full = jax.tree.broadcast(mask, rest, is_leaf=is_masked)
         return jax.tree.map(
             lambda leaf, m: leaf if is_masked(leaf) else m, rest, full, is_leaf=is_masked

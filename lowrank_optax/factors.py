@@ -358,7 +358,7 @@ def _first_match(specs: Sequence[PairMatcher], path: str) -> Member | None:
 
 def _node_members(tree: Any) -> dict[str, Member]:
     """Members of the pairs that stand in the tree as nodes, by leaf path."""
-    is_node = lambda x: isinstance(x, _NODE_TYPES)  # noqa: E731
+    is_node = lambda x: isinstance(x, _NODE_TYPES)
     members = {}
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
         if is_node(node):

@@ -64,7 +64,7 @@ class Schedule:
     def __post_init__(self) -> None:
         check_choice("order", self.order, ("alternating", "simultaneous", "sequential"))
         check_choice("first", self.first, _SIDES)
-        is_count = lambda n: n >= 1 and n == int(n)  # noqa: E731
+        is_count = lambda n: n >= 1 and n == int(n)
         check("switch_every", self.switch_every, is_count, "must be a whole number, 1 or more")
         if self.order != "alternating":
             unused = "applies to order='alternating' only; leave it at 1"

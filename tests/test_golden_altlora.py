@@ -18,7 +18,7 @@ pytestmark = pytest.mark.usefixtures("x64")
 def load(name):
     with np.load(GOLDEN / f"{name}.npz") as file:
         data = {key: file[key] for key in file.files}
-    hp = {key[3:]: value.item() for key, value in data.items() if key[:3] == "hp_" and not value.ndim}
+    hp = {k[3:]: v.item() for k, v in data.items() if k.startswith("hp_") and v.ndim == 0}
     return data, hp
 
 
@@ -49,8 +49,9 @@ def run(tx, data, scale):
 
 def assert_trajectory(trajectory, data, atol=1e-10):
     for t, pair in enumerate(trajectory):
-        np.testing.assert_allclose(pair.a.T, data["A"][t], rtol=0, atol=atol, err_msg=f"a, step {t}")
-        np.testing.assert_allclose(pair.b.T, data["B"][t], rtol=0, atol=atol, err_msg=f"b, step {t}")
+        for factor, value in (("A", pair.a.T), ("B", pair.b.T)):
+            message = f"{factor} at step {t}"
+            np.testing.assert_allclose(value, data[factor][t], 0, atol, err_msg=message)
 
 
 def test_golden_files_are_all_there():
@@ -103,7 +104,7 @@ def test_sequential_altlora_equals_the_released_code(start):
 
 @pytest.mark.parametrize("start", ["randB", "zeroB"])
 def test_altlora_plus_differs_from_the_released_code_where_documented(start):
-    """The released AltLoRA+ has no bias correction of v: its first step is 1/sqrt(1 − β2) longer."""
+    """Without bias correction of v the released first step is 1/sqrt(1 − β2) times longer."""
     data, hp = load(f"altlora_plus_released_{start}")
     b1, b2 = (float(b) for b in data["hp_betas"])
     tx = altlora_plus(hp["lr"], b1, b2, 1e-12, hp["reg"], order="sequential", scale=hp["scale"])

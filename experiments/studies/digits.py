@@ -1,9 +1,12 @@
 """Digits: adapt a small ViT from the digits 0-4 to 5-9, AdamW against AltLoRA and AltLoRA+.
 
-    python -m experiments demo            # this study, with a figure (`make demo`)
+    python -m experiments demo            # this study (`make demo`), into outputs/demo
     python -m experiments run digits
 
-Cost: about TODO minutes on 2 CPU cores, pretraining and compilation included. No download.
+Cost: 21 runs of 150 steps, 2 to 3 minutes on 2 CPU cores with pretraining and compilation. No
+download: the images come with scikit-learn. Learning rates are chosen on the validation split and
+the test is only reported. What to expect: AdamW and AltLoRA+ are best at 0.01, AltLoRA near 0.3;
+after these 150 steps AdamW has the lowest validation loss (0.18 against 0.25 and 0.47).
 """
 
 from experiments.schema import Plan

@@ -1,0 +1,22 @@
+"""Settings and fixtures of all tests and doctests."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_compilation() -> Iterator[None]:
+    """The tests compile many tiny programs: compiling them fast beats running them fast."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture
+def x64() -> Iterator[None]:
+    """Runs a test in double precision."""
+    with jax.enable_x64(True):
+        yield

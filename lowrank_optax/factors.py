@@ -330,10 +330,10 @@ def scales(pairing: Pairing, scale: Any) -> list[Any]:
     names = [pair.path for pair in pairing.pairs]
     if callable(scale):
         values = [scale(name) for name in names]
-    elif isinstance(scale, Mapping) and names and set(names) <= set(scale):
-        values = [scale[name] for name in names]
     elif not names:
-        return []
+        values = []
+    elif _is_by_path(scale, names):
+        values = [scale[name] for name in names]
     else:
         leaves = pairing.by_leaf(scale, "scale")
         values = [leaves[pair.leaves["a"]] for pair in pairing.pairs]
@@ -346,6 +346,11 @@ def scales(pairing: Pairing, scale: Any) -> list[Any]:
         if isinstance(value, int | float) and not value > 0:
             raise ValueError(f"{name}: `scale` must be positive, got {value}.")
     return values
+
+
+def _is_by_path(scale: Any, names: Sequence[str]) -> bool:
+    by_path = isinstance(scale, Mapping) and set(names) <= set(scale)
+    return by_path and jax.tree_util.all_leaves([scale[name] for name in names])
 
 
 def _first_match(specs: Sequence[PairMatcher], path: str) -> Member | None:

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+import optax
 
 Side = Literal["a", "b"]
 
@@ -87,6 +88,28 @@ def mix(side: Side, x: jax.Array, m: jax.Array) -> jax.Array:
     return _einsum(_MIX[side], x, m)
 
 
+def moved(x: jax.Array, update: jax.Array) -> jax.Array:
+    """Computes what ``optax.apply_updates`` makes of a parameter, rounding included.
+
+    A compiler may keep the sum of two bfloat16 numbers in float32 where it is used at once; the
+    stored parameter is rounded, and momentum must follow the stored one.
+
+    Args:
+        x: a parameter.
+        update: its update.
+
+    Returns:
+        The new value, exactly representable in the dtype of ``x``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> moved(jnp.ones(1, jnp.bfloat16), jnp.full(1, 1e-4, jnp.bfloat16)).tolist()
+        [1.0]
+    """
+    info = jnp.finfo(x.dtype)
+    return jax.lax.reduce_precision(optax.apply_updates(x, update), info.nexp, info.nmant)
+
+
 def product(x: jax.Array, y: jax.Array) -> jax.Array:
     """Computes the matrix product ``x y`` of small matrices (..., r, r) at full precision.
 
@@ -110,7 +133,7 @@ def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
         damping: δ, a positive scalar.
 
     Returns:
-        (..., r, r). Finite for every finite input whose floor does not overflow.
+        (..., r, r). Finite for every finite input, NaN for any other.
 
     Example:
         >>> import jax.numpy as jnp
@@ -127,7 +150,8 @@ def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
     root = jax.lax.linalg.triangular_solve(
         factor, jnp.broadcast_to(eye, matrix.shape), left_side=True, lower=True
     )
-    return _einsum("...ki,...kj->...ij", root, root)
+    inverse = _einsum("...ki,...kj->...ij", root, root)
+    return jnp.where(jnp.isfinite(trace), inverse, jnp.nan)  # an infinite pivot would give 0
 
 
 def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -29,6 +29,7 @@ from lowrank_optax.linalg import (
     damped_inverse,
     gram,
     mix,
+    moved,
     other,
     product,
 )
@@ -133,23 +134,23 @@ def lift_owning_step(
                 inverses = yield [
                     Batched(invert, gram(other(side), x[other(side)])) for side in stage
                 ]
-                moved = {}
+                new = {}
                 for side, inverse in zip(stage, inverses, strict=True):
                     projected = mix(side, g[side], inverse) / scale**2
                     moments[side], direction = advance(moments[side], projected, k)
                     if step.decay[side]:
                         direction += weight_decay * x[side].astype(direction.dtype)
                     updates[side] = (-eta * direction).astype(g[side].dtype)
-                    moved[side] = optax.apply_updates(x[side], updates[side])
+                    new[side] = moved(x[side], updates[side])
                 carries = yield [
-                    Batched(transport, gram(side, new), cross(side, x[side], new))
-                    for side, new in moved.items()
+                    Batched(transport, gram(side, value), cross(side, x[side], value))
+                    for side, value in new.items()
                 ]
                 for side, carry in zip(stage, carries, strict=True):
                     follower = moments[other(side)]
                     mu = mix(other(side), follower.mu, carry)
                     moments[other(side)] = follower._replace(mu=mu)
-                x |= moved
+                x |= new
             return LoRAPair(**updates), _join(moments)
 
         return Branch(rule, reads=tuple(side for stage in stages for side in stage))

@@ -196,7 +196,9 @@ def test_float64_stays_float64(method):
     with jax.enable_x64(True):
         params = make_params(jnp.float64)
         after, state = run(method(), params)
-        floats = [x for x in jax.tree.leaves((after, state)) if jnp.issubdtype(x, jnp.floating)]
+        floats = [
+            x for x in jax.tree.leaves((after, state)) if jnp.issubdtype(x.dtype, jnp.floating)
+        ]
         assert all(leaf.dtype == jnp.float64 for leaf in floats)
 
 

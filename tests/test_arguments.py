@@ -1,0 +1,70 @@
+"""Hyperparameters out of range are refused where they are plain numbers, with the remedy."""
+
+import jax.numpy as jnp
+import optax
+import pytest
+
+from lowrank_optax import LoRAPair, altlora, altlora_plus, scale_by_altlora, scale_by_altlora_plus
+
+PARAMS = {"q": LoRAPair(jnp.eye(4, 2), jnp.zeros((2, 3))), "bias": jnp.ones(3)}
+IDENTITY = optax.identity()
+
+
+@pytest.mark.parametrize("make", [altlora, altlora_plus])
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"learning_rate": 0.0}, "`learning_rate` must be positive, got 0.0"),
+        ({"learning_rate": -1}, "`learning_rate` must be positive, got -1"),
+        ({"damping": 0.0}, "`damping` must be positive"),
+        ({"damping": -1e-6}, "`damping` must be positive"),
+        ({"b1": 1.0}, r"`b1` must lie in \[0, 1\), got 1.0"),
+        ({"weight_decay": -0.1}, "`weight_decay` must not be negative"),
+        ({"order": "random"}, "`order` must be one of alternating, simultaneous, sequential"),
+        ({"first": "c"}, "`first` must be one of a, b, got 'c'"),
+        ({"switch_every": 0}, "`switch_every` must be a whole number, 1 or more, got 0"),
+        ({"switch_every": 1.5}, "`switch_every` must be a whole number"),
+        ({"switch_every": 2, "order": "sequential"}, "`switch_every` applies to order='alter"),
+        ({"scale": 0.0}, "q: `scale` must be positive, got 0.0"),
+        ({"scale": {"p": 1.0}}, "`scale` does not fit the parameter tree"),
+        ({"mask": {"p": True}}, "`mask` does not fit the parameter tree"),
+    ],
+)
+def test_nonsense_is_refused(make, keywords, message):
+    def use():
+        tx = make(**{"learning_rate": 0.1, "fallback": IDENTITY, **keywords})
+        tx.update(PARAMS, tx.init(PARAMS), PARAMS)
+
+    with pytest.raises(ValueError, match=message):
+        use()
+
+
+@pytest.mark.parametrize("keywords", [{"b2": -0.1}, {"eps": -1.0}])
+def test_second_moment_arguments(keywords):
+    with pytest.raises(ValueError, match="must"):
+        altlora_plus(0.1, **keywords)
+
+
+@pytest.mark.parametrize("make", [scale_by_altlora, scale_by_altlora_plus])
+def test_sequential_needs_the_alias(make):
+    with pytest.raises(ValueError, match=r"needs the learning rate; use altlora\(\.\.\.\)"):
+        make(order="sequential")
+
+
+def test_update_with_other_gradients_than_parameters():
+    tx = altlora(0.1)
+    state = tx.init(PARAMS)
+    with pytest.raises(ValueError, match="gradients and parameters differ in structure"):
+        tx.update({"q": PARAMS["q"]}, state, PARAMS)
+    without_b = {"q": LoRAPair(jnp.ones((4, 2)), None), "bias": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"q/b has no gradient.*half a pair"):
+        tx.update(without_b, state, PARAMS)
+
+
+def test_mask_tree_covers_pairs_and_the_fallback():
+    tx = altlora(0.1, weight_decay=0.5, mask={"q": LoRAPair(True, True), "bias": False})
+    zero = {"q": LoRAPair(jnp.zeros((4, 2)), jnp.zeros((2, 3))), "bias": jnp.zeros(3)}
+    params = {"q": LoRAPair(jnp.ones((4, 2)), jnp.ones((2, 3))), "bias": jnp.ones(3)}
+    updates, _ = tx.update(zero, tx.init(params), params)
+    assert jnp.allclose(updates["q"].b, -0.05)
+    assert not jnp.any(updates["bias"])

@@ -1,0 +1,178 @@
+"""Pairing: every layout in the wild, and the errors that name the path and the remedy."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from lowrank_optax import LoRAPair, Member, PairSpec, altlora, factors, find_pairs
+
+A, B = jnp.arange(12.0).reshape(6, 2), jnp.arange(8.0).reshape(2, 4)
+
+
+def taken(tree, specs=factors.DEFAULT_SPECS):
+    """Canonical pairs by path."""
+    pairing = find_pairs(tree, specs)
+    names = [pair.path for pair in pairing.pairs]
+    return dict(zip(names, pairing.take(tree), strict=True))
+
+
+LAYOUTS = {
+    "flax": ({"q": {"lora_a": A, "lora_b": B, "kernel": A}}, "q"),
+    "linen collection": (
+        {"lora": {"layers_0": {"q": {"lora_a": A, "lora_b": B}}}},
+        "lora/layers_0/q",
+    ),
+    "qwix": ({"q": {"w_lora_a": A, "w_lora_b": B, "w": A}}, "q/w"),
+    "peft": ({"q": {"lora_A": A.T, "lora_B": B.T}}, "q"),
+    "peft weight": ({"q": {"lora_A": {"weight": A.T}, "lora_B": {"weight": B.T}}}, "q"),
+    "peft named adapter": (
+        {"q": {"lora_A": {"default": {"weight": A.T}}, "lora_B": {"default": {"weight": B.T}}}},
+        "q/default",
+    ),
+    "peft flat": (
+        {"base_model.model.q.lora_A.weight": A.T, "base_model.model.q.lora_B.weight": B.T},
+        "base_model/model/q",
+    ),
+    "node": ({"q": LoRAPair(A, B)}, "q"),
+    "node in a list": ([{"q": LoRAPair(A, B)}], "0/q"),
+    "root": (LoRAPair(A, B), ""),
+}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layouts_in_the_wild(name):
+    tree, path = LAYOUTS[name]
+    pairs = taken(tree)
+    assert list(pairs) == [path]
+    assert jnp.array_equal(pairs[path].a, A)
+    assert jnp.array_equal(pairs[path].b, B)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_put_undoes_take(name):
+    tree, _ = LAYOUTS[name]
+    pairing = find_pairs(tree)
+    back = pairing.merge(pairing.put(pairing.take(tree), tree), pairing.rest(tree))
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for one, two in zip(jax.tree.leaves(back), jax.tree.leaves(tree), strict=True):
+        assert jnp.array_equal(one, two)
+
+
+def test_two_qwix_weights_of_one_module_are_two_pairs():
+    tree = {"mlp": {"up_lora_a": A, "up_lora_b": B, "down_lora_a": A, "down_lora_b": B}}
+    assert set(taken(tree)) == {"mlp/up", "mlp/down"}
+
+
+def test_nnx_state_and_plain_arrays_have_the_same_paths():
+    class Layer(nnx.Module):
+        def __init__(self):
+            self.lora_a, self.lora_b = nnx.LoRAParam(A), nnx.LoRAParam(B)
+
+    model = nnx.List([Layer()])
+    state = nnx.state(model, nnx.LoRAParam)
+    assert list(taken(state)) == list(taken(nnx.to_pure_dict(state))) == ["0"]
+
+
+def test_multi_axis_factors_by_a_declared_spec():
+    """A kernel (d, heads, head_dim) whose b keeps its axes, rank first, layers stacked second."""
+    a = jnp.arange(2 * 6 * 3.0).reshape(3, 6, 2)  # (layers, d, r)
+    b = jnp.arange(2 * 3 * 4 * 5.0).reshape(2, 3, 4, 5)  # (r, layers, heads, head_dim)
+    spec = PairSpec("down", "up", b_rank=0, b_out=(2, 3))
+    tree = {"q": {"down": a, "up": b}}
+    pair = taken(tree, [spec])["q"]
+    assert (pair.a.shape, pair.b.shape) == ((3, 6, 2), (3, 2, 20))
+    expected = np.einsum("ldr,rlhk->ldhk", a, b).reshape(3, 6, 20)
+    np.testing.assert_allclose(pair.a @ pair.b, expected)
+    pairing = find_pairs(tree, [spec])
+    assert jnp.array_equal(pairing.put([pair], tree)["q"]["up"], b)
+
+
+def test_a_callable_declares_pairs():
+    def by_letter(path):
+        head, _, last = path.rpartition("/")
+        return Member(head, last, PairSpec("a", "b")) if last in ("a", "b") else None
+
+    assert list(taken({"q": {"a": A, "b": B}}, [by_letter])) == ["q"]
+
+
+def test_spec_drives_the_optimizer():
+    transposed = PairSpec("down", "up", a_in=(1,), a_rank=0, b_rank=1, b_out=(0,))
+    plain = {"q": LoRAPair(A, B)}
+    theirs = {"q": {"down": A.T, "up": B.T}}
+    update = altlora(0.1, order="simultaneous").update
+    ours, _ = update(plain, altlora(0.1, order="simultaneous").init(plain), plain)
+    tx = altlora(0.1, order="simultaneous", specs=[transposed])
+    updates, _ = tx.update(theirs, tx.init(theirs), theirs)
+    np.testing.assert_allclose(updates["q"]["down"].T, ours["q"].a, rtol=1e-6)
+    np.testing.assert_allclose(updates["q"]["up"].T, ours["q"].b, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        ({"q": {"lora_a": A}}, r"Half a pair at 'q'.*q/lora_a.*'b'.*same label"),
+        ({"q": {"lora_a": A, "lora_b": B[:1]}}, r"q/lora_a \(6, 2\).*do not multiply.*PairSpec"),
+        (
+            {"q": LoRAPair(jnp.ones((3, 6, 2)), jnp.ones((4, 2, 5)))},
+            r"q/a.*different batch axes: \(3,\) and \(4,\)",
+        ),
+        ({"q": LoRAPair(jnp.ones((6, 5)), jnp.ones((5, 4)))}, r"rank 5.*min\(in, out\) = 4"),
+        ({"q": LoRAPair(jnp.ones((6, 0)), jnp.ones((0, 4)))}, r"rank 0 must lie between 1"),
+        ({"q": LoRAPair(jnp.ones(6), jnp.ones((2, 4)))}, r"q/a: a factor needs the axes"),
+        (
+            {"q": LoRAPair(jnp.ones((6, 2)), optax.MaskedNode())},
+            r"Half a pair at 'q'.*give them the same label or mask",
+        ),
+    ],
+)
+def test_misshapen_pairs_name_the_path_and_the_remedy(tree, message):
+    with pytest.raises(ValueError, match=message):
+        find_pairs(tree)
+
+
+def test_integer_factors_are_refused():
+    with pytest.raises(TypeError, match=r"q/a: a LoRA factor must be floating, got int32"):
+        find_pairs({"q": LoRAPair(jnp.ones((6, 2), jnp.int32), B)})
+
+
+def test_one_role_claimed_twice_is_refused():
+    everything = lambda path: Member("all", "a", PairSpec("a", "b"))
+    with pytest.raises(ValueError, match=r"x and y both claim the role 'a'"):
+        find_pairs({"x": A, "y": A}, [everything])
+
+
+def test_lookalikes_that_match_no_spec_are_warned_about():
+    with pytest.warns(UserWarning, match="q/lora_down.*PairSpec"):
+        find_pairs({"q": {"lora_down": A, "lora_up": B}})
+
+
+TWO = {"x": LoRAPair(A, B), "y": LoRAPair(A, B)}
+
+
+@pytest.mark.parametrize(
+    "scale",
+    [
+        lambda path: {"x": 2.0, "y": 3.0}[path],
+        {"x": 2.0, "y": 3.0},
+        {"x": LoRAPair(2.0, 2.0), "y": LoRAPair(3.0, 3.0)},
+    ],
+)
+def test_scales_by_path_by_name_and_by_tree(scale):
+    assert factors.scales(find_pairs(TWO), scale) == [2.0, 3.0]
+    assert factors.scales(find_pairs(TWO), 4.0) == [4.0, 4.0]
+
+
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        ({"x": 2.0}, "`scale` does not fit the parameter tree"),
+        ({"x": LoRAPair(2.0, 3.0), "y": 1.0}, "x: `scale` differs between its two factors"),
+        (-1.0, "x: `scale` must be positive, got -1.0"),
+    ],
+)
+def test_scales_that_do_not_fit(scale, message):
+    with pytest.raises(ValueError, match=message):
+        factors.scales(find_pairs(TWO), scale)

@@ -71,7 +71,8 @@ def list_all() -> None:
     """Lists the studies and the methods."""
     console.print("[bold]Studies[/bold]  (python -m experiments run STUDY)")
     for name in study_names():
-        console.print(f"  {name:28}{load_study(name).description.splitlines()[0]}", highlight=False)
+        summary = load_study(name).description.splitlines()[0]
+        console.print(f"  {name:28}{summary}", highlight=False, soft_wrap=True)
     console.print("[bold]Methods[/bold]  (--method)")
     for name, method in METHODS.items():
         console.print(f"  {name:28}{method.summary}", highlight=False)

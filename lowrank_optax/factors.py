@@ -18,7 +18,8 @@ import optax
 class LoRAPair(NamedTuple):
     """The two factors of one LoRA adapter, ``ΔK = scale · a · b``.
 
-    It is a pytree and may stand as a node anywhere in a parameter tree.
+    It is a pytree and may stand as a node anywhere in a parameter tree; like every node it may hold
+    other things than arrays, such as shardings or mask entries.
 
     Args:
         a: the input-side factor, (..., in, r), floating.
@@ -33,8 +34,8 @@ class LoRAPair(NamedTuple):
     Source: LoRA, arXiv 2106.09685, in Flax orientation (``a = Aᵀ``, ``b = Bᵀ``).
     """
 
-    a: jax.Array
-    b: jax.Array
+    a: Any
+    b: Any
 
 
 _NODE_TYPES = (LoRAPair,)

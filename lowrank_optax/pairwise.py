@@ -11,14 +11,15 @@ algebra on r×r matrices it yields a list of :class:`Batched` requests and recei
 The engine runs the rules of all pairs in lockstep and answers the requests of one round together:
 matrices of the same shape are stacked, so one Cholesky serves every layer, while the large factors
 stay where they are. It also finds the pairs, hands the other leaves to a fallback transformation,
-keeps the state in trees shaped like the parameters, and leaves out a pair whose gradient is not
-finite.
+keeps the state in trees shaped like the parameters, and leaves out a pair whose update is not
+finite, be it for its gradient or for a factorization that failed.
 """
 
+import functools
+import itertools
 import math
 from collections import defaultdict
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -55,7 +56,7 @@ class Step(NamedTuple):
         decay: weight-decay mask of this pair's leaves, by role.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     decay: Any
 
 
@@ -74,44 +75,31 @@ class Rule(Protocol):
         ...
 
 
-@dataclass(frozen=True)
-class Branch:
-    """One of the rules that a method takes turns in.
-
-    Args:
-        rule: the rule.
-        reads: the gradients it uses; where one of these is not finite, the pair sits out.
-    """
-
-    rule: Rule
-    reads: tuple[str, ...] = ("a", "b")
-
-
 class PairwiseState(NamedTuple):
     """State of a lifted method.
 
     Args:
         count: updates done, int32 scalar.
-        skipped: how often a pair was left out because its gradient or its small algebra was not
-            finite, int32 scalar, summed over pairs.
+        skipped: how often a pair was left out because its update was not finite, int32 scalar,
+            summed over pairs.
         pairs: the method's NamedTuple; each field is a tree shaped like the parameters with
             ``MaskedNode`` in place of unpaired leaves.
         fallback: state of the transformation of the unpaired leaves.
     """
 
-    count: jax.Array
+    count: jax.Array  # type: ignore[assignment]
     skipped: jax.Array
     pairs: Any
     fallback: optax.OptState
 
 
 def lift(
-    branches: Sequence[Branch],
-    state_type: type,
+    rules: Sequence[Rule],
+    state_type: Any,
     init: Callable[[Any], Any],
     *,
     fallback: optax.GradientTransformation,
-    turn: Callable[[jax.Array], jax.Array] | None = None,
+    turn: Callable[[jax.Array], jax.Array] = jnp.zeros_like,
     scale: Any = 1.0,
     decay_mask: Any = None,
     specs: Sequence[factors.PairMatcher] = factors.DEFAULT_SPECS,
@@ -121,11 +109,11 @@ def lift(
     """Lifts rules for one pair to a transformation of a whole parameter tree.
 
     Args:
-        branches: the rules, which must return the same structures.
+        rules: the rules the method takes turns in; most have one. They return the same structures.
         state_type: the method's NamedTuple of nodes.
         init: the ``state_type`` of one pair at the start, from the pair.
         fallback: transformation of every leaf that belongs to no pair.
-        turn: index of the branch to run, from the count; needed if there are several.
+        turn: index of the rule to run, from the count; the first by default.
         scale: forward scale, see :func:`lowrank_optax.factors.scales`.
         decay_mask: what weight decay applies to: a tree of booleans or a callable from the
             parameters to one, None for everything. Rules find it in ``step.decay``.
@@ -152,7 +140,7 @@ def lift(
         >>> def rule(step, grads, state, pair, scale):
         ...     [inverse] = yield [Batched(invert, linalg.gram("b", pair.b))]
         ...     return LoRAPair(-linalg.mix("a", grads.a, inverse), 0 * grads.b), state
-        >>> tx = lift([Branch(rule)], NoState, lambda pair: NoState(), fallback=optax.sgd(0.1))
+        >>> tx = lift([rule], NoState, lambda pair: NoState(), fallback=optax.sgd(0.1))
         >>> params = {"q": LoRAPair(jnp.zeros((4, 2)), 2.0 * jnp.eye(2, 3)), "bias": jnp.ones(3)}
         >>> updates, _ = tx.update(jax.tree.map(jnp.ones_like, params), tx.init(params), params)
         >>> updates["q"].a[0].round(3).tolist(), updates["bias"].shape
@@ -199,31 +187,22 @@ def lift(
         pair_scales = factors.scales(pairing, scale)
         decay = _decay_by_pair(pairing, decay_mask, params)
 
-        def run(branch: Branch, grads: Any, pair_states: Any, pairs: Any) -> Any:
-            results, finite = _lockstep(
-                [
-                    branch.rule(Step(state.count, pair_decay), *args)
-                    for pair_decay, *args in zip(
-                        decay, grads, pair_states, pairs, pair_scales, strict=True
-                    )
-                ]
-            )
-            moves, new_states, skipped = [], [], jnp.zeros([], jnp.int32)
-            for (move, new), finite_algebra, grad, old in zip(
-                results, finite, grads, pair_states, strict=True
-            ):
-                ok = finite_algebra & _all_finite([getattr(grad, role) for role in branch.reads])
-                moves.append(_where(ok, move, jax.tree.map(jnp.zeros_like, grad)))
-                new_states.append(_where(ok, new, old))
-                skipped += ~ok
-            return moves, new_states, skipped
+        def run(rule: Rule, grads: Any, pair_states: Any, pairs: Any) -> Any:
+            inputs = zip(decay, grads, pair_states, pairs, pair_scales, strict=True)
+            results = _lockstep([rule(Step(state.count, d), *args) for d, *args in inputs])
+            finite, moves, new_states = [], [], []
+            for (move, new), grad, old in zip(results, grads, pair_states, strict=True):
+                finite.append(_is_finite(move))
+                moves.append(_where(finite[-1], move, jax.tree.map(jnp.zeros_like, grad)))
+                new_states.append(_where(finite[-1], new, old))
+            return moves, new_states, jnp.sum(~jnp.stack(finite), dtype=jnp.int32)
 
-        if len(branches) == 1:
-            moves, new_states, skipped = run(branches[0], grads, pair_states, pairs)
+        if len(rules) == 1:
+            moves, new_states, skipped = run(rules[0], grads, pair_states, pairs)
         else:
             moves, new_states, skipped = jax.lax.switch(
                 turn(state.count),
-                [lambda *args, branch=branch: run(branch, *args) for branch in branches],
+                [functools.partial(run, rule) for rule in rules],
                 grads,
                 pair_states,
                 pairs,
@@ -260,30 +239,34 @@ def answer(requests: Sequence[Batched]) -> list[jax.Array]:
         groups[request.function, kind].append(index)
     answers: dict[int, jax.Array] = {}
     for (function, _), indices in groups.items():
-        stacks = [
-            jnp.concatenate([m.reshape(-1, *m.shape[-2:]) for m in column])
-            for column in zip(*(requests[i].matrices for i in indices), strict=True)
-        ]
-        result = function(*stacks)
-        start = 0
-        for i in indices:
-            batch = requests[i].matrices[0].shape[:-2]
-            stop = start + math.prod(batch)
-            answers[i] = result[start:stop].reshape(*batch, *result.shape[1:])
-            start = stop
+        # A stack of n results is taken apart by n slices at n offsets, each a program of its own
+        # for the compiler. Stacks of √n repeat the same √n offsets, which it compiles once.
+        size = math.isqrt(len(indices) - 1) + 1
+        for start in range(0, len(indices), size):
+            chunk = indices[start : start + size]
+            answers.update(zip(chunk, _call(function, [requests[i] for i in chunk]), strict=True))
     return [answers[i] for i in range(len(requests))]
 
 
-def _lockstep(runs: Sequence[RuleRun]) -> tuple[list[Any], list[jax.Array]]:
-    """Runs all rules to their end, one round of requests at a time.
+def _call(function: Callable[..., jax.Array], requests: Sequence[Batched]) -> list[jax.Array]:
+    """Calls a function once on the stacked matrices of several requests."""
+    stacks = [
+        jnp.concatenate([m.reshape(-1, *m.shape[-2:]) for m in column])
+        for column in zip(*(request.matrices for request in requests), strict=True)
+    ]
+    result = function(*stacks)
+    batches = [request.matrices[0].shape[:-2] for request in requests]
+    stops = list(itertools.accumulate(math.prod(batch) for batch in batches))
+    return [
+        result[stop - math.prod(batch) : stop].reshape(*batch, *result.shape[1:])
+        for stop, batch in zip(stops, batches, strict=True)
+    ]
 
-    Returns their results, and for each whether its first round was finite: a factorization that
-    fails there shows before anything depends on it.
-    """
+
+def _lockstep(runs: Sequence[RuleRun]) -> list[Any]:
+    """Runs all rules to their end, one round of requests at a time, and returns their results."""
     results: list[Any] = [None] * len(runs)
-    finite: list[Any] = [jnp.array(True)] * len(runs)
     replies: dict[int, Any] = dict.fromkeys(range(len(runs)))
-    first_round = True
     while replies:
         requests: dict[int, list[Batched]] = {}
         for index, reply in replies.items():
@@ -293,16 +276,12 @@ def _lockstep(runs: Sequence[RuleRun]) -> tuple[list[Any], list[jax.Array]]:
                 results[index] = stop.value
         answers = iter(answer([request for asked in requests.values() for request in asked]))
         replies = {i: [next(answers) for _ in asked] for i, asked in requests.items()}
-        if first_round:
-            for index, reply in replies.items():
-                finite[index] = _all_finite(reply)
-            first_round = False
-    return results, finite
+    return results
 
 
-def _all_finite(arrays: Sequence[jax.Array]) -> jax.Array:
-    """A sum is finite only if every term is; one reduction is all this costs."""
-    return jnp.isfinite(sum(jnp.sum(x.astype(compute_dtype(x))) for x in arrays))
+def _is_finite(tree: Any) -> jax.Array:
+    """Says whether every number is finite; a sum is only if its terms are, and reads them once."""
+    return jnp.isfinite(sum(jnp.sum(x.astype(compute_dtype(x))) for x in jax.tree.leaves(tree)))
 
 
 def _where(ok: jax.Array, new: Any, old: Any) -> Any:
@@ -310,7 +289,7 @@ def _where(ok: jax.Array, new: Any, old: Any) -> Any:
     return jax.tree.map(lambda n, o: jnp.where(ok, n.astype(o.dtype), o), new, old)
 
 
-def _to_trees(pairing: factors.Pairing, state_type: type, states: Sequence[Any], like: Any) -> Any:
+def _to_trees(pairing: factors.Pairing, state_type: Any, states: Sequence[Any], like: Any) -> Any:
     """Turns one state per pair into one state whose fields are trees shaped like the parameters."""
     return state_type(
         *(pairing.put([getattr(s, name) for s in states], like) for name in state_type._fields)

@@ -33,7 +33,7 @@ from lowrank_optax.linalg import (
     other,
     product,
 )
-from lowrank_optax.pairwise import Batched, Branch, RuleRun, Step
+from lowrank_optax.pairwise import Batched, Rule, RuleRun, Step
 
 _SIDES: tuple[Side, Side] = ("a", "b")
 
@@ -54,13 +54,13 @@ class Schedule:
         ValueError: an unknown order or factor, or a switch that is not a whole number from 1.
 
     Example:
-        >>> Schedule("alternating", 1, "b").branches
+        >>> Schedule("alternating", 1, "b").turns
         [(('b',),), (('a',),)]
     """
 
     order: str
     switch_every: Any
-    first: str
+    first: Any
 
     def __post_init__(self) -> None:
         check_choice("order", self.order, ("alternating", "simultaneous", "sequential"))
@@ -72,15 +72,15 @@ class Schedule:
             check("switch_every", self.switch_every, lambda n: n == 1, unused)
 
     @property
-    def branches(self) -> list[tuple[tuple[Side, ...], ...]]:
+    def turns(self) -> list[tuple[tuple[Side, ...], ...]]:
         """The stages of each kind of update; the factors of one stage move at once."""
         if self.order == "alternating":
             return [((self.first,),), ((other(self.first),),)]
         return [(("a", "b"),) if self.order == "simultaneous" else (("a",), ("b",))]
 
     def turn(self, count: jax.Array) -> jax.Array:
-        """Which of the branches the update after ``count`` updates takes."""
-        return (count // self.switch_every) % len(self.branches)
+        """Which of the turns the update after ``count`` updates takes."""
+        return (count // self.switch_every) % len(self.turns)
 
     def moves_of_factor(self, count: jax.Array) -> jax.Array:
         """How often the factors that move now will have moved."""
@@ -91,7 +91,7 @@ class Schedule:
 
 
 def lift_owning_step(
-    state_type: type,
+    state_type: Any,
     advance: Advance,
     learning_rate: optax.ScalarOrSchedule,
     *,
@@ -124,11 +124,11 @@ def lift_owning_step(
     check("weight_decay", weight_decay, lambda v: v >= 0, "must not be negative")
     invert, transport = _small_algebra(damping)
 
-    def branch(stages: Sequence[Sequence[Side]]) -> Branch:
+    def moving(stages: Sequence[Sequence[Side]]) -> Rule:
         def rule(step: Step, grads: LoRAPair, state: Any, pair: LoRAPair, scale: Any) -> RuleRun:
             eta = learning_rate(step.count) if callable(learning_rate) else learning_rate
             k = schedule.moves_of_factor(step.count)
-            x, g, moments = pair._asdict(), grads._asdict(), _by_side(state)
+            x, g, moments = _sides(pair), _sides(grads), _by_side(state)
             updates = {side: jnp.zeros_like(g[side]) for side in _SIDES}
             for stage in stages:
                 inverses = yield [
@@ -153,17 +153,17 @@ def lift_owning_step(
                 x |= new
             return LoRAPair(**updates), _join(moments)
 
-        return Branch(rule, reads=tuple(side for stage in stages for side in stage))
+        return rule
 
     def init(pair: LoRAPair) -> Any:
         return state_type(*(_zeros(pair) for _ in state_type._fields))
 
-    branches = [branch(stages) for stages in schedule.branches]
-    return pairwise.lift(branches, state_type, init, turn=schedule.turn, **engine)
+    rules = [moving(stages) for stages in schedule.turns]
+    return pairwise.lift(rules, state_type, init, turn=schedule.turn, **engine)
 
 
 def lift_following_step(
-    state_type: type, advance: Advance, *, damping: Any, schedule: Schedule, **engine: Any
+    state_type: Any, advance: Advance, *, damping: Any, schedule: Schedule, **engine: Any
 ) -> optax.GradientTransformationExtraArgs:
     """Lifts the form that learns afterwards how the factors moved and transports momentum then.
 
@@ -190,10 +190,10 @@ def lift_following_step(
         )
     invert, transport = _small_algebra(damping)
 
-    def branch(stage: Sequence[Side]) -> Branch:
+    def moving(stage: Sequence[Side]) -> Rule:
         def rule(step: Step, grads: LoRAPair, state: Any, pair: LoRAPair, scale: Any) -> RuleRun:
             k = schedule.moves_of_factor(step.count)
-            x, g, moments = pair._asdict(), grads._asdict(), _by_side(state)
+            x, g, moments = _sides(pair), _sides(grads), _by_side(state)
             inverse_a, inverse_b, *carries = yield [
                 *(Batched(invert, gram(side, x[side])) for side in _SIDES),
                 *(
@@ -204,7 +204,7 @@ def lift_following_step(
             inverses = {"a": inverse_a, "b": inverse_b}
             last_turn = schedule.turn(step.count - 1)
             for side, carry in zip(_SIDES, carries, strict=True):
-                just_moved = [side in stages[0] for stages in schedule.branches]
+                just_moved = [side in stages[0] for stages in schedule.turns]
                 follower = moments[other(side)]
                 mu = jnp.where(
                     jnp.array(just_moved)[last_turn],
@@ -219,14 +219,14 @@ def lift_following_step(
             moments = {side: m._replace(previous=x[side]) for side, m in moments.items()}
             return LoRAPair(**updates), _join(moments)
 
-        return Branch(rule, reads=tuple(stage))
+        return rule
 
     def init(pair: LoRAPair) -> Any:
         moments = [_zeros(pair) for _ in state_type._fields[:-1]]
         return state_type(*moments, previous=jax.tree.map(jnp.copy, pair))
 
-    branches = [branch(stages[0]) for stages in schedule.branches]
-    return pairwise.lift(branches, state_type, init, turn=schedule.turn, **engine)
+    rules = [moving(stages[0]) for stages in schedule.turns]
+    return pairwise.lift(rules, state_type, init, turn=schedule.turn, **engine)
 
 
 def _small_algebra(damping: Any) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
@@ -244,6 +244,10 @@ def _small_algebra(damping: Any) -> tuple[Callable[..., jax.Array], Callable[...
 
 def _zeros(pair: LoRAPair) -> LoRAPair:
     return LoRAPair(*(jnp.zeros_like(x, dtype=compute_dtype(x)) for x in pair))
+
+
+def _sides(pair: LoRAPair) -> dict[Side, jax.Array]:
+    return {"a": pair.a, "b": pair.b}
 
 
 def _by_side(state: Any) -> dict[Side, Any]:

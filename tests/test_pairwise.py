@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from lowrank_optax import LoRAPair, PairSpec, altlora, linalg
-from lowrank_optax.pairwise import Batched, Branch, answer, lift
+from lowrank_optax.pairwise import Batched, answer, lift
 
 
 class NoState(NamedTuple):
@@ -38,7 +38,7 @@ def counting_rule(step, grads, state, pair, scale):
 
 def counting(**keywords):
     return lift(
-        [Branch(counting_rule)],
+        [counting_rule],
         NoState,
         lambda pair: NoState(),
         fallback=optax.set_to_zero(),
@@ -98,7 +98,7 @@ def test_turns_follow_the_count():
             updates = {s: jnp.full_like(x, s == side) for s, x in pair._asdict().items()}
             return LoRAPair(**updates), state
 
-        return Branch(rule)
+        return rule
 
     tx = lift(
         [mover("a"), mover("b")],

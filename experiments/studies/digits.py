@@ -27,6 +27,7 @@ SMOKE = {
     "plan.steps": 30,
     "plan.eval_every": 15,
     "task_options.depth": 1,
+    "task_options.targets": "query|value",
     "task_options.pretrain_steps": 60,
     "learning_rates": {"adamw": [3e-3, 1e-2], "altlora": [0.1, 0.3], "altlora-plus": [3e-3, 1e-2]},
     "seeds": [0],

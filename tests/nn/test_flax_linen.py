@@ -189,7 +189,7 @@ def test_gradients_are_those_of_the_effective_kernel():
     model: Any = nn.LoRADenseGeneral((2, 3), lora=RANK_2)
     x, dy = normal((5, 4)), normal((5, 2, 3))
     variables = jax.jit(model.init)(KEY, x)
-    loss = lambda lora: jnp.vdot(model.apply({**variables, "lora": lora}, x), dy)  # noqa: E731
+    loss = lambda lora: jnp.vdot(model.apply({**variables, "lora": lora}, x), dy)
     grads = jax.jit(jax.grad(loss))(variables["lora"])
     full = np.asarray(x).T @ np.asarray(dy).reshape(5, 6)
     lora = jax.tree.map(np.asarray, variables["lora"])

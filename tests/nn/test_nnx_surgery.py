@@ -110,7 +110,7 @@ def test_layers_are_found_in_every_container():
         "in_sequential/layers/0",
         "plain",
     ]
-    is_linear = lambda path, module: isinstance(module, nnx.Linear)  # noqa: E731
+    is_linear = lambda path, module: isinstance(module, nnx.Linear)
     assert nn.add_lora(model, is_linear, rank=1, rngs=nnx.Rngs(0)) == expected
     found = [model.plain, model.in_list[0], model.in_dict["q"], model.in_dict["k"]]
     found += [model.in_sequential.layers[0], model.in_python["x"][0]]

@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: setup test demo lint format bench minilm clean
+.PHONY: setup test demo lint format bench clean
 
 setup: $(READY)
 
@@ -26,9 +26,6 @@ demo: $(READY)
 
 bench: $(READY)
 	$(PY) -m benchmarks.update_step
-
-minilm: $(READY)
-	$(PY) -m experiments run minilm-sst2
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -9,10 +9,10 @@ algebra on r×r matrices it yields a list of :class:`Batched` requests and recei
         return updates, state
 
 The engine runs the rules of all pairs in lockstep and answers the requests of one round together:
-matrices of the same shape are stacked, so one Cholesky serves every layer, while the large factors
+matrices of the same shape are stacked, so few Choleskys serve every layer, while the large factors
 stay where they are. It also finds the pairs, hands the other leaves to a fallback transformation,
-keeps the state in trees shaped like the parameters, and leaves out a pair whose update is not
-finite, be it for its gradient or for a factorization that failed.
+keeps the state in trees shaped like the parameters, and takes a pair's gradient as zero where it is
+not finite, so that one bad pair spoils neither itself nor others.
 """
 
 import functools
@@ -39,7 +39,8 @@ class Batched:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> answer([Batched(jnp.linalg.inv, 2.0 * jnp.eye(2))])[0].tolist()
+        >>> [inverse], _ = answer([Batched(jnp.linalg.inv, 2.0 * jnp.eye(2))])
+        >>> inverse.tolist()
         [[0.5, 0.0], [0.0, 0.5]]
     """
 
@@ -80,8 +81,8 @@ class PairwiseState(NamedTuple):
 
     Args:
         count: updates done, int32 scalar.
-        skipped: how often a pair was left out because its update was not finite, int32 scalar,
-            summed over pairs.
+        skipped: how often a pair's gradient was not finite and taken as zero, or a factorization
+            failed and its result was taken as zero; int32 scalar, summed over pairs.
         pairs: the method's NamedTuple; each field is a tree shaped like the parameters with
             ``MaskedNode`` in place of unpaired leaves.
         fallback: state of the transformation of the unpaired leaves.
@@ -188,14 +189,14 @@ def lift(
         decay = _decay_by_pair(pairing, decay_mask, params)
 
         def run(rule: Rule, grads: Any, pair_states: Any, pairs: Any) -> Any:
-            inputs = zip(decay, grads, pair_states, pairs, pair_scales, strict=True)
-            results = _lockstep([rule(Step(state.count, d), *args) for d, *args in inputs])
-            finite, moves, new_states = [], [], []
-            for (move, new), grad, old in zip(results, grads, pair_states, strict=True):
-                finite.append(_is_finite(move))
-                moves.append(_where(finite[-1], move, jax.tree.map(jnp.zeros_like, grad)))
-                new_states.append(_where(finite[-1], new, old))
-            return moves, new_states, jnp.sum(~jnp.stack(finite), dtype=jnp.int32)
+            finite_grads, spoiled = _without_non_finite(grads)
+            inputs = zip(decay, finite_grads, pair_states, pairs, pair_scales, strict=True)
+            results, failures = _lockstep(
+                [rule(Step(state.count, d), *args) for d, *args in inputs]
+            )
+            moves = [_cast(move, like) for (move, _), like in zip(results, grads, strict=True)]
+            states = [_cast(new, old) for (_, new), old in zip(results, pair_states, strict=True)]
+            return moves, states, spoiled + failures
 
         if len(rules) == 1:
             moves, new_states, skipped = run(rules[0], grads, pair_states, pairs)
@@ -218,54 +219,68 @@ def lift(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def answer(requests: Sequence[Batched]) -> list[jax.Array]:
-    """Answers requests together: matrices of one function and shape are stacked into one call.
+def answer(requests: Sequence[Batched]) -> tuple[list[jax.Array], jax.Array]:
+    """Answers requests together: matrices of one function and shape are stacked into few calls.
 
     Args:
-        requests: one per pair.
+        requests: any number, from any pairs.
 
     Returns:
-        The results, in the order of the requests, with their batch axes.
+        The results, in the order of the requests, with their batch axes, and how many failed. A
+        matrix that is not finite throughout is a failure and comes back as zero.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> one, two = answer([Batched(jnp.linalg.det, s * jnp.eye(3)) for s in (1.0, 2.0)])
-        >>> float(one), float(two)
-        (1.0, 8.0)
+        >>> requests = [Batched(jnp.linalg.inv, s * jnp.eye(2)) for s in (2.0, 0.0)]
+        >>> [half, nan], failures = answer(requests)
+        >>> half.tolist(), nan.tolist(), int(failures)
+        ([[0.5, 0.0], [0.0, 0.5]], [[0.0, 0.0], [0.0, 0.0]], 1)
     """
     groups: dict[Any, list[int]] = defaultdict(list)
     for index, request in enumerate(requests):
         kind = tuple((m.shape[-2:], m.dtype) for m in request.matrices)
         groups[request.function, kind].append(index)
     answers: dict[int, jax.Array] = {}
+    failures = jnp.zeros([], jnp.int32)
     for (function, _), indices in groups.items():
         # A stack of n results is taken apart by n slices at n offsets, each a program of its own
         # for the compiler. Stacks of √n repeat the same √n offsets, which it compiles once.
         size = math.isqrt(len(indices) - 1) + 1
         for start in range(0, len(indices), size):
             chunk = indices[start : start + size]
-            answers.update(zip(chunk, _call(function, [requests[i] for i in chunk]), strict=True))
-    return [answers[i] for i in range(len(requests))]
+            results, failed = _call(function, [requests[i] for i in chunk])
+            answers.update(zip(chunk, results, strict=True))
+            failures += failed
+    return [answers[i] for i in range(len(requests))], failures
 
 
-def _call(function: Callable[..., jax.Array], requests: Sequence[Batched]) -> list[jax.Array]:
+def _call(
+    function: Callable[..., jax.Array], requests: Sequence[Batched]
+) -> tuple[list[jax.Array], jax.Array]:
     """Calls a function once on the stacked matrices of several requests."""
     stacks = [
         jnp.concatenate([m.reshape(-1, *m.shape[-2:]) for m in column])
         for column in zip(*(request.matrices for request in requests), strict=True)
     ]
     result = function(*stacks)
+    finite = jnp.isfinite(jnp.sum(result, axis=(1, 2)))
+    result = jnp.where(finite[:, None, None], result, 0)
     batches = [request.matrices[0].shape[:-2] for request in requests]
     stops = list(itertools.accumulate(math.prod(batch) for batch in batches))
-    return [
+    results = [
         result[stop - math.prod(batch) : stop].reshape(*batch, *result.shape[1:])
         for stop, batch in zip(stops, batches, strict=True)
     ]
+    return results, jnp.sum(~finite, dtype=jnp.int32)
 
 
-def _lockstep(runs: Sequence[RuleRun]) -> list[Any]:
-    """Runs all rules to their end, one round of requests at a time, and returns their results."""
+def _lockstep(runs: Sequence[RuleRun]) -> tuple[list[Any], jax.Array]:
+    """Runs all rules to their end, one round of requests at a time.
+
+    Returns their results and how many requests failed.
+    """
     results: list[Any] = [None] * len(runs)
+    failures = jnp.zeros([], jnp.int32)
     replies: dict[int, Any] = dict.fromkeys(range(len(runs)))
     while replies:
         requests: dict[int, list[Batched]] = {}
@@ -274,19 +289,28 @@ def _lockstep(runs: Sequence[RuleRun]) -> list[Any]:
                 requests[index] = runs[index].send(reply)
             except StopIteration as stop:
                 results[index] = stop.value
-        answers = iter(answer([request for asked in requests.values() for request in asked]))
-        replies = {i: [next(answers) for _ in asked] for i, asked in requests.items()}
-    return results
+        answers, failed = answer([request for asked in requests.values() for request in asked])
+        failures += failed
+        in_order = iter(answers)
+        replies = {i: [next(in_order) for _ in asked] for i, asked in requests.items()}
+    return results, failures
 
 
-def _is_finite(tree: Any) -> jax.Array:
-    """Says whether every number is finite; a sum is only if its terms are, and reads them once."""
-    return jnp.isfinite(sum(jnp.sum(x.astype(compute_dtype(x))) for x in jax.tree.leaves(tree)))
+def _without_non_finite(grads: Sequence[Any]) -> tuple[list[Any], jax.Array]:
+    """Replaces the gradient of a pair by zero where it is not finite, and counts such pairs."""
+    finite = [
+        jnp.isfinite(sum(jnp.sum(x.astype(compute_dtype(x))) for x in jax.tree.leaves(grad)))
+        for grad in grads
+    ]
+    cleaned = [
+        jax.tree.map(lambda x, ok=ok: jnp.where(ok, x, 0), grad)
+        for ok, grad in zip(finite, grads, strict=True)
+    ]
+    return cleaned, jnp.sum(~jnp.stack(finite), dtype=jnp.int32)
 
 
-def _where(ok: jax.Array, new: Any, old: Any) -> Any:
-    """Takes ``new`` where ``ok``, else ``old``, in the dtypes of ``old``."""
-    return jax.tree.map(lambda n, o: jnp.where(ok, n.astype(o.dtype), o), new, old)
+def _cast(new: Any, like: Any) -> Any:
+    return jax.tree.map(lambda n, o: n.astype(o.dtype), new, like)
 
 
 def _to_trees(pairing: factors.Pairing, state_type: Any, states: Sequence[Any], like: Any) -> Any:

@@ -122,7 +122,7 @@ def altlora(
 
     Returns:
         The transformation. It must be the last link of a chain, for it transports the momentum by
-        the step it returns. A pair whose gradient is not finite sits out the update, counted in
+        the step it returns. A pair's gradient that is not finite is taken as zero and counted in
         ``state.skipped``. State: one momentum per factor, ``AltLoRAState``.
 
     Raises:

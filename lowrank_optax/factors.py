@@ -4,6 +4,7 @@ This is the only module that knows key names and axis orders. Everything above i
 pairs, ``a`` of shape (..., in, r) and ``b`` of shape (..., r, out), where leading axes are batch.
 """
 
+import math
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -427,14 +428,8 @@ def _matrix_shape(
     path: str, shape: tuple[int, ...], rows: tuple[int, ...], cols: tuple[int, ...]
 ) -> tuple[tuple[int, ...], int, int]:
     ordered = [shape[axis] for axis in _axes(path, len(shape), rows, cols)]
-    batch = tuple(ordered[: len(shape) - len(rows) - len(cols)])
-    n_rows = 1
-    for size in ordered[len(batch) : len(batch) + len(rows)]:
-        n_rows *= size
-    n_cols = 1
-    for size in ordered[len(batch) + len(rows) :]:
-        n_cols *= size
-    return batch, n_rows, n_cols
+    row, col = len(shape) - len(rows) - len(cols), len(shape) - len(cols)
+    return tuple(ordered[:row]), math.prod(ordered[row:col]), math.prod(ordered[col:])
 
 
 def _to_matrix(x: Any, rows: tuple[int, ...], cols: tuple[int, ...]) -> Any:

@@ -88,7 +88,7 @@ def mix(side: Side, x: jax.Array, m: jax.Array) -> jax.Array:
     return _einsum(_MIX[side], x, m)
 
 
-def moved(x: jax.Array, update: jax.Array) -> jax.Array:
+def moved(x: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes what ``optax.apply_updates`` makes of a parameter, rounding included.
 
     A compiler may keep the sum of two bfloat16 numbers in float32 where it is used at once; the
@@ -99,15 +99,22 @@ def moved(x: jax.Array, update: jax.Array) -> jax.Array:
         update: its update.
 
     Returns:
-        The new value, exactly representable in the dtype of ``x``.
+        The new value, exactly representable in the dtype of ``x``, and its difference to the old
+        one in :func:`compute_dtype`.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> moved(jnp.ones(1, jnp.bfloat16), jnp.full(1, 1e-4, jnp.bfloat16)).tolist()
-        [1.0]
+        >>> new, change = moved(jnp.ones(1, jnp.bfloat16), jnp.full(1, 1e-4, jnp.bfloat16))
+        >>> new.tolist(), change.tolist()
+        ([1.0], [0.0])
     """
+    dtype = compute_dtype(x)
+    new = optax.apply_updates(x, update)
+    if x.dtype == dtype:
+        return new, update.astype(dtype)  # not new - x, which would keep a copy of the old x
     info = jnp.finfo(x.dtype)
-    return jax.lax.reduce_precision(optax.apply_updates(x, update), info.nexp, info.nmant)
+    new = jax.lax.reduce_precision(new, info.nexp, info.nmant)
+    return new, new.astype(dtype) - x.astype(dtype)
 
 
 def product(x: jax.Array, y: jax.Array) -> jax.Array:

@@ -11,8 +11,8 @@ algebra on r×r matrices it yields a list of :class:`Batched` requests and recei
 The engine runs the rules of all pairs in lockstep and answers the requests of one round together:
 matrices of the same shape are stacked, so few Choleskys serve every layer, while the large factors
 stay where they are. It also finds the pairs, hands the other leaves to a fallback transformation,
-keeps the state in trees shaped like the parameters, and takes a pair's gradient as zero where it is
-not finite, so that one bad pair spoils neither itself nor others.
+and keeps the state in trees shaped like the parameters. Pairs never see each other's numbers: what
+is not finite in one stays there.
 """
 
 import functools
@@ -27,14 +27,14 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import factors
-from lowrank_optax.linalg import compute_dtype
 
 
 class Batched:
     """A request for small algebra, which the engine answers for all pairs at once.
 
     Args:
-        function: maps stacked matrices (n, r, r) to (n, ., .); the same object for every pair.
+        function: maps stacked matrices (n, r, r) to one array (n, ...) or a tuple of such; the same
+            object for every pair.
         matrices: its arguments for this pair, each (..., r, r).
 
     Example:
@@ -44,7 +44,7 @@ class Batched:
         [[0.5, 0.0], [0.0, 0.5]]
     """
 
-    def __init__(self, function: Callable[..., jax.Array], *matrices: jax.Array) -> None:
+    def __init__(self, function: Callable[..., Any], *matrices: jax.Array) -> None:
         self.function = function
         self.matrices = matrices
 
@@ -61,14 +61,14 @@ class Step(NamedTuple):
     decay: Any
 
 
-RuleRun = Generator[list[Batched], list[jax.Array], tuple[Any, Any]]
+RuleRun = Generator[list[Batched], list[Any], tuple[Any, Any]]
 
 
 class Rule(Protocol):
     """A method on one pair: ``(step, grads, state, pair, scale) → (updates, state)``.
 
     ``grads``, ``pair`` and the returned updates are nodes of the same type with canonical factors;
-    ``state`` is a NamedTuple whose fields are such nodes.
+    ``state`` is a NamedTuple whose fields are such nodes too.
     """
 
     def __call__(self, step: Step, grads: Any, state: Any, pair: Any, scale: Any) -> RuleRun:
@@ -81,10 +81,10 @@ class PairwiseState(NamedTuple):
 
     Args:
         count: updates done, int32 scalar.
-        skipped: how often a pair's gradient was not finite and taken as zero, or a factorization
-            failed and its result was taken as zero; int32 scalar, summed over pairs.
+        skipped: how often small algebra failed and its result was taken as zero; int32 scalar,
+            summed over pairs.
         pairs: the method's NamedTuple; each field is a tree shaped like the parameters with
-            ``MaskedNode`` in place of unpaired leaves.
+            ``MaskedNode`` in place of unpaired leaves, or, if small, a list of nodes.
         fallback: state of the transformation of the unpaired leaves.
     """
 
@@ -100,6 +100,7 @@ def lift(
     init: Callable[[Any], Any],
     *,
     fallback: optax.GradientTransformation,
+    small: Sequence[str] = (),
     turn: Callable[[jax.Array], jax.Array] = jnp.zeros_like,
     scale: Any = 1.0,
     decay_mask: Any = None,
@@ -114,6 +115,7 @@ def lift(
         state_type: the method's NamedTuple of nodes.
         init: the ``state_type`` of one pair at the start, from the pair.
         fallback: transformation of every leaf that belongs to no pair.
+        small: the fields of ``state_type`` that are not shaped like the factors, as (..., r, r).
         turn: index of the rule to run, from the count; the first by default.
         scale: forward scale, see :func:`lowrank_optax.factors.scales`.
         decay_mask: what weight decay applies to: a tree of booleans or a callable from the
@@ -165,7 +167,7 @@ def lift(
         return PairwiseState(
             count=jnp.zeros([], jnp.int32),
             skipped=jnp.zeros([], jnp.int32),
-            pairs=_to_trees(pairing, state_type, states, params),
+            pairs=_to_trees(pairing, state_type, small, states, params),
             fallback=fallback.init(pairing.rest(params)),
         )
 
@@ -184,19 +186,18 @@ def lift(
             return rest, state._replace(count=count, fallback=fallback_state)
 
         grads, pairs = pairing.take(updates), pairing.take(params)
-        pair_states = _to_pairs(pairing, state.pairs)
+        pair_states = _to_pairs(pairing, small, state.pairs)
         pair_scales = factors.scales(pairing, scale)
         decay = _decay_by_pair(pairing, decay_mask, params)
 
         def run(rule: Rule, grads: Any, pair_states: Any, pairs: Any) -> Any:
-            finite_grads, spoiled = _without_non_finite(grads)
-            inputs = zip(decay, finite_grads, pair_states, pairs, pair_scales, strict=True)
+            inputs = zip(decay, grads, pair_states, pairs, pair_scales, strict=True)
             results, failures = _lockstep(
                 [rule(Step(state.count, d), *args) for d, *args in inputs]
             )
             moves = [_cast(move, like) for (move, _), like in zip(results, grads, strict=True)]
             states = [_cast(new, old) for (_, new), old in zip(results, pair_states, strict=True)]
-            return moves, states, spoiled + failures
+            return moves, states, failures
 
         if len(rules) == 1:
             moves, new_states, skipped = run(rules[0], grads, pair_states, pairs)
@@ -211,7 +212,7 @@ def lift(
         new_state = PairwiseState(
             count=optax.safe_increment(state.count),
             skipped=state.skipped + skipped,
-            pairs=_to_trees(pairing, state_type, new_states, params),
+            pairs=_to_trees(pairing, state_type, small, new_states, params),
             fallback=fallback_state,
         )
         return pairing.merge(pairing.put(moves, updates), rest), new_state
@@ -219,7 +220,7 @@ def lift(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def answer(requests: Sequence[Batched]) -> tuple[list[jax.Array], jax.Array]:
+def answer(requests: Sequence[Batched]) -> tuple[list[Any], jax.Array]:
     """Answers requests together: matrices of one function and shape are stacked into few calls.
 
     Args:
@@ -227,7 +228,7 @@ def answer(requests: Sequence[Batched]) -> tuple[list[jax.Array], jax.Array]:
 
     Returns:
         The results, in the order of the requests, with their batch axes, and how many failed. A
-        matrix that is not finite throughout is a failure and comes back as zero.
+        result that is not finite throughout is a failure and comes back as zero.
 
     Example:
         >>> import jax.numpy as jnp
@@ -240,7 +241,7 @@ def answer(requests: Sequence[Batched]) -> tuple[list[jax.Array], jax.Array]:
     for index, request in enumerate(requests):
         kind = tuple((m.shape[-2:], m.dtype) for m in request.matrices)
         groups[request.function, kind].append(index)
-    answers: dict[int, jax.Array] = {}
+    answers: dict[int, Any] = {}
     failures = jnp.zeros([], jnp.int32)
     for (function, _), indices in groups.items():
         # A stack of n results is taken apart by n slices at n offsets, each a program of its own
@@ -254,21 +255,26 @@ def answer(requests: Sequence[Batched]) -> tuple[list[jax.Array], jax.Array]:
     return [answers[i] for i in range(len(requests))], failures
 
 
-def _call(
-    function: Callable[..., jax.Array], requests: Sequence[Batched]
-) -> tuple[list[jax.Array], jax.Array]:
+def _call(function: Callable[..., Any], requests: Sequence[Batched]) -> tuple[list[Any], jax.Array]:
     """Calls a function once on the stacked matrices of several requests."""
     stacks = [
         jnp.concatenate([m.reshape(-1, *m.shape[-2:]) for m in column])
         for column in zip(*(request.matrices for request in requests), strict=True)
     ]
     result = function(*stacks)
-    finite = jnp.isfinite(jnp.sum(result, axis=(1, 2)))
-    result = jnp.where(finite[:, None, None], result, 0)
+    flat = [x.reshape(len(x), -1) for x in jax.tree.leaves(result)]
+    finite = jnp.isfinite(sum(jnp.sum(x, axis=1) for x in flat))
     batches = [request.matrices[0].shape[:-2] for request in requests]
     stops = list(itertools.accumulate(math.prod(batch) for batch in batches))
+
+    def part(x: jax.Array, stop: int, batch: tuple[int, ...]) -> jax.Array:
+        return x[stop - math.prod(batch) : stop].reshape(*batch, *x.shape[1:])
+
+    guarded = jax.tree.map(
+        lambda x: jnp.where(finite.reshape(-1, *[1] * (x.ndim - 1)), x, 0), result
+    )
     results = [
-        result[stop - math.prod(batch) : stop].reshape(*batch, *result.shape[1:])
+        jax.tree.map(functools.partial(part, stop=stop, batch=batch), guarded)
         for stop, batch in zip(stops, batches, strict=True)
     ]
     return results, jnp.sum(~finite, dtype=jnp.int32)
@@ -296,33 +302,35 @@ def _lockstep(runs: Sequence[RuleRun]) -> tuple[list[Any], jax.Array]:
     return results, failures
 
 
-def _without_non_finite(grads: Sequence[Any]) -> tuple[list[Any], jax.Array]:
-    """Replaces the gradient of a pair by zero where it is not finite, and counts such pairs."""
-    finite = [
-        jnp.isfinite(sum(jnp.sum(x.astype(compute_dtype(x))) for x in jax.tree.leaves(grad)))
-        for grad in grads
-    ]
-    cleaned = [
-        jax.tree.map(lambda x, ok=ok: jnp.where(ok, x, 0), grad)
-        for ok, grad in zip(finite, grads, strict=True)
-    ]
-    return cleaned, jnp.sum(~jnp.stack(finite), dtype=jnp.int32)
-
-
 def _cast(new: Any, like: Any) -> Any:
     return jax.tree.map(lambda n, o: n.astype(o.dtype), new, like)
 
 
-def _to_trees(pairing: factors.Pairing, state_type: Any, states: Sequence[Any], like: Any) -> Any:
-    """Turns one state per pair into one state whose fields are trees shaped like the parameters."""
-    return state_type(
-        *(pairing.put([getattr(s, name) for s in states], like) for name in state_type._fields)
-    )
+def _to_trees(
+    pairing: factors.Pairing,
+    state_type: Any,
+    small: Sequence[str],
+    states: Sequence[Any],
+    like: Any,
+) -> Any:
+    """Turns one state per pair into one state whose fields are trees shaped like the parameters.
+
+    Small fields stay lists in the order of the pairs, for they must not be taken for parameters;
+    without pairs, a leaf, which stands for the list where ``optax.tree.map_params`` asks.
+    """
+
+    def field(name: str) -> Any:
+        values = [getattr(state, name) for state in states]
+        return (values or jnp.zeros([0])) if name in small else pairing.put(values, like)
+
+    return state_type(*(field(name) for name in state_type._fields))
 
 
-def _to_pairs(pairing: factors.Pairing, state: Any) -> list[Any]:
+def _to_pairs(pairing: factors.Pairing, small: Sequence[str], state: Any) -> list[Any]:
     """Undoes :func:`_to_trees`."""
-    fields = [pairing.take(tree) for tree in state]
+    fields = [
+        field if name in small else pairing.take(field) for name, field in state._asdict().items()
+    ]
     return [type(state)(*(field[i] for field in fields)) for i in range(len(pairing.pairs))]
 
 

@@ -1,14 +1,17 @@
 """Projected gradients with momentum transport: the rule that AltLoRA-like methods share.
 
-A step of one factor x against the other, y, with its moments as the method has them::
+A step of one factor x against the other, y, which has moved from y° since x's last step, with x's
+moments as the method has them::
 
-    ĝ   = mix(∇x, P_y) / s²                P_y = (cross_y(y, y) + δ I)⁻¹
-    d   = advance(moments, ĝ)
+    m   ← mix(m, cross_y(y°, y) P_y)       P_y = (cross_y(y, y) + δ I)⁻¹     transport
+    ĝ   = mix(∇x, P_y) / s²
+    d   = advance(m, ĝ)
     x⁺  = x − η (d + λ x)
-    m_y ← mix(m_y, cross_x(x, x⁺) P_x⁺)    the other factor's momentum follows the move
 
-``lift_owning_step`` knows η and transports when a factor moves; ``lift_following_step`` leaves the
-step to later links of a chain and transports at the next update. Both share everything else.
+The momentum is transported when it is next used, with the Gram matrix that the projection needs
+anyway. How y° is remembered depends on who makes the step. :class:`OwnSteps` makes it here and
+keeps ``cross_y(y − y°, y)``, an r×r matrix. :class:`ForeignSteps` leaves it to later links of a
+chain and keeps y° itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -82,6 +85,15 @@ class Schedule:
         """Which of the turns the update after ``count`` updates takes."""
         return (count // self.switch_every) % len(self.turns)
 
+    @property
+    def repeats(self) -> bool:
+        """Whether a factor may move twice before the other does."""
+        return not (isinstance(self.switch_every, int) and self.switch_every == 1)
+
+    def begins_turn(self, count: jax.Array) -> jax.Array:
+        """Whether the update after ``count`` updates is the first of its turn."""
+        return count % self.switch_every == 0
+
     def moves_of_factor(self, count: jax.Array) -> jax.Array:
         """How often the factors that move now will have moved."""
         if self.order != "alternating":
@@ -90,156 +102,164 @@ class Schedule:
         return rounds * self.switch_every + count % self.switch_every + 1
 
 
-def lift_owning_step(
+@dataclass(frozen=True)
+class OwnSteps:
+    """Steps made by the transformation: ``x⁺ = x − η (d + λ x)``; ``drift`` tells how x moved.
+
+    Args:
+        learning_rate: η, positive, or a schedule of the update count.
+        weight_decay: λ, not negative.
+
+    Raises:
+        ValueError: an argument out of range.
+
+    Example:
+        >>> OwnSteps(0.1, 0.0).memory
+        'drift'
+    """
+
+    learning_rate: optax.ScalarOrSchedule
+    weight_decay: Any
+    memory = "drift"
+    small = ("drift",)
+
+    def __post_init__(self) -> None:
+        check_positive("learning_rate", self.learning_rate)
+        check("weight_decay", self.weight_decay, lambda v: v >= 0, "must not be negative")
+
+    def start(self, side: Side, x: jax.Array) -> jax.Array:
+        """The memory of a factor that has not moved."""
+        return jnp.zeros_like(gram(side, x))
+
+    def old_cross(self, side: Side, drift: jax.Array, x: jax.Array, gram_x: jax.Array) -> jax.Array:
+        """Computes ``cross(x°, x) = cross(x, x) − cross(x − x°, x)``."""
+        return gram_x - drift
+
+    def rest(self, drift: jax.Array, x: jax.Array) -> jax.Array:
+        """The memory of a factor whose last move has been followed."""
+        return drift
+
+    def move(self, step: Step, side: Side, x: jax.Array, direction: jax.Array, like: Any) -> Any:
+        """Moves a factor; returns its update, its new value and its memory."""
+        rate = self.learning_rate
+        eta = rate(step.count) if callable(rate) else rate
+        if step.decay[side]:
+            direction += self.weight_decay * x.astype(direction.dtype)
+        update = (-eta * direction).astype(like.dtype)
+        new, change = moved(x, update)
+        return update, new, cross(side, change, new)
+
+
+@dataclass(frozen=True)
+class ForeignSteps:
+    """Steps made by later links from the direction returned here; ``previous`` is the old factor.
+
+    Example:
+        >>> ForeignSteps().memory
+        'previous'
+    """
+
+    memory = "previous"
+    small = ()
+
+    def start(self, side: Side, x: jax.Array) -> jax.Array:
+        """The memory of a factor that has not moved."""
+        return jnp.copy(x)
+
+    def old_cross(self, side: Side, old: jax.Array, x: jax.Array, gram_x: jax.Array) -> jax.Array:
+        """Computes ``cross(x°, x)``."""
+        return cross(side, old, x)
+
+    def rest(self, old: jax.Array, x: jax.Array) -> jax.Array:
+        """The memory of a factor whose last move has been followed."""
+        return x
+
+    def move(self, step: Step, side: Side, x: jax.Array, direction: jax.Array, like: Any) -> Any:
+        """Returns the direction, the value before the move, and the memory of it."""
+        return direction, x, x
+
+
+def lift_projection(
     state_type: Any,
     advance: Advance,
-    learning_rate: optax.ScalarOrSchedule,
+    steps: OwnSteps | ForeignSteps,
     *,
     damping: Any,
     schedule: Schedule,
-    weight_decay: Any,
     **engine: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Lifts the form that knows the final step and transports momentum when a factor moves.
+    """Lifts a method that takes projected gradients into its moments.
 
     Args:
-        state_type: NamedTuple of the method's moments; the first, ``mu``, is transported.
+        state_type: NamedTuple of the method's moments, ``mu`` among them, which is transported;
+            then the memory of ``steps``.
         advance: takes a projected gradient into one factor's moments.
-        learning_rate: η, positive, or a schedule of the update count.
+        steps: who makes the step.
         damping: δ, positive.
         schedule: the order in which factors move.
-        weight_decay: λ.
         **engine: passed on to :func:`lowrank_optax.pairwise.lift`.
 
     Returns:
         The transformation.
 
     Raises:
-        ValueError: an argument out of range.
+        ValueError: an argument out of range, or a sequential order of foreign steps.
 
     Example:
         See ``lowrank_optax.methods.altlora``.
     """
-    check_positive("learning_rate", learning_rate)
-    check("weight_decay", weight_decay, lambda v: v >= 0, "must not be negative")
-    invert, transport = _small_algebra(damping)
-
-    def moving(stages: Sequence[Sequence[Side]]) -> Rule:
-        def rule(step: Step, grads: LoRAPair, state: Any, pair: LoRAPair, scale: Any) -> RuleRun:
-            eta = learning_rate(step.count) if callable(learning_rate) else learning_rate
-            k = schedule.moves_of_factor(step.count)
-            x, g, moments = _sides(pair), _sides(grads), _by_side(state)
-            updates = {side: jnp.zeros_like(g[side]) for side in _SIDES}
-            for stage in stages:
-                inverses = yield [
-                    Batched(invert, gram(other(side), x[other(side)])) for side in stage
-                ]
-                new = {}
-                for side, inverse in zip(stage, inverses, strict=True):
-                    projected = mix(side, g[side], inverse) / scale**2
-                    moments[side], direction = advance(moments[side], projected, k)
-                    if step.decay[side]:
-                        direction += weight_decay * x[side].astype(direction.dtype)
-                    updates[side] = (-eta * direction).astype(g[side].dtype)
-                    new[side] = moved(x[side], updates[side])
-                carries = yield [
-                    Batched(transport, gram(side, value), cross(side, x[side], value))
-                    for side, value in new.items()
-                ]
-                for side, carry in zip(stage, carries, strict=True):
-                    follower = moments[other(side)]
-                    mu = mix(other(side), follower.mu, carry)
-                    moments[other(side)] = follower._replace(mu=mu)
-                x |= new
-            return LoRAPair(**updates), _join(moments)
-
-        return rule
-
-    def init(pair: LoRAPair) -> Any:
-        return state_type(*(_zeros(pair) for _ in state_type._fields))
-
-    rules = [moving(stages) for stages in schedule.turns]
-    return pairwise.lift(rules, state_type, init, turn=schedule.turn, **engine)
-
-
-def lift_following_step(
-    state_type: Any, advance: Advance, *, damping: Any, schedule: Schedule, **engine: Any
-) -> optax.GradientTransformationExtraArgs:
-    """Lifts the form that learns afterwards how the factors moved and transports momentum then.
-
-    Args:
-        state_type: NamedTuple of the method's moments, with ``previous``, the old factors, last.
-        advance: takes a projected gradient into one factor's moments.
-        damping: δ, positive.
-        schedule: the order in which factors move; not ``"sequential"``.
-        **engine: passed on to :func:`lowrank_optax.pairwise.lift`.
-
-    Returns:
-        The transformation; it returns directions, without learning rate or sign.
-
-    Raises:
-        ValueError: an argument out of range.
-
-    Example:
-        See ``lowrank_optax.methods.altlora``.
-    """
-    if schedule.order == "sequential":
+    check_positive("damping", damping)
+    if schedule.order == "sequential" and isinstance(steps, ForeignSteps):
         raise ValueError(
             "order='sequential' preconditions b by the new a and so needs the learning rate; use"
             " altlora(...) or altlora_plus(...), which have it, or another order."
         )
-    invert, transport = _small_algebra(damping)
 
-    def moving(stage: Sequence[Side]) -> Rule:
+    def precondition(gram_y: jax.Array, old_cross: jax.Array) -> tuple[jax.Array, jax.Array]:
+        inverse = damped_inverse(gram_y, damping)
+        return inverse, product(old_cross, inverse)
+
+    def moving(stages: Sequence[Sequence[Side]]) -> Rule:
         def rule(step: Step, grads: LoRAPair, state: Any, pair: LoRAPair, scale: Any) -> RuleRun:
             k = schedule.moves_of_factor(step.count)
             x, g, moments = _sides(pair), _sides(grads), _by_side(state)
-            inverse_a, inverse_b, *carries = yield [
-                *(Batched(invert, gram(side, x[side])) for side in _SIDES),
-                *(
-                    Batched(transport, gram(s, x[s]), cross(s, moments[s].previous, x[s]))
-                    for s in _SIDES
-                ),
-            ]
-            inverses = {"a": inverse_a, "b": inverse_b}
-            last_turn = schedule.turn(step.count - 1)
-            for side, carry in zip(_SIDES, carries, strict=True):
-                just_moved = [side in stages[0] for stages in schedule.turns]
-                follower = moments[other(side)]
-                mu = jnp.where(
-                    jnp.array(just_moved)[last_turn],
-                    mix(other(side), follower.mu, carry),
-                    follower.mu,
-                )
-                moments[other(side)] = follower._replace(mu=mu)
+            memory = {side: getattr(moments[side], steps.memory) for side in _SIDES}
             updates = {side: jnp.zeros_like(g[side]) for side in _SIDES}
-            for side in stage:
-                projected = mix(side, g[side], inverses[other(side)]) / scale**2
-                moments[side], updates[side] = advance(moments[side], projected, k)
-            moments = {side: m._replace(previous=x[side]) for side, m in moments.items()}
+            for stage in stages:
+                # A factor that moves again was the last to move itself: the other must follow it.
+                seen = [other(side) for side in stage] + [*stage] * schedule.repeats
+                grams = {y: gram(y, x[y]) for y in seen}
+                replies = yield [
+                    Batched(precondition, grams[y], steps.old_cross(y, memory[y], x[y], grams[y]))
+                    for y in seen
+                ]
+                inverses: dict[Side, jax.Array] = {}
+                for y, (inverses[y], transport) in zip(seen, replies, strict=True):
+                    follower = moments[other(y)]
+                    mu = mix(other(y), follower.mu, transport)
+                    if schedule.repeats:
+                        moved_last = schedule.begins_turn(step.count) != (y in stage)
+                        mu = jnp.where(moved_last, mu, follower.mu)
+                    moments[other(y)] = follower._replace(mu=mu)
+                    memory[y] = steps.rest(memory[y], x[y])
+                for side in stage:
+                    projected = mix(side, g[side], inverses[other(side)] / scale**2)
+                    moments[side], direction = advance(moments[side], projected, k)
+                    updates[side], x[side], memory[side] = steps.move(
+                        step, side, x[side], direction, g[side]
+                    )
+            moments = {s: m._replace(**{steps.memory: memory[s]}) for s, m in moments.items()}
             return LoRAPair(**updates), _join(moments)
 
         return rule
 
     def init(pair: LoRAPair) -> Any:
-        moments = [_zeros(pair) for _ in state_type._fields[:-1]]
-        return state_type(*moments, previous=jax.tree.map(jnp.copy, pair))
+        memory = LoRAPair(*(steps.start(side, x) for side, x in _sides(pair).items()))
+        names = [name for name in state_type._fields if name != steps.memory]
+        return state_type(**{name: _zeros(pair) for name in names}, **{steps.memory: memory})
 
-    rules = [moving(stages[0]) for stages in schedule.turns]
-    return pairwise.lift(rules, state_type, init, turn=schedule.turn, **engine)
-
-
-def _small_algebra(damping: Any) -> tuple[Callable[..., jax.Array], Callable[..., jax.Array]]:
-    """Returns the preconditioner ``P = (G + δ I)⁻¹`` and the transport ``C P``."""
-    check_positive("damping", damping)
-
-    def invert(gram_matrix: jax.Array) -> jax.Array:
-        return damped_inverse(gram_matrix, damping)
-
-    def transport(gram_matrix: jax.Array, cross_matrix: jax.Array) -> jax.Array:
-        return product(cross_matrix, invert(gram_matrix))
-
-    return invert, transport
+    rules = [moving(stages) for stages in schedule.turns]
+    return pairwise.lift(rules, state_type, init, turn=schedule.turn, small=steps.small, **engine)
 
 
 def _zeros(pair: LoRAPair) -> LoRAPair:

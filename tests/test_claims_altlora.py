@@ -84,7 +84,7 @@ def test_first_step_from_b_zero_is_finite_and_moves_b(make, order):
 
 
 def test_momentum_transport_is_the_stated_least_squares_solution():
-    """After b moves, m_a solves argmin_M ‖M b⁺ − m_a b‖."""
+    """After b moves, a's next step begins from argmin_M ‖M b⁺ − m_a b‖."""
     tx = altlora(0.3, damping=1e-12, first="a")
     state, pair = tx.init(PAIR), PAIR
     updates, state = tx.update(factor_gradients(pair, FULL_GRADIENT), state, pair)
@@ -92,8 +92,9 @@ def test_momentum_transport_is_the_stated_least_squares_solution():
     before = state.pairs.mu.a
     updates, state = tx.update(factor_gradients(pair, FULL_GRADIENT), state, pair)
     moved = optax.apply_updates(pair, updates)
+    _, state = tx.update(jax.tree.map(jnp.zeros_like, pair), state, moved)
     wanted = np.linalg.lstsq(np.asarray(moved.b).T, np.asarray(before @ pair.b).T, rcond=None)[0].T
-    np.testing.assert_allclose(state.pairs.mu.a, wanted, atol=1e-9)
+    np.testing.assert_allclose(state.pairs.mu.a, 0.9 * wanted, atol=1e-9)
     assert jnp.linalg.norm(wanted - before) > 0.01
 
 
@@ -101,12 +102,12 @@ def test_momentum_rests_while_the_other_factor_rests():
     """Damping must not shrink a momentum whose partner has not moved."""
     tx = altlora(0.3, damping=0.5, switch_every=3, first="b")
     state, pair = tx.init(PAIR), PAIR
-    for _ in range(4):
+    for _ in range(4):  # three moves of b and the first of a
         updates, state = tx.update(factor_gradients(pair, FULL_GRADIENT), state, pair)
         pair = optax.apply_updates(pair, updates)
     mu_a = state.pairs.mu.a
     zero = jax.tree.map(jnp.zeros_like, pair)
-    updates, state = tx.update(zero, state, pair)  # a's turn: its own momentum only decays
+    updates, state = tx.update(zero, state, pair)  # a again: its own momentum only decays
     np.testing.assert_allclose(state.pairs.mu.a, 0.9 * mu_a, rtol=1e-12)
 
 
@@ -114,8 +115,9 @@ def test_momentum_rests_while_the_other_factor_rests():
 def test_state_is_one_and_two_copies_of_the_factors(make, copies):
     """Bytes of state; AdamW needs two copies, the released code two and three."""
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    counters = 3 * 4  # updates, skipped pairs, updates of the fallback
-    assert size(make(0.1).init(PAIR)) == copies * size(PAIR) + counters
+    counters = 3 * 4  # updates, failures, updates of the fallback
+    drift = 2 * RANK**2 * 8
+    assert size(make(0.1).init(PAIR)) == copies * size(PAIR) + counters + drift
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
@@ -163,6 +165,7 @@ def test_transport_sees_the_rounded_factor():
     )
     updates, state = tx.update(grads, state, pair)
     moved = optax.apply_updates(pair, updates)
+    _, state = tx.update(jax.tree.map(jnp.zeros_like, grads), state, moved)
     old, new = np.float64(pair.b), np.float64(moved.b)
     wanted = np.linalg.lstsq(new.T, (np.float64(mu.a) @ old).T, rcond=None)[0].T
-    np.testing.assert_allclose(state.pairs.mu.a, wanted, rtol=1e-3, atol=1e-3)
+    np.testing.assert_allclose(state.pairs.mu.a, 0.9 * wanted, rtol=1e-3, atol=1e-3)

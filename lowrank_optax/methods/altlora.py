@@ -1,24 +1,25 @@
 r"""AltLoRA and AltLoRA+: alternating projections of the full gradient (arXiv 2505.12455).
 
-With x one factor of a pair and y the other, cross_y(p, q) the r×r product of two values of y, and
-mix(x, M) the product of x with M over the rank axis (``lowrank_optax.linalg``), a step of x is::
+With x one factor of a pair and y the other, which has moved from y° since x's last step,
+cross_y(p, q) the r×r product of two values of y, and mix(x, M) the product of x with M over the
+rank axis (``lowrank_optax.linalg``), a step of x is::
 
     ĝ  = mix(∇x, P_y) / s²                P_y = (cross_y(y, y) + δ I)⁻¹
+    m  ← mix(m, cross_y(y°, y) P_y)       transport: the momentum follows the move of y
     m  ← β1 m + (1 − β1) ĝ
     d  = m / (1 − β1ᵏ)                    AltLoRA
     d  = m / (1 − β1ᵏ) / (√(v / (1 − β2ᵏ)) + ε),  v ← β2 v + (1 − β2) ĝ²      AltLoRA+
     x⁺ = x − η (d + λ x)
-    m_y ← mix(m_y, cross_x(x, x⁺) P_x⁺)   transport: the other momentum follows x
 
 s ĝ_a b is the orthogonal projection of the full gradient on the row space of b, and the transported
-momentum is argmin_M ‖M b⁺ − m_a b‖, so the low-rank full-weight momentum survives the move of b.
+momentum is argmin_M ‖M b − m_a b°‖, so the low-rank full-weight momentum survives the move of b.
 
 Deviations from the released code (LucasXinYu/AltLoRA, 94b2198), each held by a test:
 
-- The momentum is transported when a factor moves, so old factors are not kept: 1× and 2× the bytes
-  of the factors where the released code needs 2× and 3×. ``scale_by_*`` cannot know the step that
-  later links make of its output and does keep them.
-- AltLoRA+ corrects the bias of v and stores the transported momentum.
+- Of y° only the r×r matrix cross_y(y − y°, y) is kept: 1× and 2× the bytes of the factors where
+  the released code needs 2× and 3×. ``scale_by_*`` cannot know the step that later links make of
+  its output and does keep old factors.
+- AltLoRA+ corrects the bias of v, and its stored momentum has been transported.
 - 1/s² is applied, schedules are honoured, weight decay acts on the old value, bf16 works.
 - The damping has a floor at rounding level, see ``linalg.damped_inverse``.
 """
@@ -35,32 +36,36 @@ from lowrank_optax.arguments import check, check_decay, unpaired_mask
 
 
 class AltLoRAState(NamedTuple):
-    """Moments of AltLoRA: trees shaped like the parameters, float32 or better.
+    """Moments of AltLoRA, float32 or better.
 
     Args:
-        mu: transported momentum.
+        mu: momentum, a tree shaped like the parameters. It is transported when it is next used.
+        drift: how each factor last moved, ``cross(x⁺ − x, x⁺)``, (..., r, r), a list.
     """
 
     mu: Any
+    drift: Any
 
 
 class AltLoRAPlusState(NamedTuple):
-    """Moments of AltLoRA+: trees shaped like the parameters, float32 or better.
+    """Moments of AltLoRA+, float32 or better.
 
     Args:
-        mu: transported momentum.
-        nu: second moment of the projected gradient, elementwise, not transported.
+        mu: momentum, a tree shaped like the parameters. It is transported when it is next used.
+        nu: second moment of the projected gradient, likewise shaped; elementwise, not transported.
+        drift: how each factor last moved, ``cross(x⁺ − x, x⁺)``, (..., r, r), a list.
     """
 
     mu: Any
     nu: Any
+    drift: Any
 
 
 class ScaleByAltLoRAState(NamedTuple):
     """State of :func:`scale_by_altlora`: AltLoRA's, and the factors of the last update.
 
     Args:
-        mu: transported momentum.
+        mu: momentum, transported when it is next used.
         previous: factors at the last update, in their own dtype.
     """
 
@@ -72,7 +77,7 @@ class ScaleByAltLoRAPlusState(NamedTuple):
     """State of :func:`scale_by_altlora_plus`: AltLoRA+'s, and the factors of the last update.
 
     Args:
-        mu: transported momentum.
+        mu: momentum, transported when it is next used.
         nu: second moment of the projected gradient.
         previous: factors at the last update, in their own dtype.
     """
@@ -122,8 +127,9 @@ def altlora(
 
     Returns:
         The transformation. It must be the last link of a chain, for it transports the momentum by
-        the step it returns. A pair's gradient that is not finite is taken as zero and counted in
-        ``state.skipped``. State: one momentum per factor, ``AltLoRAState``.
+        the step it returns. As in AdamW, a gradient that is not finite spoils its own pair, and no
+        other; ``optax.apply_if_finite`` skips such steps. State: one momentum per factor and r×r
+        matrices, ``AltLoRAState``.
 
     Raises:
         ValueError: an argument out of range; from ``init`` and ``update``, pairs that do not fit.
@@ -146,13 +152,12 @@ def altlora(
     """
     rest_mask = unpaired_mask(mask)
     default = optax.adamw(learning_rate, b1, weight_decay=weight_decay, mask=rest_mask)
-    return projection.lift_owning_step(
+    return projection.lift_projection(
         AltLoRAState,
         _momentum(b1),
-        learning_rate,
+        projection.OwnSteps(learning_rate, weight_decay),
         damping=damping,
         schedule=projection.Schedule(order, switch_every, first),
-        weight_decay=weight_decay,
         decay_mask=mask,
         fallback=fallback or default,
         scale=scale,
@@ -200,7 +205,7 @@ def altlora_plus(
         specs: layouts of the pairs (``factors.PairSpec``).
 
     Returns:
-        The transformation; see :func:`altlora`. State: two moments per factor,
+        The transformation; see :func:`altlora`. State: two moments per factor and r×r matrices,
         ``AltLoRAPlusState``, the bytes of Adam.
 
     Raises:
@@ -219,13 +224,12 @@ def altlora_plus(
     """
     rest_mask = unpaired_mask(mask)
     default = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=rest_mask)
-    return projection.lift_owning_step(
+    return projection.lift_projection(
         AltLoRAPlusState,
         _adam(b1, b2, eps),
-        learning_rate,
+        projection.OwnSteps(learning_rate, weight_decay),
         damping=damping,
         schedule=projection.Schedule(order, switch_every, first),
-        weight_decay=weight_decay,
         decay_mask=mask,
         fallback=fallback or default,
         scale=scale,
@@ -279,9 +283,10 @@ def scale_by_altlora(
 
     Source: arXiv 2505.12455, Algorithm 1.
     """
-    return projection.lift_following_step(
+    return projection.lift_projection(
         ScaleByAltLoRAState,
         _momentum(b1),
+        projection.ForeignSteps(),
         damping=damping,
         schedule=projection.Schedule(order, switch_every, first),
         fallback=fallback or optax.scale_by_adam(b1=b1),
@@ -336,9 +341,10 @@ def scale_by_altlora_plus(
 
     Source: arXiv 2505.12455, Algorithm 2.
     """
-    return projection.lift_following_step(
+    return projection.lift_projection(
         ScaleByAltLoRAPlusState,
         _adam(b1, b2, eps),
+        projection.ForeignSteps(),
         damping=damping,
         schedule=projection.Schedule(order, switch_every, first),
         fallback=fallback or optax.scale_by_adam(b1=b1, b2=b2, eps=eps),

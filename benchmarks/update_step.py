@@ -121,15 +121,17 @@ def measure(params: Any, methods: list[str], steps: int, console: Console) -> di
 
 def main(
     rank: Annotated[list[int] | None, typer.Option(help="Ranks to measure.")] = None,
-    method: Annotated[list[str] | None, typer.Option(help="Methods beside AdamW.")] = None,
+    method: Annotated[
+        list[str] | None, typer.Option(help=f"Methods beside AdamW: {list(METHODS)[1:]}.")
+    ] = None,
     width: Annotated[float, typer.Option(help="Fraction of Llama-3-8B's width.")] = 0.25,
-    steps: Annotated[int, typer.Option(help="Timed steps of each method.")] = 40,
+    steps: Annotated[int, typer.Option(help="Timed steps of each method.")] = 30,
     layout: Annotated[list[str] | None, typer.Option(help="separate, stacked.")] = None,
     out: Annotated[pathlib.Path | None, typer.Option(help="JSON file to write.")] = None,
 ) -> None:
     """Measures and prints; writes JSON with --out."""
     console = Console()
-    methods = ["adamw", *(method or [name for name in METHODS if name != "adamw"])]
+    methods = ["adamw", *(method or ["altlora", "altlora_plus"])]
     table = Table("layout", "r", "method", "median ms", "× AdamW", "compile s", "× AdamW")
     rows = []
     for kind in layout or ["separate", "stacked"]:

@@ -150,15 +150,27 @@ def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
     eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
     floor = 4 * jnp.finfo(matrix.dtype).eps * trace
-    factor = jax.lax.linalg.cholesky(
-        matrix + jnp.maximum(jnp.asarray(damping, matrix.dtype), floor) * eye,
-        symmetrize_input=False,
-    )
-    root = jax.lax.linalg.triangular_solve(
-        factor, jnp.broadcast_to(eye, matrix.shape), left_side=True, lower=True
-    )
+    root = _inverse_root(matrix + jnp.maximum(jnp.asarray(damping, matrix.dtype), floor) * eye)
     inverse = _einsum("...ki,...kj->...ij", root, root)
     return jnp.where(jnp.isfinite(trace), inverse, jnp.nan)  # an infinite pivot would give 0
+
+
+def _inverse_root(matrix: jax.Array) -> jax.Array:
+    """Inverts the Cholesky factor of positive definite matrices (..., r, r)."""
+
+    def batched(matrix: jax.Array) -> jax.Array:
+        factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+        eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+        return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+
+    def one_by_one(matrix: jax.Array) -> jax.Array:
+        flat = matrix.reshape(-1, *matrix.shape[-2:])
+        return jax.lax.map(batched, flat).reshape(matrix.shape)
+
+    # On CPU a batched LAPACK call splits its batch over the thread pool and waits there: as many
+    # calls at once as there are threads wait for each other for ever (jaxlib 0.10). Single matrices
+    # never wait.
+    return jax.lax.platform_dependent(matrix, cpu=one_by_one, default=batched)
 
 
 def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -4,7 +4,6 @@ import importlib.metadata
 import pathlib
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import nnx
 
@@ -16,9 +15,10 @@ assert (pathlib.Path(lowrank_optax.__file__).parent / "py.typed").exists()
 
 model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
 model = nnx.Sequential(model)
+x = jax.random.normal(jax.random.key(0), (16, 8))
+y = model(x) + x[:, :1]  # a change of rank one
 paths = nn.add_lora(model, "layers/0", rank=2, alpha=4.0, rngs=nnx.Rngs(1))
 optimizer = nnx.Optimizer(model, altlora_plus(3e-2, scale=nn.lora_scales(model)), wrt=nnx.LoRAParam)
-x, y = jax.random.normal(jax.random.key(0), (16, 8)), jnp.ones((16, 4))
 
 
 @nnx.jit

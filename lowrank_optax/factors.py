@@ -39,7 +39,37 @@ class LoRAPair(NamedTuple):
     b: Any
 
 
-_NODE_TYPES = (LoRAPair,)
+class ShadowedPair(NamedTuple):
+    """A pair with the auxiliary leaves of OPLoRA, made by :func:`lowrank_optax.shadow`.
+
+    No gradient trains the auxiliary leaves: what comes back for them are products of the full
+    gradient (``lowrank_optax.nn.lora_apply``), and the optimizer moves them by ordinary updates.
+
+    Args:
+        a: the input-side factor, (..., in, r).
+        b: the output-side factor, (..., r, out).
+        m_a: input-side factor of the low-rank momentum, (..., in, q), or None.
+        m_b: output-side factor of the low-rank momentum, (..., q, out), or None.
+        krylov: zeros, (..., r + q, n), or None; its gradient are the quadratic products.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lowrank_optax import shadow
+        >>> node = shadow(LoRAPair(jnp.ones((6, 2)), jnp.zeros((2, 4))), jax.random.key(0))
+        >>> node.m_a.shape, node.m_b.shape, node.krylov.shape
+        ((6, 2), (2, 4), (4, 4))
+
+    Source: OPLoRA, arXiv 2509.19977, whose released code keeps all activations instead.
+    """
+
+    a: Any
+    b: Any
+    m_a: Any = None
+    m_b: Any = None
+    krylov: Any = None
+
+
+_NODE_TYPES = (LoRAPair, ShadowedPair)
 
 
 @dataclass(frozen=True)
@@ -56,7 +86,8 @@ class PairSpec:
         b: pattern of the output-side factor.
         auxiliary: patterns of leaves that no gradient trains, by field name of ``node``.
         node: the NamedTuple that such a pair becomes; its fields are ``a``, ``b`` and the auxiliary
-            names.
+            names. Fields with a default are optional, and a pair without any auxiliary leaf is a
+            plain ``LoRAPair``.
         a_in: axes of ``a`` that contract with the layer's input.
         a_rank: rank axis of ``a``.
         b_rank: rank axis of ``b``.
@@ -113,7 +144,12 @@ PairMatcher = PairSpec | Callable[[str], Member | None]
 _PEFT_AXES: dict[str, Any] = {"a_in": (-1,), "a_rank": -2, "b_rank": -1, "b_out": (-2,)}
 
 DEFAULT_SPECS: tuple[PairMatcher, ...] = (
-    PairSpec("lora_a", "lora_b"),  # Flax NNX and Linen, EasyDeL, this library's modules
+    PairSpec(  # Flax NNX and Linen, EasyDeL, this library's modules
+        "lora_a",
+        "lora_b",
+        auxiliary={name: f"lora_{name}" for name in ("m_a", "m_b", "krylov")},
+        node=ShadowedPair,
+    ),
     PairSpec("*_lora_a", "*_lora_b"),  # qwix: beside the weight it adapts
     PairSpec("lora_A", "lora_B", **_PEFT_AXES),  # Hugging Face PEFT and its ports
     PairSpec("lora_A/weight", "lora_B/weight", **_PEFT_AXES),
@@ -173,13 +209,18 @@ class PairLeaves:
     spec: PairSpec
     leaves: Mapping[str, int]
 
-    def take(self, leaves: Sequence[Any]) -> Any:
-        """Takes this pair out of a flat list, as its node type with canonical factors."""
+    @property
+    def node(self) -> Any:
+        """The type of this pair's values."""
+        return self.spec.node if len(self.leaves) > 2 else LoRAPair
+
+    def take(self, leaves: Sequence[Any], node: Any = None) -> Any:
+        """Takes this pair out of a flat list with canonical factors, as its or another node."""
         spec = self.spec
         values = {role: leaves[index] for role, index in self.leaves.items()}
         values["a"] = _to_matrix(values["a"], spec.a_in, (spec.a_rank,))
         values["b"] = _to_matrix(values["b"], (spec.b_rank,), spec.b_out)
-        return spec.node(**values)
+        return (node or self.node)(**values)
 
     def put(self, leaves: list[Any], pair: Any, like: Sequence[Any]) -> None:
         """Puts a canonical pair back into a flat list, each leaf in the layout of ``like``."""
@@ -209,10 +250,10 @@ class Pairing:
     paths: tuple[str, ...]
     pairs: tuple[PairLeaves, ...]
 
-    def take(self, tree: Any) -> list[Any]:
+    def take(self, tree: Any, node: Any = None) -> list[Any]:
         """Returns the pairs of a tree of this structure, factors canonical, in a fixed order."""
         leaves = self.treedef.flatten_up_to(tree)
-        return [pair.take(leaves) for pair in self.pairs]
+        return [pair.take(leaves, node) for pair in self.pairs]
 
     def put(self, values: Sequence[Any], like: Any) -> Any:
         """Builds a tree of pairs in the layout of ``like``; other leaves become ``MaskedNode``."""
@@ -381,8 +422,9 @@ def _node_members(tree: Any) -> dict[str, Member]:
 def _check(pair: PairLeaves, paths: Sequence[str], leaves: Sequence[Any]) -> None:
     """Raises unless the leaves make a whole, well-shaped pair."""
     spec, index = pair.spec, pair.leaves
+    optional = set(pair.node._field_defaults) | (set(spec.auxiliary) - set(pair.node._fields))
     for role in ("a", "b", *spec.auxiliary):
-        if role not in index:
+        if role not in index and role not in optional:
             present = ", ".join(paths[i] for i in index.values())
             raise ValueError(
                 f"Half a pair at {pair.path!r}: found {present}, but no leaf for {role!r}. Keep the"

@@ -14,6 +14,8 @@ import optax
 
 Side = Literal["a", "b"]
 
+SIDES: tuple[Side, Side] = ("a", "b")
+
 _CROSS = {"a": "...ni,...nj->...ij", "b": "...in,...jn->...ij"}
 _MIX = {"a": "...ni,...ij->...nj", "b": "...in,...ij->...jn"}
 
@@ -155,22 +157,24 @@ def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
     return jnp.where(jnp.isfinite(trace), inverse, jnp.nan)  # an infinite pivot would give 0
 
 
+@jax.jit
 def _inverse_root(matrix: jax.Array) -> jax.Array:
     """Inverts the Cholesky factor of positive definite matrices (..., r, r)."""
 
-    def batched(matrix: jax.Array) -> jax.Array:
-        factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
-        eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-        return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-
     def one_by_one(matrix: jax.Array) -> jax.Array:
         flat = matrix.reshape(-1, *matrix.shape[-2:])
-        return jax.lax.map(batched, flat).reshape(matrix.shape)
+        return jax.lax.map(_batched_inverse_root, flat).reshape(matrix.shape)
 
     # On CPU a batched LAPACK call splits its batch over the thread pool and waits there: as many
     # calls at once as there are threads wait for each other for ever (jaxlib 0.10). Single matrices
     # never wait.
-    return jax.lax.platform_dependent(matrix, cpu=one_by_one, default=batched)
+    return jax.lax.platform_dependent(matrix, cpu=one_by_one, default=_batched_inverse_root)
+
+
+def _batched_inverse_root(matrix: jax.Array) -> jax.Array:
+    factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
+    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+    return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
 
 
 def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

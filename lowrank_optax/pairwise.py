@@ -105,7 +105,8 @@ def lift(
     scale: Any = 1.0,
     decay_mask: Any = None,
     specs: Sequence[factors.PairMatcher] = factors.DEFAULT_SPECS,
-    node: type = factors.LoRAPair,
+    node: Any = factors.LoRAPair,
+    lacks: Callable[[Any], str] = lambda pair: "",
     name: str = "this transformation",
 ) -> optax.GradientTransformationExtraArgs:
     """Lifts rules for one pair to a transformation of a whole parameter tree.
@@ -121,7 +122,8 @@ def lift(
         decay_mask: what weight decay applies to: a tree of booleans or a callable from the
             parameters to one, None for everything. Rules find it in ``step.decay``.
         specs: layouts of the pairs, see :func:`lowrank_optax.factors.find_pairs`.
-        node: the node type the rules understand.
+        node: the node type the rules understand; what is optional in it may be missing in a pair.
+        lacks: says of a pair what it lacks for this method, and the remedy; empty if nothing.
         name: the method's name, for messages.
 
     Returns:
@@ -153,17 +155,22 @@ def lift(
 
     def find(params: Any) -> factors.Pairing:
         pairing = factors.find_pairs(params, specs)
+        needed = set(node._fields) - set(node._field_defaults)
         for pair in pairing.pairs:
-            if pair.spec.node is not node:
+            if not needed <= set(pair.leaves) <= set(node._fields):
                 raise ValueError(
                     f"{pair.path}: {name} works on {node.__name__}, but this is a"
-                    f" {pair.spec.node.__name__}. Use the optimizer made for it, or plain factors."
+                    f" {pair.node.__name__}. Use the optimizer made for it, or add or remove what"
+                    f" the pair has beside its factors."
                 )
+        for pair, value in zip(pairing.pairs, pairing.take(params, node), strict=True):
+            if complaint := lacks(value):
+                raise ValueError(f"{pair.path}: {name} {complaint}")
         return pairing
 
     def init_fn(params: Any) -> PairwiseState:
         pairing = find(params)
-        states = [init(pair) for pair in pairing.take(params)]
+        states = [init(pair) for pair in pairing.take(params, node)]
         return PairwiseState(
             count=jnp.zeros([], jnp.int32),
             skipped=jnp.zeros([], jnp.int32),
@@ -185,16 +192,14 @@ def lift(
             count = optax.safe_increment(state.count)
             return rest, state._replace(count=count, fallback=fallback_state)
 
-        grads, pairs = pairing.take(updates), pairing.take(params)
-        pair_states = _to_pairs(pairing, small, state.pairs)
+        grads, pairs = pairing.take(updates, node), pairing.take(params, node)
+        pair_states = _to_pairs(pairing, small, node, state.pairs)
         pair_scales = factors.scales(pairing, scale)
         decay = _decay_by_pair(pairing, decay_mask, params)
 
         def run(rule: Rule, grads: Any, pair_states: Any, pairs: Any) -> Any:
             inputs = zip(decay, grads, pair_states, pairs, pair_scales, strict=True)
-            results, failures = _lockstep(
-                [rule(Step(state.count, d), *args) for d, *args in inputs]
-            )
+            results, failures = lockstep([rule(Step(state.count, d), *args) for d, *args in inputs])
             moves = [_cast(move, like) for (move, _), like in zip(results, grads, strict=True)]
             states = [_cast(new, old) for (_, new), old in zip(results, pair_states, strict=True)]
             return moves, states, failures
@@ -280,10 +285,22 @@ def _call(function: Callable[..., Any], requests: Sequence[Batched]) -> tuple[li
     return results, jnp.sum(~finite, dtype=jnp.int32)
 
 
-def _lockstep(runs: Sequence[RuleRun]) -> tuple[list[Any], jax.Array]:
+def lockstep(runs: Sequence[RuleRun]) -> tuple[list[Any], jax.Array]:
     """Runs all rules to their end, one round of requests at a time.
 
-    Returns their results and how many requests failed.
+    Args:
+        runs: the started rules.
+
+    Returns:
+        Their results, and how many requests failed.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> def run():
+        ...     [inverse] = yield [Batched(jnp.linalg.inv, 2.0 * jnp.eye(1))]
+        ...     return inverse.item()
+        >>> lockstep([run()])[0]
+        [0.5]
     """
     results: list[Any] = [None] * len(runs)
     failures = jnp.zeros([], jnp.int32)
@@ -326,10 +343,11 @@ def _to_trees(
     return state_type(*(field(name) for name in state_type._fields))
 
 
-def _to_pairs(pairing: factors.Pairing, small: Sequence[str], state: Any) -> list[Any]:
+def _to_pairs(pairing: factors.Pairing, small: Sequence[str], node: type, state: Any) -> list[Any]:
     """Undoes :func:`_to_trees`."""
     fields = [
-        field if name in small else pairing.take(field) for name, field in state._asdict().items()
+        field if name in small else pairing.take(field, node)
+        for name, field in state._asdict().items()
     ]
     return [type(state)(*(field[i] for field in fields)) for i in range(len(pairing.pairs))]
 

@@ -26,6 +26,7 @@ from lowrank_optax import pairwise
 from lowrank_optax.arguments import check, check_choice, check_positive
 from lowrank_optax.factors import LoRAPair
 from lowrank_optax.linalg import (
+    SIDES,
     Side,
     compute_dtype,
     cross,
@@ -37,8 +38,6 @@ from lowrank_optax.linalg import (
     product,
 )
 from lowrank_optax.pairwise import Batched, Rule, RuleRun, Step
-
-_SIDES: tuple[Side, Side] = ("a", "b")
 
 # How one factor's moments take in a projected gradient: (moments, ĝ, k) → (moments, direction).
 Advance = Callable[[Any, jax.Array, jax.Array], tuple[Any, jax.Array]]
@@ -67,7 +66,7 @@ class Schedule:
 
     def __post_init__(self) -> None:
         check_choice("order", self.order, ("alternating", "simultaneous", "sequential"))
-        check_choice("first", self.first, _SIDES)
+        check_choice("first", self.first, SIDES)
         is_count = lambda n: n >= 1 and n == int(n)
         check("switch_every", self.switch_every, is_count, "must be a whole number, 1 or more")
         if self.order != "alternating":
@@ -223,8 +222,8 @@ def lift_projection(
         def rule(step: Step, grads: LoRAPair, state: Any, pair: LoRAPair, scale: Any) -> RuleRun:
             k = schedule.moves_of_factor(step.count)
             x, g, moments = _sides(pair), _sides(grads), _by_side(state)
-            memory = {side: getattr(moments[side], steps.memory) for side in _SIDES}
-            updates = {side: jnp.zeros_like(g[side]) for side in _SIDES}
+            memory = {side: getattr(moments[side], steps.memory) for side in SIDES}
+            updates = {side: jnp.zeros_like(g[side]) for side in SIDES}
             for stage in stages:
                 # A factor that moves again was the last to move itself: the other must follow it.
                 seen = [other(side) for side in stage] + [*stage] * schedule.repeats
@@ -272,7 +271,7 @@ def _sides(pair: LoRAPair) -> dict[Side, jax.Array]:
 
 def _by_side(state: Any) -> dict[Side, Any]:
     """Splits a state of pairs into a state for each factor."""
-    return {side: type(state)(*(getattr(f, side) for f in state)) for side in _SIDES}
+    return {side: type(state)(*(getattr(f, side) for f in state)) for side in SIDES}
 
 
 def _join(moments: dict[Side, Any]) -> Any:

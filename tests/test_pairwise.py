@@ -58,9 +58,9 @@ def test_auxiliary_leaves_are_moved_by_ordinary_updates():
     assert jnp.array_equal(params["bias"], TREE["bias"])
 
 
-def test_a_missing_auxiliary_leaf_is_named():
+def test_a_pair_without_the_auxiliary_leaf_is_named():
     tree = {"q": {"lora_a": TREE["q"]["lora_a"], "lora_b": TREE["q"]["lora_b"]}}
-    with pytest.raises(ValueError, match="no leaf for 'steps'"):
+    with pytest.raises(ValueError, match=r"q: .* works on CountedPair, but this is a LoRAPair"):
         counting().init(tree)
 
 

@@ -4,12 +4,13 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lowrank_optax.factors import LoRAPair
+from lowrank_optax.factors import LoRAPair, ShadowedPair
 from lowrank_optax.nn.contraction import KernelAxes
+from lowrank_optax.nn.shadowed import apply_shadowed
 
 
 def lora_apply(
-    x: jax.Array, pair: LoRAPair, scale: float = 1.0, dtype: DTypeLike | None = None
+    x: jax.Array, pair: LoRAPair | ShadowedPair, scale: float = 1.0, dtype: DTypeLike | None = None
 ) -> jax.Array:
     r"""Applies a LoRA pair to an input without forming the dense kernel.
 
@@ -20,7 +21,9 @@ def lora_apply(
 
     Args:
       x: input, (..., in). Not a floating dtype: taken as the dtype of ``pair.a``.
-      pair: the factors, ``a`` (..., in, r) and ``b`` (..., r, out), of any floating dtype.
+      pair: the factors, ``a`` (..., in, r) and ``b`` (..., r, out), of any floating dtype. With
+        shadows, the backward pass also returns the products of the full gradient that OPLoRA
+        needs. They are quadratic in the gradient: right for one call in one backward pass.
       scale: forward scale s.
       dtype: dtype of the two products' operands; None means the dtype of ``x``.
 
@@ -39,6 +42,8 @@ def lora_apply(
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(pair.a.dtype)  # casting the factors to an integer dtype would zero them
     operand = x.dtype if dtype is None else jnp.dtype(dtype)
+    if isinstance(pair, ShadowedPair):
+        return apply_shadowed(x.astype(operand), pair, scale).astype(x.dtype)
     accumulate = jnp.promote_types(operand, jnp.float32)
     narrow = jnp.matmul(
         x.astype(operand), pair.a.astype(operand), preferred_element_type=accumulate

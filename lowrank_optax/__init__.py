@@ -1,6 +1,6 @@
 """LoRA-aware optimizers for JAX: optax gradient transformations over (a, b) factor pairs."""
 
-from lowrank_optax import factors, linalg, nn, pairwise
+from lowrank_optax import factors, linalg, nn, pairwise, shadows
 from lowrank_optax.factors import (
     DEFAULT_SPECS,
     LoRAPair,
@@ -48,4 +48,5 @@ __all__ = [
     "scale_by_altlora",
     "scale_by_altlora_plus",
     "shadow",
+    "shadows",
 ]

@@ -94,9 +94,12 @@ def oplora(
         specs: layouts of the pairs (``factors.PairSpec``).
 
     Returns:
-        The transformation. With ``iterations`` from 1 it needs the gradient of one backward pass:
-        sums over micro-batches or clipping make the quadratic products wrong. It must be the last
-        link of a chain. State: none beside counters; the shadows are one copy of the factors.
+        The transformation, to be the last link of a chain. With ``iterations`` from 1 it needs the
+        gradient of one backward pass. A pair whose quadratic products are not of its gradient is
+        not moved and counted in ``state.skipped``: the mean over micro-batches
+        (``optax.MultiSteps``; use ``iterations=0``), an adapter used twice in a forward pass, or
+        clipping other than by ``shadows.clip_by_global_norm``. State: none beside counters; the
+        shadows are one copy of the factors.
 
     Raises:
         ValueError: an argument out of range; from ``init`` and ``update``, pairs that do not fit or
@@ -128,6 +131,7 @@ def oplora(
     ) -> RuleRun:
         eta = _rate(learning_rate, step)
         basis = shadows.bases(pair, grads)
+        trust = yield from _trust(basis, iterations)
         rank, width = pair.a.shape[-1], basis["a"][0].shape[-1]
         eye = jnp.eye(width, dtype=compute_dtype(*basis["a"]))
         is_factor, is_momentum = jnp.arange(width) < rank, jnp.arange(width) >= rank
@@ -144,7 +148,7 @@ def oplora(
             core = eye * jnp.where(is_momentum, momentum, 0)
             m, _ = yield from iterate(basis, core, 1 - dampening, eye[:, rank:], invert, **keywords)
             updates = updates._replace(m_a=m.a - pair.m_a, m_b=m.b - pair.m_b)
-        return updates, state
+        return jax.tree.map(lambda u: jnp.where(trust > 0, u, 0), updates), state
 
     return pairwise.lift(
         [rule],
@@ -213,6 +217,7 @@ def oplora_proj(
         eta = _rate(learning_rate, step)
         ridge = eta * lmbd
         basis = shadows.bases(pair, grads)
+        trust = yield from _trust(basis, iterations + 1)
         rank, width = pair.a.shape[-1], basis["a"][0].shape[-1]
         eye = jnp.eye(width, dtype=compute_dtype(*basis["a"]))
         new, coordinates = yield from iterate(
@@ -244,7 +249,9 @@ def oplora_proj(
             m_b=jax.tree.map(jnp.zeros_like, pair.m_b),
             krylov=jax.tree.map(jnp.zeros_like, pair.krylov),
         )
-        return updates, OPLoRAProjState(ShadowedPair(**momenta), ShadowedPair(**x))
+        new_state = OPLoRAProjState(ShadowedPair(**momenta), ShadowedPair(**x))
+        updates = jax.tree.map(lambda u: jnp.where(trust > 0, u, 0), updates)
+        return updates, jax.tree.map(lambda n, o: jnp.where(trust > 0, n, o), new_state, state)
 
     def init(pair: ShadowedPair) -> OPLoRAProjState:
         factors_of = lambda convert: ShadowedPair(convert(pair.a), convert(pair.b))
@@ -275,6 +282,15 @@ def _check(learning_rate: Any, momentum: Any, iterations: Any, lmbd: Any) -> Non
 
 def _rate(learning_rate: optax.ScalarOrSchedule, step: Step) -> Any:
     return learning_rate(step.count) if callable(learning_rate) else learning_rate
+
+
+def _trust(basis: dict[str, list[jax.Array]], iterations: int) -> Any:
+    """Yields the check that the quadratic products are of the linear ones' gradient; 1 or 0."""
+    if iterations == 0:
+        return jnp.ones([1, 1])
+    stack = cross("b", basis["b"][2], basis["b"][0])
+    [trust] = yield [Batched(shadows.consistency, stack, gram("a", basis["a"][1]))]
+    return trust
 
 
 def _solver(damping: Any) -> Callable[[jax.Array], jax.Array]:

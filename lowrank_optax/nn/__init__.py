@@ -1,6 +1,6 @@
 """LoRA for Flax: NNX layers and surgery, Linen modules and an interceptor."""
 
-from lowrank_optax.nn.config import LoRAConfig
+from lowrank_optax.nn.config import LoRAConfig, Shadows
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.flax_linen import (
     LinenAdapter,
@@ -37,6 +37,7 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "LoRALinearGeneral",
+    "Shadows",
     "add_lora",
     "lora_adapters",
     "lora_apply",

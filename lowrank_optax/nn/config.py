@@ -9,13 +9,51 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lowrank_optax.factors import LoRAPair
+from lowrank_optax.factors import LoRAPair, ShadowedPair
+from lowrank_optax.shadows import shadow
 
 Initializer = Callable[..., Any]
 
 # Module-level objects: equal configurations then compare equal, and jit caches stay warm.
 DEFAULT_A_INIT: Initializer = jax.nn.initializers.he_uniform()
 DEFAULT_B_INIT: Initializer = jax.nn.initializers.zeros
+
+
+@dataclasses.dataclass(frozen=True)
+class Shadows:
+    """Which shadows an adapter carries, the leaves that OPLoRA moves and reads.
+
+    ``Shadows()`` is what ``oplora(lr)`` needs, and ``Shadows(iterations=2, momentum_rank=0)`` what
+    ``oplora_proj(lr)`` needs. Shadows change neither the output nor the gradients of the factors.
+    With ``iterations`` from 1 an adapter may be used once in a forward pass, on a whole batch (not
+    under a ``vmap`` over examples): see ``lowrank_optax.shadows``.
+
+    Attributes:
+      iterations: k, how many LoRSum iterations the optimizer will make, at least 0.
+      momentum_rank: rank of the momentum, at most min(in, out) of every adapted kernel; 0 for none,
+        None for the rank of the adapter.
+
+    Raises:
+      ValueError: if a number is negative.
+
+    Example:
+      >>> import jax
+      >>> config = LoRAConfig(rank=2, shadows=Shadows(momentum_rank=1))
+      >>> pair = config.init_pair(jax.random.key(0), (), 8, 6)
+      >>> pair.m_a.shape, pair.m_b.shape, pair.krylov.shape
+      ((8, 1), (1, 6), (3, 6))
+
+    Source: OPLoRA, https://arxiv.org/abs/2509.19977.
+    """
+
+    iterations: int = 1
+    momentum_rank: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.iterations < 0:
+            raise ValueError(f"iterations must be at least 0, got {self.iterations}")
+        if self.momentum_rank is not None and self.momentum_rank < 0:
+            raise ValueError(f"momentum_rank must be at least 0, got {self.momentum_rank}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +72,7 @@ class LoRAConfig:
         that an adapted model starts as the base model.
       param_dtype: dtype of the factors, whatever the dtype of the base kernel.
       dtype: dtype of the adapter's matmul operands; None means the dtype of the base's output.
+      shadows: the leaves that OPLoRA needs beside the factors; none by default.
 
     Raises:
       ValueError: if a setting is outside its range.
@@ -56,6 +95,7 @@ class LoRAConfig:
     b_init: Initializer = DEFAULT_B_INIT
     param_dtype: DTypeLike = jnp.float32
     dtype: DTypeLike | None = None
+    shadows: Shadows | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -71,7 +111,7 @@ class LoRAConfig:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
     def check_rank(self, n_in: int, n_out: int, path: str) -> None:
-        """Refuses a rank that the kernel cannot use.
+        """Refuses a rank, of the factors or of their momentum, that the kernel cannot use.
 
         Args:
           n_in: flattened input size of the kernel.
@@ -81,14 +121,20 @@ class LoRAConfig:
         Raises:
           ValueError: if the rank exceeds min(in, out).
         """
-        if self.rank > min(n_in, n_out):
-            raise ValueError(
-                f"{path}: rank {self.rank} exceeds min(in, out) = {min(n_in, n_out)} of its "
-                f"({n_in}, {n_out}) kernel; lower the rank or leave this layer out of the targets"
-            )
+        ranks = {"rank": self.rank}
+        if self.shadows is not None:
+            ranks["momentum_rank"] = self.shadows.momentum_rank or 0
+        for name, rank in ranks.items():
+            if rank > min(n_in, n_out):
+                raise ValueError(
+                    f"{path}: {name} {rank} exceeds min(in, out) = {min(n_in, n_out)} of its "
+                    f"({n_in}, {n_out}) kernel; lower it or leave this layer out of the targets"
+                )
 
-    def init_pair(self, key: jax.Array, batch: tuple[int, ...], n_in: int, n_out: int) -> LoRAPair:
-        """Draws new factors.
+    def init_pair(
+        self, key: jax.Array, batch: tuple[int, ...], n_in: int, n_out: int
+    ) -> LoRAPair | ShadowedPair:
+        """Draws new factors, and their shadows if there are to be any.
 
         Args:
           key: random key.
@@ -97,7 +143,8 @@ class LoRAConfig:
           n_out: flattened output size.
 
         Returns:
-          The pair, ``a`` (batch..., in, r) and ``b`` (batch..., r, out), in ``param_dtype``.
+          The pair, ``a`` (batch..., in, r) and ``b`` (batch..., r, out), in ``param_dtype``. It is
+          the same with shadows; they are in float32 or better.
 
         Example:
           >>> import jax
@@ -106,10 +153,19 @@ class LoRAConfig:
           ((12, 8, 2), (12, 2, 6))
         """
         key_a, key_b = jax.random.split(key)
-        return LoRAPair(
+        pair = LoRAPair(
             a=self._draw(self.a_init, key_a, batch, (n_in, self.rank)),
             b=self._draw(self.b_init, key_b, batch, (self.rank, n_out)),
         )
+        if self.shadows is None:
+            return pair
+        # Shapes instead of the factors, which may be boxed with sharding names.
+        shapes = LoRAPair(
+            a=jax.ShapeDtypeStruct((*batch, n_in, self.rank), self.param_dtype),
+            b=jax.ShapeDtypeStruct((*batch, self.rank, n_out), self.param_dtype),
+        )
+        settings = dataclasses.asdict(self.shadows)
+        return shadow(shapes, jax.random.fold_in(key, 2), **settings)._replace(a=pair.a, b=pair.b)
 
     def _draw(
         self, init: Initializer, key: jax.Array, batch: tuple[int, ...], shape: tuple[int, int]

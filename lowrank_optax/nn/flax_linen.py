@@ -10,7 +10,8 @@ neither differentiated nor touched by the optimizer when one trains the adapters
     updates, state = tx.update(grads, tx.init(lora), lora)
 
 Factors are drawn from the ``'lora'`` rng stream, or else from ``'params'``, after the layer's own
-parameters, which keep the values they have without LoRA. ``nn.remat`` needs nothing special;
+parameters, which keep the values they have without LoRA. `Shadows`, if the settings ask for them,
+stand beside the factors. ``nn.remat`` needs nothing special;
 ``nn.scan`` and ``nn.vmap`` over layers need ``'lora': 0`` in ``variable_axes`` next to
 ``'params': 0``. To adapt models that exist already, see `lora_interceptor`.
 """
@@ -22,7 +23,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.factors import LoRAPair
+from lowrank_optax.factors import LoRAPair, ShadowedPair
 from lowrank_optax.nn.config import LoRAConfig
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.functional import lora_apply
@@ -233,7 +234,7 @@ def layer_contraction(
 
 def _factors(
     layer: LinenLayer, config: LoRAConfig, batch: tuple[int, ...], n_in: int, n_out: int
-) -> LoRAPair:
+) -> LoRAPair | ShadowedPair:
     """Reads the factors of a layer, creating them first where the collection may be written."""
     path = "/".join(layer.path) or type(layer).__name__
     if not layer.has_variable(_COLLECTION, "lora_a"):
@@ -244,11 +245,13 @@ def _factors(
             )
         config.check_rank(n_in, n_out, path)
         new = config.init_pair(layer.make_rng(_COLLECTION), batch, n_in, n_out)
-        layer.put_variable(_COLLECTION, "lora_a", new.a)
-        layer.put_variable(_COLLECTION, "lora_b", new.b)
-    return LoRAPair(
-        a=layer.variable(_COLLECTION, "lora_a").value, b=layer.variable(_COLLECTION, "lora_b").value
-    )
+        for name, leaf in new._asdict().items():
+            if leaf is not None:
+                layer.put_variable(_COLLECTION, f"lora_{name}", leaf)
+    # The variables decide, not the settings: shadows that exist must get their gradients.
+    names = [n for n in ShadowedPair._fields if layer.has_variable(_COLLECTION, f"lora_{n}")]
+    node = ShadowedPair if len(names) > 2 else LoRAPair
+    return node(**{name: layer.variable(_COLLECTION, f"lora_{name}").value for name in names})
 
 
 def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lowrank_optax.factors import LoRAPair
+from lowrank_optax.factors import LoRAPair, ShadowedPair
 from lowrank_optax.nn.config import LoRAConfig
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.functional import lora_apply
@@ -47,6 +47,8 @@ class LoRALayer(nnx.Module):
       axes: roles of the base kernel's axes; *in* and *out* below are the flattened ones.
       lora_a: ``nnx.LoRAParam``, (stacked..., batch..., in, r).
       lora_b: ``nnx.LoRAParam``, (stacked..., batch..., r, out).
+      lora_m_a, lora_m_b, lora_krylov: ``nnx.LoRAParam``, the `Shadows` that ``lora`` asks for; a
+        layer without them lacks the attributes.
       dropout: ``nnx.Dropout`` on the adapter's input, or None.
       merged: whether the kernel already contains the update; the adapter is then skipped.
 
@@ -67,6 +69,9 @@ class LoRALayer(nnx.Module):
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
     """
 
+    lora_a: nnx.LoRAParam
+    lora_b: nnx.LoRAParam
+
     def __init__(
         self, base: BaseLayer, lora: LoRAConfig, *, rngs: nnx.Rngs, path: str = "LoRALayer"
     ):
@@ -78,8 +83,9 @@ class LoRALayer(nnx.Module):
         pair = lora.init_pair(rngs.params(), batch, n_in, n_out)
         self.base = base
         self.lora = lora
-        self.lora_a = nnx.LoRAParam(pair.a)
-        self.lora_b = nnx.LoRAParam(pair.b)
+        for name, leaf in pair._asdict().items():
+            if leaf is not None:
+                setattr(self, f"lora_{name}", nnx.LoRAParam(leaf))
         self.merged = False
         self.dropout: nnx.Dropout | None = nnx.data(None)
         if lora.dropout > 0:
@@ -94,9 +100,11 @@ class LoRALayer(nnx.Module):
         return self.lora.scale
 
     @property
-    def pair(self) -> LoRAPair:
-        """The factors as a value."""
-        return LoRAPair(a=self.lora_a[...], b=self.lora_b[...])
+    def pair(self) -> LoRAPair | ShadowedPair:
+        """The factors as a value, with their shadows if there are any."""
+        names = [name for name in ShadowedPair._fields if hasattr(self, f"lora_{name}")]
+        node = ShadowedPair if len(names) > 2 else LoRAPair
+        return node(**{name: getattr(self, f"lora_{name}")[...] for name in names})
 
     def __call__(
         self, inputs: jax.Array, *, einsum_str: str | None = None, out_sharding: Any = None

@@ -32,7 +32,13 @@ from flax.linen.module import InterceptorContext
 from jax.typing import DTypeLike
 
 from lowrank_optax.factors import LoRAPair
-from lowrank_optax.nn.config import DEFAULT_A_INIT, DEFAULT_B_INIT, Initializer, LoRAConfig
+from lowrank_optax.nn.config import (
+    DEFAULT_A_INIT,
+    DEFAULT_B_INIT,
+    Initializer,
+    LoRAConfig,
+    Shadows,
+)
 from lowrank_optax.nn.flax_linen import (
     LinenAdapter,
     LinenLayer,
@@ -56,6 +62,7 @@ def lora_interceptor(
     b_init: Initializer = DEFAULT_B_INIT,
     param_dtype: DTypeLike = jnp.float32,
     dtype: DTypeLike | None = None,
+    shadows: Shadows | None = None,
     deterministic: bool = False,
 ) -> Iterator[dict[str, LinenAdapter]]:
     """Gives the targeted layers of any Linen model LoRA adapters while the context is open.
@@ -76,6 +83,8 @@ def lora_interceptor(
       b_init: initializer of ``b``, called with the shape (r, out).
       param_dtype: dtype of the factors.
       dtype: dtype of the adapters' matmuls; None means that of the base layer's output.
+      shadows: what OPLoRA needs beside the factors, ``Shadows()`` for ``oplora(lr)``; read only
+        where adapters are created.
       deterministic: if True, no dropout; else a positive ``dropout`` needs a ``'dropout'`` rng.
 
     Yields:
@@ -101,7 +110,7 @@ def lora_interceptor(
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
     """
-    config = LoRAConfig(rank, alpha, rslora, dropout, a_init, b_init, param_dtype, dtype)
+    config = LoRAConfig(rank, alpha, rslora, dropout, a_init, b_init, param_dtype, dtype, shadows)
     matcher = TargetMatcher(targets)
     adapters: dict[str, LinenAdapter] = {}
     initialized: set[str] = set()

@@ -7,7 +7,14 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lowrank_optax.nn.config import DEFAULT_A_INIT, DEFAULT_B_INIT, Initializer, LoRAConfig
+from lowrank_optax.factors import LoRAPair
+from lowrank_optax.nn.config import (
+    DEFAULT_A_INIT,
+    DEFAULT_B_INIT,
+    Initializer,
+    LoRAConfig,
+    Shadows,
+)
 from lowrank_optax.nn.flax_nnx import BaseLayer, LoRALayer, require_supported
 from lowrank_optax.nn.functional import merge_kernel
 from lowrank_optax.nn.targets import TargetMatcher, Targets
@@ -34,6 +41,7 @@ def add_lora(
     b_init: Initializer = DEFAULT_B_INIT,
     param_dtype: DTypeLike = jnp.float32,
     dtype: DTypeLike | None = None,
+    shadows: Shadows | None = None,
     rngs: nnx.Rngs,
 ) -> list[str]:
     """Replaces the targeted layers of a model, in place, by `LoRALayer` around them.
@@ -56,6 +64,7 @@ def add_lora(
       b_init: initializer of ``b``, called with the shape (r, out).
       param_dtype: dtype of the factors.
       dtype: dtype of the adapters' matmuls; None means that of the base layer's output.
+      shadows: what OPLoRA needs beside the factors; ``Shadows()`` for ``oplora(lr)``.
       rngs: ``params`` draws the factors, ``dropout`` feeds the dropout.
 
     Returns:
@@ -77,7 +86,7 @@ def add_lora(
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
     """
-    config = LoRAConfig(rank, alpha, rslora, dropout, a_init, b_init, param_dtype, dtype)
+    config = LoRAConfig(rank, alpha, rslora, dropout, a_init, b_init, param_dtype, dtype, shadows)
     matcher = TargetMatcher(targets)
     edges = list(_edges(model))
     matched: dict[int, tuple[str, BaseLayer]] = {}
@@ -296,7 +305,8 @@ def _put_bases_back(model: nnx.Module) -> list[str]:
 
 def _add_to_kernel(layer: LoRALayer, sign: int) -> None:
     kernel = layer.base.kernel
-    kernel[...] = merge_kernel(kernel[...], layer.pair, sign * layer.scale, layer.axes)
+    pair = LoRAPair(layer.lora_a[...], layer.lora_b[...])
+    kernel[...] = merge_kernel(kernel[...], pair, sign * layer.scale, layer.axes)
     layer.merged = not layer.merged
 
 

@@ -50,7 +50,12 @@ class ShadowedPair(NamedTuple):
         b: the output-side factor, (..., r, out).
         m_a: input-side factor of the low-rank momentum, (..., in, q), or None.
         m_b: output-side factor of the low-rank momentum, (..., q, out), or None.
-        krylov: zeros, (..., r + q, n), or None; its gradient are the quadratic products.
+        krylov: zeros, (..., r + q, n) or with a metric (..., r + 2q, n), or None; its gradient are
+            the products of higher degree.
+        d_in: diagonal of the input-side metric, (..., in), or None.
+        d_out: diagonal of the output-side metric, (..., out), or None.
+        kfac: settings of the metric, (..., 3), if its statistics are K-FAC's, or None.
+        shampoo: the same if they are Shampoo's.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -67,6 +72,10 @@ class ShadowedPair(NamedTuple):
     m_a: Any = None
     m_b: Any = None
     krylov: Any = None
+    d_in: Any = None
+    d_out: Any = None
+    kfac: Any = None
+    shampoo: Any = None
 
 
 _NODE_TYPES = (LoRAPair, ShadowedPair)
@@ -84,10 +93,10 @@ class PairSpec:
     Args:
         a: pattern of the input-side factor.
         b: pattern of the output-side factor.
-        auxiliary: patterns of leaves that no gradient trains, by field name of ``node``.
-        node: the NamedTuple that such a pair becomes; its fields are ``a``, ``b`` and the auxiliary
-            names. Fields with a default are optional, and a pair without any auxiliary leaf is a
-            plain ``LoRAPair``.
+        auxiliary: patterns of leaves that no gradient trains, by name.
+        nodes: the NamedTuples that pairs with auxiliary leaves become, of fields ``a``, ``b`` and
+            auxiliary names; the first one that has all leaves of a pair. Fields with a default are
+            optional. A pair without any auxiliary leaf is a plain ``LoRAPair``.
         a_in: axes of ``a`` that contract with the layer's input.
         a_rank: rank axis of ``a``.
         b_rank: rank axis of ``b``.
@@ -105,7 +114,7 @@ class PairSpec:
     a: str
     b: str
     auxiliary: Mapping[str, str] = field(default_factory=dict)
-    node: type = LoRAPair
+    nodes: tuple[Any, ...] = ()
     a_in: tuple[int, ...] = (-2,)
     a_rank: int = -1
     b_rank: int = -2
@@ -147,8 +156,8 @@ DEFAULT_SPECS: tuple[PairMatcher, ...] = (
     PairSpec(  # Flax NNX and Linen, EasyDeL, this library's modules
         "lora_a",
         "lora_b",
-        auxiliary={name: f"lora_{name}" for name in ("m_a", "m_b", "krylov")},
-        node=ShadowedPair,
+        auxiliary={name: f"lora_{name}" for name in ShadowedPair._fields[2:]},
+        nodes=(ShadowedPair,),
     ),
     PairSpec("*_lora_a", "*_lora_b"),  # qwix: beside the weight it adapts
     PairSpec("lora_A", "lora_B", **_PEFT_AXES),  # Hugging Face PEFT and its ports
@@ -212,7 +221,14 @@ class PairLeaves:
     @property
     def node(self) -> Any:
         """The type of this pair's values."""
-        return self.spec.node if len(self.leaves) > 2 else LoRAPair
+        fitting = (n for n in (LoRAPair, *self.spec.nodes) if set(self.leaves) <= set(n._fields))
+        node = next(fitting, None)
+        if node is None:
+            raise ValueError(
+                f"{self.path}: no kind of pair has the leaves {', '.join(self.leaves)} together;"
+                " take the leaves of one optimizer out before adding those of another."
+            )
+        return node
 
     def take(self, leaves: Sequence[Any], node: Any = None) -> Any:
         """Takes this pair out of a flat list with canonical factors, as its or another node."""
@@ -412,7 +428,7 @@ def _node_members(tree: Any) -> dict[str, Member]:
         if is_node(node):
             fields = type(node)._fields
             auxiliary = {name: name for name in fields if name not in ("a", "b")}
-            spec = PairSpec("a", "b", auxiliary=auxiliary, node=type(node))
+            spec = PairSpec("a", "b", auxiliary=auxiliary, nodes=(type(node),))
             for sub_path, _ in jax.tree_util.tree_leaves_with_path(node):
                 member = Member(path_name(path), sub_path[0].name, spec)
                 members[path_name((*path, *sub_path))] = member
@@ -422,9 +438,8 @@ def _node_members(tree: Any) -> dict[str, Member]:
 def _check(pair: PairLeaves, paths: Sequence[str], leaves: Sequence[Any]) -> None:
     """Raises unless the leaves make a whole, well-shaped pair."""
     spec, index = pair.spec, pair.leaves
-    optional = set(pair.node._field_defaults) | (set(spec.auxiliary) - set(pair.node._fields))
-    for role in ("a", "b", *spec.auxiliary):
-        if role not in index and role not in optional:
+    for role in pair.node._fields:
+        if role not in index and role not in pair.node._field_defaults:
             present = ", ".join(paths[i] for i in index.values())
             raise ValueError(
                 f"Half a pair at {pair.path!r}: found {present}, but no leaf for {role!r}. Keep the"

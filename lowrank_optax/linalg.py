@@ -90,6 +90,27 @@ def mix(side: Side, x: jax.Array, m: jax.Array) -> jax.Array:
     return _einsum(_MIX[side], x, m)
 
 
+def weigh(side: Side, x: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Multiplies a factor along its long axis: ``D x`` for a, ``x D`` for b.
+
+    Args:
+        side: which factor ``x`` is.
+        x: (..., in, r) or (..., r, out).
+        weights: the diagonal D, (..., in) or (..., out); None for the identity.
+
+    Returns:
+        As ``x``, in :func:`compute_dtype`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> weigh("a", jnp.ones((2, 1)), jnp.array([3.0, 4.0])).tolist()
+        [[3.0], [4.0]]
+    """
+    if weights is None:
+        return x
+    return x.astype(compute_dtype(x)) * jnp.expand_dims(weights, -1 if side == "a" else -2)
+
+
 def moved(x: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes what ``optax.apply_updates`` makes of a parameter, rounding included.
 

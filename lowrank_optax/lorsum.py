@@ -28,15 +28,17 @@ from lowrank_optax.linalg import (
     compute_dtype,
     cross,
     damped_inverse,
-    gram,
     mix,
     other,
     product,
+    weigh,
 )
 from lowrank_optax.pairwise import Batched, lockstep
 
 # Added inside every inversion by the released solver, beside the ridge.
 SOLVER_DAMPING = 1e-6
+
+UNWEIGHTED: Mapping[Side, jax.Array | None] = {"a": None, "b": None}
 
 Combination = list[jax.Array]
 
@@ -88,7 +90,7 @@ def lorsum(
     for name, pair in [("start", start), *((f"terms[{i}]", t) for i, t in enumerate(terms))]:
         _check_term(name, pair, start)
     dtype = compute_dtype(*jax.tree.leaves((tuple(terms), start)))
-    basis = {
+    basis: dict[Side, Sequence[jax.Array]] = {
         "a": [jnp.concatenate([pair.a.astype(dtype) for pair in (start, *terms)], axis=-1)],
         "b": [jnp.concatenate([pair.b.astype(dtype) for pair in (start, *terms)], axis=-2)],
     }
@@ -106,7 +108,7 @@ def lorsum(
 
 
 def iterate(
-    basis: Mapping[str, Sequence[jax.Array]],
+    basis: Mapping[Side, Sequence[jax.Array]],
     core: jax.Array,
     gradient: Any,
     selected: jax.Array,
@@ -114,6 +116,7 @@ def iterate(
     *,
     iterations: int,
     ridge: Any,
+    weights: Mapping[Side, jax.Array | None] = UNWEIGHTED,
 ) -> Generator[list[Batched], list[Any], tuple[LoRAPair, dict[Side, Combination]]]:
     """Runs LoRSum on ``A₀ C B₀ + g G``, as a rule that yields its inversions.
 
@@ -126,6 +129,8 @@ def iterate(
         invert: the damped inverse, the same object for all pairs.
         iterations: k; 0 for Jacobi half-steps.
         ridge: λ.
+        weights: the diagonals D, (..., in) and (..., out), of a metric in which to approximate:
+            inner products are weighted by D, and G is ``D⁻¹ G D⁻¹``.
 
     Returns:
         The new factors, and each one's coordinates ``[X₀, X₁, ...]`` in its basis.
@@ -143,8 +148,9 @@ def iterate(
     ) -> Generator[list[Batched], list[Any], tuple[jax.Array, Combination]]:
         """Solves for one factor given the other, x."""
         y = other(side)
-        [inverse] = yield [Batched(invert, gram(y, x) + ridge * eye)]
-        narrow = ridge * selected + product(cores[side], cross(y, basis[y][0], x))
+        weighted = weigh(y, x, weights[y])
+        [inverse] = yield [Batched(invert, cross(y, weighted, x) + ridge * eye)]
+        narrow = ridge * selected + product(cores[side], cross(y, basis[y][0], weighted))
         full = [] if gradient is None else [gradient * c for c in x_coordinates]
         solution = [product(m, inverse) for m in (narrow, *full)]
         return combine(side, basis[side], solution), solution

@@ -5,12 +5,19 @@ backward pass of a layer can form ``G Lᵀ`` and ``Rᵀ G`` for any narrow L and
 hand, its input x and the gradient of its output. Starting from the factors of the adapter and of
 the optimizer's momentum, it builds the two block-Krylov bases::
 
-    A₀ = [a, m_a]      Aᵢ₊₁ = G Bᵢᵀ         (in, r + q)
-    B₀ = [b; m_b]      Bᵢ₊₁ = Aᵢᵀ G         (r + q, out)
+    A₀ = [a, m_a]    Aᵢ₊₁ = G Bᵢᵀ          B₀ = [b; m_b]    Bᵢ₊₁ = Aᵢᵀ G
 
 A₁ and B₁ are the gradients of the four factors. The further elements that ``iterations`` k of
 LoRSum need, B₂ … B₂ₖ and A₂ … A₂ₖ₋₁, arrive as the gradient of one leaf of zeros, ``krylov``. This
 module says how they lie in it.
+
+A step in a metric, diagonals D_in and D_out, divides by the metric what is multiplied by G. The
+momentum is kept without metric, so there is one block more, which is not divided::
+
+    A₀ = [a, D_in⁻¹ m_a, m_a]    Aᵢ₊₁ = G Bᵢᵀ, its columns but for the last block over D_in
+
+The metric is of the same backward pass: statistics of x and of the output's gradient arrive as the
+gradients of ``d_in`` and ``d_out``, and ``D = (β₂ d + (1 - β₂) statistic + damping)^power``.
 
 The elements with index i have degree i in the gradient. So a gradient that was scaled or clipped
 must be scaled by :func:`scale_gradients`, and sums over micro-batches, or over several uses of one
@@ -19,13 +26,13 @@ adapter in a forward pass, are right for degree 1 only. Such elements break the 
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.arguments import check, check_positive
+from lowrank_optax.arguments import check, check_choice, check_decay, check_positive
 from lowrank_optax.factors import (
     DEFAULT_SPECS,
     LoRAPair,
@@ -33,11 +40,42 @@ from lowrank_optax.factors import (
     ShadowedPair,
     find_pairs,
 )
-from lowrank_optax.linalg import compute_dtype
+from lowrank_optax.linalg import SIDES, Side, compute_dtype, cross, weigh
+
+Basis = dict[Side, list[jax.Array]]
+
+
+class Metric(NamedTuple):
+    """A diagonal metric for :func:`shadow`, with the numbers that are given to ``scaled_oplora``.
+
+    Args:
+        kind: ``"kfac"`` for the statistics mean x² and N Σ dy² over N tokens, dy the gradient of
+            a mean loss in the layer's output; ``"shampoo"`` for N times the squared row and column
+            norms of the kernel's gradient, which cost as much as forming that gradient.
+        b2: β₂ of the running averages, in [0, 1).
+        damping: added to them, positive.
+        power: exponent of the sum, positive.
+
+    Example:
+        >>> Metric(power=1.0)
+        Metric(kind='kfac', b2=0.99, damping=0.001, power=1.0)
+
+    Source: arXiv 2602.16456.
+    """
+
+    kind: Literal["kfac", "shampoo"] = "kfac"
+    b2: float = 0.99
+    damping: float = 1e-3
+    power: float = 0.5
 
 
 def shadow(
-    pair: LoRAPair, key: jax.Array, *, iterations: int = 1, momentum_rank: int | None = None
+    pair: LoRAPair,
+    key: jax.Array,
+    *,
+    iterations: int = 1,
+    momentum_rank: int | None = None,
+    metric: Metric | None = None,
 ) -> ShadowedPair:
     """Adds to a pair the leaves that OPLoRA moves and reads.
 
@@ -46,13 +84,14 @@ def shadow(
         key: of the input-side momentum factor, which starts standard normal; its partner starts 0.
         iterations: k, how many LoRSum iterations the optimizer will make; 0 for Jacobi steps.
         momentum_rank: q, rank of the momentum, r by default; 0 for none.
+        metric: the metric of ``scaled_oplora``; its running averages start at 1.
 
     Returns:
-        The node, to stand in the parameter tree where the pair stood; momentum in float32 or
-        better.
+        The node, to stand in the parameter tree where the pair stood; momentum and metric in
+        float32 or better.
 
     Raises:
-        ValueError: a negative number, or a momentum rank above min(in, out).
+        ValueError: a number out of range.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -69,14 +108,23 @@ def shadow(
     fits = f"must lie between 0 and min(in, out) = {min(n_in, n_out)}"
     check("momentum_rank", q, lambda q: 0 <= q <= min(n_in, n_out), fits)
     dtype = compute_dtype(pair.a, pair.b)
-    length = max(2 * iterations - 1, 0) * n_out + max(2 * iterations - 2, 0) * n_in
-    return ShadowedPair(
-        pair.a,
-        pair.b,
-        m_a=jax.random.normal(key, (*batch, n_in, q), dtype) if q else None,
-        m_b=jnp.zeros((*batch, q, n_out), dtype) if q else None,
-        krylov=jnp.zeros((*batch, rank + q, length), dtype) if length else None,
-    )
+    node = ShadowedPair(pair.a, pair.b)
+    if q:
+        m_a = jax.random.normal(key, (*batch, n_in, q), dtype)
+        node = node._replace(m_a=m_a, m_b=jnp.zeros((*batch, q, n_out), dtype))
+    if metric is not None:
+        check_choice("metric.kind", metric.kind, ("kfac", "shampoo"))
+        check_decay("metric.b2", metric.b2)
+        check_positive("metric.damping", metric.damping)
+        check_positive("metric.power", metric.power)
+        settings = jnp.broadcast_to(jnp.array(metric[1:], dtype), (*batch, 3))
+        d_in, d_out = jnp.ones((*batch, n_in), dtype), jnp.ones((*batch, n_out), dtype)
+        node = node._replace(d_in=d_in, d_out=d_out, **{metric.kind: settings})
+    degrees = _degrees(node, iterations)
+    if len(degrees):
+        width = rank + q * (1 if metric is None else 2)
+        node = node._replace(krylov=jnp.zeros((*batch, width, len(degrees)), dtype))
+    return node
 
 
 def iterations_of(pair: ShadowedPair) -> int:
@@ -88,14 +136,100 @@ def iterations_of(pair: ShadowedPair) -> int:
         >>> iterations_of(shadow(pair, jax.random.key(0), iterations=3))
         3
     """
-    if pair.krylov is None:
-        return 0
-    n_in, n_out = pair.a.shape[-2], pair.b.shape[-1]
-    return (pair.krylov.shape[-1] + n_out + 2 * n_in) // (2 * (n_in + n_out))
+    length = 0 if pair.krylov is None else pair.krylov.shape[-1]
+    iterations = 0
+    while len(_degrees(pair, iterations)) < length:
+        iterations += 1
+    return iterations
 
 
-def beside(side: str, x: Any, m: Any) -> jax.Array:
-    """Puts an adapter's factor and its momentum beside each other along the rank axis.
+def has_metric(pair: ShadowedPair) -> bool:
+    """Says whether a node has a metric.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> pair = LoRAPair(jnp.ones((6, 2)), jnp.zeros((2, 4)))
+        >>> has_metric(shadow(pair, jax.random.key(0), metric=Metric("shampoo")))
+        True
+    """
+    return pair.kfac is not None or pair.shampoo is not None
+
+
+class Scaling(NamedTuple):
+    """The metric of one backward pass, which layer and optimizer compute alike.
+
+    Args:
+        averages: the running averages, this pass included, (..., in) and (..., out) by side.
+        weights: the diagonals D_in and D_out by side.
+        columns: how many columns, from the first, the metric divides.
+    """
+
+    averages: dict[Side, jax.Array]
+    weights: dict[Side, jax.Array]
+    columns: int
+
+    def divide(self, side: Side, x: jax.Array) -> jax.Array:
+        """Divides a product with the gradient by the metric, its last block excepted."""
+        step, momentum = split(side, x, self.columns)
+        return beside(side, weigh(side, step, 1 / self.weights[side]), momentum)
+
+    def multiply(self, side: Side, x: jax.Array) -> jax.Array:
+        """Undoes :meth:`divide`."""
+        step, momentum = split(side, x, self.columns)
+        return beside(side, weigh(side, step, self.weights[side]), momentum)
+
+
+def scaling(pair: ShadowedPair, statistics: ShadowedPair) -> Scaling | None:
+    """Computes the metric of one backward pass.
+
+    Args:
+        pair: the parameters.
+        statistics: a node with the statistics in ``d_in`` and ``d_out``, as the gradient has them.
+
+    Returns:
+        The metric, or None where the node has none.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> pair = LoRAPair(jnp.ones((2, 1)), jnp.zeros((1, 2)))
+        >>> node = shadow(pair, jax.random.key(0), metric=Metric(b2=0.5, damping=2.0))
+        >>> scaling(node, node._replace(d_in=jnp.array([3.0, 27.0]))).weights["a"].tolist()
+        [2.0, 4.0]
+    """
+    if not has_metric(pair):
+        return None
+    settings = pair.shampoo if pair.kfac is None else pair.kfac
+    b2, damping, power = jnp.split(settings, 3, axis=-1)
+    averages: dict[Side, jax.Array] = {
+        "a": b2 * pair.d_in + (1 - b2) * statistics.d_in,
+        "b": b2 * pair.d_out + (1 - b2) * statistics.d_out,
+    }
+    weights: dict[Side, jax.Array] = {s: (averages[s] + damping) ** power for s in SIDES}
+    q = 0 if pair.m_a is None else pair.m_a.shape[-1]
+    return Scaling(averages, weights, pair.a.shape[-1] + q)
+
+
+def start(pair: ShadowedPair, metric: Scaling | None) -> dict[Side, jax.Array]:
+    """Puts A₀ and B₀ together.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> node = shadow(LoRAPair(jnp.ones((6, 2)), jnp.zeros((2, 4))), jax.random.key(0))
+        >>> start(node, None)["a"].shape
+        (6, 4)
+    """
+    sides: dict[Side, Any] = {"a": (pair.a, pair.m_a), "b": (pair.b, pair.m_b)}
+    elements: dict[Side, jax.Array] = {}
+    for side, (x, m) in sides.items():
+        step = x
+        if metric is not None and m is not None:
+            step = beside(side, x, weigh(side, m, 1 / metric.weights[side]))
+        elements[side] = beside(side, step, m)
+    return elements
+
+
+def beside(side: Side, x: Any, m: Any) -> jax.Array:
+    """Puts two factors of one side beside each other along the rank axis; the second may be None.
 
     Example:
         >>> import jax.numpy as jnp
@@ -105,19 +239,51 @@ def beside(side: str, x: Any, m: Any) -> jax.Array:
     return x if m is None else jnp.concatenate([x, m], axis=-1 if side == "a" else -2)
 
 
-def pack(a_basis: Sequence[jax.Array], b_basis: Sequence[jax.Array]) -> jax.Array | None:
-    """Lays A₂ … A₂ₖ₋₁ and B₂ … B₂ₖ out as one leaf, (..., r + q, n); None if there are none.
+def split(side: Side, x: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:
+    """Takes what :func:`beside` joined apart after so many rank components.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> pack([], [jnp.ones((2, 4))]).shape
-        (2, 4)
+        >>> [part.shape for part in split("b", jnp.ones((3, 5)), 2)]
+        [(2, 5), (1, 5)]
     """
-    blocks = [*b_basis, *(jnp.swapaxes(x, -1, -2) for x in a_basis)]
+    return (x[..., :rank], x[..., rank:]) if side == "a" else (x[..., :rank, :], x[..., rank:, :])
+
+
+def lengths(iterations: int) -> dict[Side, int]:
+    """Counts the products with the gradient: A₁, A₂, … and B₁, B₂, ….
+
+    Example:
+        >>> lengths(2)
+        {'a': 3, 'b': 4}
+    """
+    return {"a": max(2 * iterations - 1, 1), "b": max(2 * iterations, 1)}
+
+
+def pack(pair: ShadowedPair, products: Basis) -> jax.Array | None:
+    """Lays products with the gradient out in ``krylov``; None if there are none to lay out.
+
+    Args:
+        pair: the node.
+        products: A₁, A₂, … and B₁, B₂, … before any division, as many as :func:`lengths` says.
+
+    Returns:
+        (..., R, n), the elements of B and then those of A, transposed. Without a metric A₁ and B₁
+        are left out, for they are the gradients of the factors.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> node = shadow(LoRAPair(jnp.ones((6, 2)), jnp.zeros((2, 4))), jax.random.key(0))
+        >>> pack(node, {"a": [jnp.ones((6, 4))], "b": [jnp.ones((4, 4)), jnp.ones((4, 4))]}).shape
+        (4, 4)
+    """
+    first = _first_packed(pair)
+    transposed = (jnp.swapaxes(x, -1, -2) for x in products["a"][first:])
+    blocks = [*products["b"][first:], *transposed]
     return jnp.concatenate(blocks, axis=-1) if blocks else None
 
 
-def bases(pair: ShadowedPair, grads: ShadowedPair) -> dict[str, list[jax.Array]]:
+def bases(pair: ShadowedPair, grads: ShadowedPair) -> tuple[Basis, Scaling | None]:
     """Reads the block-Krylov bases from a node and its gradient.
 
     Args:
@@ -125,24 +291,47 @@ def bases(pair: ShadowedPair, grads: ShadowedPair) -> dict[str, list[jax.Array]]
         grads: what the backward pass returned for them.
 
     Returns:
-        ``{"a": [A₀, A₁, ...], "b": [B₀, B₁, ...]}``.
+        ``{"a": [A₀, A₁, ...], "b": [B₀, B₁, ...]}``, and the metric they are divided by, or None.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> node = shadow(LoRAPair(jnp.ones((6, 2)), jnp.zeros((2, 4))), jax.random.key(0))
-        >>> {side: [x.shape for x in basis] for side, basis in bases(node, node).items()}
-        {'a': [(6, 4), (6, 4)], 'b': [(4, 4), (4, 4), (4, 4)]}
+        >>> {side: len(elements) for side, elements in bases(node, node)[0].items()}
+        {'a': 2, 'b': 3}
     """
-    a = [beside("a", node.a, node.m_a) for node in (pair, grads)]
-    b = [beside("b", node.b, node.m_b) for node in (pair, grads)]
-    k, n_out = iterations_of(pair), pair.b.shape[-1]
-    if k:
-        split = (2 * k - 1) * n_out
-        b += jnp.split(grads.krylov[..., :split], 2 * k - 1, axis=-1)
-    if k > 1:
-        blocks = jnp.split(grads.krylov[..., split:], 2 * k - 2, axis=-1)
-        a += [jnp.swapaxes(x, -1, -2) for x in blocks]
-    return {"a": a, "b": b}
+    metric = scaling(pair, grads)
+    products: Basis = {
+        "a": [beside("a", grads.a, grads.m_a)],
+        "b": [beside("b", grads.b, grads.m_b)],
+    }
+    if pair.krylov is not None:
+        first, number = _first_packed(pair), lengths(iterations_of(pair))
+        sizes = [pair.b.shape[-1]] * (number["b"] - first)
+        sizes += [pair.a.shape[-2]] * (number["a"] - first)
+        stops = [sum(sizes[:i]) for i in range(1, len(sizes))]
+        blocks = jnp.split(grads.krylov, stops, axis=-1)
+        products["b"][first:] = blocks[: number["b"] - first]
+        products["a"][first:] = [jnp.swapaxes(x, -1, -2) for x in blocks[number["b"] - first :]]
+    divide = (lambda side, x: x) if metric is None else metric.divide
+    begin = start(pair, metric)
+    elements: Basis = {
+        side: [begin[side], *(divide(side, x) for x in products[side])] for side in SIDES
+    }
+    return elements, metric
+
+
+def squares(basis: Basis, metric: Scaling | None) -> tuple[jax.Array, jax.Array]:
+    """Computes both sides of the identity ``B₂ B₀ᵀ = A₁ᵀ A₁`` (with a metric, ``A₁ᵀ D A₁``).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> x = {"a": [jnp.ones((3, 1)), jnp.ones((3, 1))], "b": [jnp.ones((1, 3))] * 3}
+        >>> [side.item() for side in squares(x, None)]
+        [3.0, 3.0]
+    """
+    multiply = (lambda side, x: x) if metric is None else metric.multiply
+    stack = cross("b", multiply("b", basis["b"][2]), basis["b"][0])
+    return stack, cross("a", basis["a"][1], multiply("a", basis["a"][1]))
 
 
 def consistency(stack: jax.Array, square: jax.Array) -> jax.Array:
@@ -166,7 +355,7 @@ def consistency(stack: jax.Array, square: jax.Array) -> jax.Array:
 
 
 def scale_gradients(grads: Any, factor: Any, specs: Sequence[PairMatcher] = DEFAULT_SPECS) -> Any:
-    """Scales gradients as if the loss had been scaled: Krylov products by the factor's powers.
+    """Scales gradients as if the loss had been scaled: each product by the factor's power.
 
     For loss scaling: multiply the loss, then scale the gradients by the reciprocal.
 
@@ -179,7 +368,8 @@ def scale_gradients(grads: Any, factor: Any, specs: Sequence[PairMatcher] = DEFA
         The scaled tree.
 
     Raises:
-        ValueError: pairs that do not fit.
+        ValueError: pairs that do not fit; pairs with a metric for iterations from 1, whose products
+            hold the metric of the unscaled gradient.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -195,12 +385,23 @@ def scale_gradients(grads: Any, factor: Any, specs: Sequence[PairMatcher] = DEFA
     def scale(pair: ShadowedPair) -> ShadowedPair:
         scaled = times(pair)
         if pair.krylov is not None:
-            powers = factor ** _degrees(pair)
+            powers = factor ** jnp.array(_degrees(pair, iterations_of(pair)))
             scaled = scaled._replace(krylov=(powers * pair.krylov).astype(pair.krylov.dtype))
+        if has_metric(pair):
+            of_inputs = pair.d_in if pair.shampoo is None else factor**2 * pair.d_in
+            scaled = scaled._replace(d_in=of_inputs, d_out=factor**2 * pair.d_out)
         return scaled
 
-    pairs = [scale(pair) for pair in pairing.take(grads, ShadowedPair)]
-    return pairing.merge(pairing.put(pairs, grads), times(pairing.rest(grads)))
+    pairs = pairing.take(grads, ShadowedPair)
+    for leaves, pair in zip(pairing.pairs, pairs, strict=True):
+        if has_metric(pair) and iterations_of(pair):
+            raise ValueError(
+                f"{leaves.path}: the products of a pair with a metric cannot be scaled afterwards,"
+                " for they hold the metric of the unscaled gradient. Scale the loss instead, or use"
+                " `iterations=0`."
+            )
+    scaled = pairing.put([scale(pair) for pair in pairs], grads)
+    return pairing.merge(scaled, times(pairing.rest(grads)))
 
 
 def clip_by_global_norm(
@@ -216,7 +417,7 @@ def clip_by_global_norm(
         specs: layouts of the pairs (``factors.PairSpec``).
 
     Returns:
-        The transformation, stateless.
+        The transformation, stateless. Its ``update`` raises as :func:`scale_gradients` does.
 
     Raises:
         ValueError: a norm that is not positive.
@@ -241,9 +442,18 @@ def clip_by_global_norm(
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def _degrees(pair: ShadowedPair) -> jax.Array:
-    """The degree in the gradient of each column of ``krylov``."""
-    k, n_in, n_out = iterations_of(pair), pair.a.shape[-2], pair.b.shape[-1]
-    b = [i for i in range(2, 2 * k + 1) for _ in range(n_out)]
-    a = [i for i in range(2, 2 * k) for _ in range(n_in)]
-    return jnp.array(b + a)
+def _first_packed(pair: ShadowedPair) -> int:
+    """How many products are left out of ``krylov``: A₁ and B₁ where they are the gradients."""
+    return 0 if has_metric(pair) else 1
+
+
+def _degrees(pair: ShadowedPair, iterations: int) -> list[int]:
+    """The degree in the gradient of each column of ``krylov``, for so many iterations."""
+    number, first = lengths(iterations), _first_packed(pair)
+    sizes = {"b": pair.b.shape[-1], "a": pair.a.shape[-2]}
+    return [
+        degree
+        for side in ("b", "a")
+        for degree in range(1 + first, number[side] + 1)
+        for _ in range(sizes[side])
+    ]

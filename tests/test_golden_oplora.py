@@ -8,7 +8,17 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank_optax import LoRAPair, ShadowedPair, lorsum, nn, oplora, oplora_proj, shadow
+from lowrank_optax import (
+    LoRAPair,
+    ShadowedPair,
+    lorsum,
+    nn,
+    oplora,
+    oplora_proj,
+    scaled_oplora,
+    shadow,
+    shadows,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -17,13 +27,15 @@ STARTS = ["randB", "zeroB"]
 KEY = jax.random.key(0)
 
 
-def load(name):
+def load(name, *arrays):
+    """A golden file and its hyperparameters, all numbers but for the named ones."""
     with np.load(GOLDEN / f"{name}.npz") as file:
         data = dict(file)
-    return data, {key[3:]: data[key].item() for key in data if key.startswith("hp_")}
+    names = {key[3:] for key in data if key.startswith("hp_")} - set(arrays)
+    return data, {name: data[f"hp_{name}"].item() for name in names}
 
 
-def trajectory(tx, data, params):
+def trajectory(tx, data, params, correct=lambda params: params):
     """The parameters after each step of the golden layer with its mini-batches."""
     kernel = jnp.asarray(data["W0"].T)
 
@@ -39,6 +51,7 @@ def trajectory(tx, data, params):
     state, steps = tx.init(params), [params]
     for x, y in zip(data["X"], data["Y"], strict=True):
         params, state = step(params, state, x, y)
+        params = correct(params)
         steps.append(params)
     return steps
 
@@ -80,6 +93,36 @@ def test_oplora_proj_follows_the_released_code(begin):
     tx = oplora_proj(hp["lr"], hp["momentum"], iterations=hp["iters"], lmbd=hp["lmbd"])
     node = start(data, iterations=hp["iters"] + 1, momentum_rank=0)
     assert_follows(trajectory(tx, data, node), data, {"a": "A", "b": "B"})
+
+
+def scaled(hp, betas):
+    """The optimizer of a golden file, and what its pair needs."""
+    b1, b2 = betas
+    power, damping = hp["metric_power"], hp["damping"]
+    tx = scaled_oplora(
+        hp["lr"], b1, b2, damping, power=power, iterations=hp["iters"], lmbd=hp["lmbd"]
+    )
+    metric = shadows.Metric("kfac", b2=b2, damping=damping, power=power)
+    return tx, {"iterations": hp["iters"], "metric": metric}
+
+
+@pytest.mark.parametrize("begin", STARTS)
+def test_scaled_oplora_follows_the_released_code(begin):
+    data, hp = load(f"oplora_scaled_k1_released_{begin}", "betas")
+    tx, keywords = scaled(hp, data["hp_betas"].tolist())
+    names = {"a": "A", "b": "B", "m_a": "M_A", "m_b": "M_B", "d_in": "D_in", "d_out": "D_out"}
+    assert_follows(trajectory(tx, data, start(data, **keywords)), data, names)
+
+
+@pytest.mark.parametrize("begin", STARTS)
+def test_scaled_oplora_without_iterations_follows_the_released_code(begin):
+    """The released momentum does not move for k = 0; here it does, so it is reset to theirs."""
+    data, hp = load(f"oplora_scaled_k0_released_{begin}", "betas")
+    tx, keywords = scaled(hp, data["hp_betas"].tolist())
+    theirs = {"m_a": jnp.asarray(data["M_A"][0].T), "m_b": jnp.asarray(data["M_B"][0].T)}
+    assert np.all(data["M_A"] == data["M_A"][0])
+    steps = trajectory(tx, data, start(data, **keywords), lambda params: params._replace(**theirs))
+    assert_follows(steps, data, {"a": "A", "b": "B", "d_in": "D_in", "d_out": "D_out"})
 
 
 @pytest.mark.parametrize("begin", STARTS)

@@ -24,7 +24,7 @@ class CountedPair(NamedTuple):
     steps: Any
 
 
-SPEC = PairSpec("lora_a", "lora_b", auxiliary={"steps": "lora_steps"}, node=CountedPair)
+SPEC = PairSpec("lora_a", "lora_b", auxiliary={"steps": "lora_steps"}, nodes=(CountedPair,))
 TREE = {
     "q": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 3)), "lora_steps": jnp.zeros(2)},
     "bias": jnp.ones(3),

@@ -11,6 +11,10 @@ factor its own momentum, transported from the last b̂° to the new b̂ as AltLo
 
     t_a = μ m_a (b̂° b̂ᵀ) P_b̂        a ← â − η t_a        m_a ← t_a + G b̂ᵀ P_b̂ / s²
 
+``scaled_oplora`` steps in a diagonal metric (K-FAC's or Shampoo's, ``shadows.Metric``): LoRSum
+measures with ``D_in`` and ``D_out``, and in place of G and m_a m_b stand ``D_in⁻¹ G D_out⁻¹`` and
+``D_in⁻¹ m_a m_b D_out⁻¹``. Its momentum is an average, with (1 - β₁) G, and is not scaled.
+
 G is never formed and no activations are kept: the products that LoRSum needs arrive as gradients of
 the pair's shadows (``lowrank_optax.shadows``).
 
@@ -20,10 +24,11 @@ Deviations from the released code (zeligism/PSI-LoRA, 9cb3fa6), each held by a t
 - ``iterations=0`` means both half-steps from the old factors; the code returns its input unchanged.
   Without momentum that is preconditioned LoRA.
 - The scale s is applied; the code assumes 1.
+- Scaled, the momentum moves for ``iterations=0`` too; in the code it then stays at its start.
 - Small inverses have the damping floor of ``linalg.damped_inverse``.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -31,7 +36,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import factors, pairwise, shadows
-from lowrank_optax.arguments import check, check_positive
+from lowrank_optax.arguments import check, check_decay, check_positive
 from lowrank_optax.factors import ShadowedPair
 from lowrank_optax.linalg import (
     SIDES,
@@ -123,43 +128,159 @@ def oplora(
     """
     _check(learning_rate, momentum, iterations, lmbd)
     check("dampening", dampening, lambda v: 0 <= v < 1, "must lie in [0, 1)")
-    with_momentum = not (isinstance(momentum, int | float) and momentum == 0)
     invert = _solver(damping)
 
     def rule(
         step: Step, grads: ShadowedPair, state: OPLoRAState, pair: ShadowedPair, scale: Any
     ) -> RuleRun:
         eta = _rate(learning_rate, step)
-        basis = shadows.bases(pair, grads)
-        trust = yield from _trust(basis, iterations)
+        step_size = eta / scale**2
+        basis, metric = shadows.bases(pair, grads)
+        trust = yield from _trust(basis, metric, iterations)
         rank, width = pair.a.shape[-1], basis["a"][0].shape[-1]
         eye = jnp.eye(width, dtype=compute_dtype(*basis["a"]))
         is_factor, is_momentum = jnp.arange(width) < rank, jnp.arange(width) >= rank
         keywords = {"iterations": iterations, "ridge": eta * lmbd}
 
-        core = eye * jnp.where(is_factor, 1, -eta / scale**2 * momentum)
+        core = eye * jnp.where(is_factor, 1, -step_size * momentum)
         new, _ = yield from iterate(
-            basis, core, -eta / scale**2 * (1 - dampening), eye[:, :rank], invert, **keywords
+            basis, core, -step_size * (1 - dampening), eye[:, :rank], invert, **keywords
         )
-        updates = ShadowedPair(
-            new.a - pair.a, new.b - pair.b, krylov=jax.tree.map(jnp.zeros_like, pair.krylov)
-        )
+        updates = {"a": new.a - pair.a, "b": new.b - pair.b}
         if pair.m_a is not None:
             core = eye * jnp.where(is_momentum, momentum, 0)
             m, _ = yield from iterate(basis, core, 1 - dampening, eye[:, rank:], invert, **keywords)
-            updates = updates._replace(m_a=m.a - pair.m_a, m_b=m.b - pair.m_b)
-        return jax.tree.map(lambda u: jnp.where(trust > 0, u, 0), updates), state
+            updates |= {"m_a": m.a - pair.m_a, "m_b": m.b - pair.m_b}
+        return _updates(pair, updates, trust), state
 
     return pairwise.lift(
         [rule],
         OPLoRAState,
         lambda pair: OPLoRAState(),
         node=ShadowedPair,
-        lacks=_shadows_for(iterations, with_momentum),
+        lacks=_shadows_for(iterations, with_momentum=_moves(momentum)),
         fallback=fallback or optax.adamw(learning_rate),
         scale=scale,
         specs=specs,
         name="oplora",
+    )
+
+
+def scaled_oplora(
+    learning_rate: optax.ScalarOrSchedule,
+    b1: Any = 0.9,
+    b2: Any = 0.99,
+    damping: Any = 1e-3,
+    *,
+    power: Any = 0.5,
+    iterations: int = 1,
+    lmbd: Any = 1e-2,
+    scale: Any = 1.0,
+    solver_damping: Any = SOLVER_DAMPING,
+    fallback: optax.GradientTransformation | None = None,
+    specs: Sequence[factors.PairMatcher] = factors.DEFAULT_SPECS,
+) -> optax.GradientTransformationExtraArgs:
+    r"""Optimizes shadowed LoRA pairs by OPLoRA in a diagonal metric, other leaves by a fallback.
+
+    .. math:: a\,b \leftarrow \mathrm{LoRSum}_D\big(a\,b - \tfrac{\eta}{s^2}
+              D_{in}^{-1} ((1 - \beta_1)\,G + \beta_1 m_a m_b) D_{out}^{-1}\big)
+
+    Args:
+        learning_rate: η, positive, or a schedule of the update count. The paper uses 0.1 to 10.
+        b1: β₁ of the momentum, in [0, 1).
+        b2: β₂ of the metric's running averages, in [0, 1).
+        damping: added to the averages, positive.
+        power: exponent of the damped averages, positive; ½ with K-FAC's statistics resembles
+            Shampoo, 1 is K-FAC.
+        iterations: k of LoRSum; 0 for Jacobi half-steps.
+        lmbd: ℓ; the ridge and proximal weight of LoRSum is max(η ℓ, 1e-5).
+        scale: the forward scale s: a number, a callable from a pair's path, or a tree.
+        solver_damping: added to λ inside inversions, positive.
+        fallback: transformation of unpaired leaves; AdamW at the same learning rate by default,
+            which large rates do not suit.
+        specs: layouts of the pairs (``factors.PairSpec``).
+
+    Returns:
+        The transformation; see :func:`oplora`. Pairs need ``shadow(..., metric=Metric())``, which
+        also says whether the statistics are K-FAC's or Shampoo's. The backward pass reads β₂,
+        damping and power from a leaf: this optimizer writes its own there with each update, so a
+        first step in other numbers is avoided by giving them to ``Metric`` too. State: none beside
+        counters; the shadows are one copy of the factors and two diagonals.
+
+    Raises:
+        ValueError: an argument out of range; from ``init`` and ``update``, pairs that do not fit or
+            have no metric or shadows for this momentum and these iterations.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from lowrank_optax import LoRAPair, nn, scaled_oplora, shadow, shadows
+        >>> pair = LoRAPair(jnp.eye(4, 2), jnp.zeros((2, 3)))
+        >>> params = shadow(pair, jax.random.key(0), metric=shadows.Metric())
+        >>> loss = lambda p: 0.5 * jnp.mean((nn.lora_apply(jnp.eye(4), p) - 1.0) ** 2)
+        >>> tx = scaled_oplora(0.1)
+        >>> updates, state = tx.update(jax.grad(loss)(params), tx.init(params), params)
+        >>> bool(loss(optax.apply_updates(params, updates)) < loss(params))
+        True
+
+    Source: arXiv 2602.16456.
+    """
+    _check(learning_rate, b1, iterations, lmbd)
+    check_decay("b2", b2)
+    check_positive("damping", damping)
+    check_positive("power", power)
+    invert = _solver(solver_damping)
+
+    def rule(
+        step: Step, grads: ShadowedPair, state: OPLoRAState, pair: ShadowedPair, scale: Any
+    ) -> RuleRun:
+        eta = _rate(learning_rate, step)
+        step_size, ridge = eta / scale**2, eta * lmbd
+        basis, metric = shadows.bases(pair, grads)
+        assert metric is not None  # see _shadows_for
+        trust = yield from _trust(basis, metric, iterations)
+        blocks = {
+            side: [shadows.split(side, x, metric.columns) for x in basis[side]] for side in SIDES
+        }
+        step_basis = {side: [x for x, _ in blocks[side]] for side in SIDES}
+        rank = pair.a.shape[-1]
+        eye = jnp.eye(metric.columns, dtype=compute_dtype(*basis["a"]))
+
+        core = eye * jnp.where(jnp.arange(metric.columns) < rank, 1, -step_size * b1)
+        new, _ = yield from iterate(
+            step_basis,
+            core,
+            -step_size * (1 - b1),
+            eye[:, :rank],
+            invert,
+            iterations=iterations,
+            ridge=jnp.maximum(ridge, 1e-5),
+            weights=metric.weights,
+        )
+        updates = {"a": new.a - pair.a, "b": new.b - pair.b}
+        updates |= {"d_in": metric.averages["a"] - pair.d_in}
+        updates |= {"d_out": metric.averages["b"] - pair.d_out}
+        if pair.m_a is not None:
+            momentum_basis = {side: [m for _, m in blocks[side]] for side in SIDES}
+            eye = jnp.eye(pair.m_a.shape[-1], dtype=eye.dtype)
+            m, _ = yield from iterate(
+                momentum_basis, b1 * eye, 1 - b1, eye, invert, iterations=iterations, ridge=ridge
+            )
+            updates |= {"m_a": m.a - pair.m_a, "m_b": m.b - pair.m_b}
+        moved = _updates(pair, updates, trust)
+        kind, old = ("shampoo", pair.shampoo) if pair.kfac is None else ("kfac", pair.kfac)
+        settings = jnp.stack([jnp.asarray(x, old.dtype) for x in (b2, damping, power)])
+        return moved._replace(**{kind: settings - old}), state
+
+    return pairwise.lift(
+        [rule],
+        OPLoRAState,
+        lambda pair: OPLoRAState(),
+        node=ShadowedPair,
+        lacks=_shadows_for(iterations, with_momentum=_moves(b1), with_metric=True),
+        fallback=fallback or optax.adamw(learning_rate),
+        scale=scale,
+        specs=specs,
+        name="scaled_oplora",
     )
 
 
@@ -216,8 +337,8 @@ def oplora_proj(
     ) -> RuleRun:
         eta = _rate(learning_rate, step)
         ridge = eta * lmbd
-        basis = shadows.bases(pair, grads)
-        trust = yield from _trust(basis, iterations + 1)
+        basis, metric = shadows.bases(pair, grads)
+        trust = yield from _trust(basis, metric, iterations + 1)
         rank, width = pair.a.shape[-1], basis["a"][0].shape[-1]
         eye = jnp.eye(width, dtype=compute_dtype(*basis["a"]))
         new, coordinates = yield from iterate(
@@ -243,15 +364,9 @@ def oplora_proj(
             projected = mix(side, full, inverse) / scale**2
             moves[side] = x[side] - eta * carried - getattr(pair, side)
             momenta[side] = carried + projected
-        updates = ShadowedPair(
-            **moves,
-            m_a=jax.tree.map(jnp.zeros_like, pair.m_a),
-            m_b=jax.tree.map(jnp.zeros_like, pair.m_b),
-            krylov=jax.tree.map(jnp.zeros_like, pair.krylov),
-        )
         new_state = OPLoRAProjState(ShadowedPair(**momenta), ShadowedPair(**x))
-        updates = jax.tree.map(lambda u: jnp.where(trust > 0, u, 0), updates)
-        return updates, jax.tree.map(lambda n, o: jnp.where(trust > 0, n, o), new_state, state)
+        new_state = jax.tree.map(lambda n, o: jnp.where(trust > 0, n, o), new_state, state)
+        return _updates(pair, moves, trust), new_state
 
     def init(pair: ShadowedPair) -> OPLoRAProjState:
         factors_of = lambda convert: ShadowedPair(convert(pair.a), convert(pair.b))
@@ -284,13 +399,22 @@ def _rate(learning_rate: optax.ScalarOrSchedule, step: Step) -> Any:
     return learning_rate(step.count) if callable(learning_rate) else learning_rate
 
 
-def _trust(basis: dict[str, list[jax.Array]], iterations: int) -> Any:
+def _trust(basis: shadows.Basis, metric: shadows.Scaling | None, iterations: int) -> Any:
     """Yields the check that the quadratic products are of the linear ones' gradient; 1 or 0."""
     if iterations == 0:
-        return jnp.ones([1, 1])
-    stack = cross("b", basis["b"][2], basis["b"][0])
-    [trust] = yield [Batched(shadows.consistency, stack, gram("a", basis["a"][1]))]
+        return jnp.ones([*basis["a"][0].shape[:-2], 1, 1])
+    [trust] = yield [Batched(shadows.consistency, *shadows.squares(basis, metric))]
     return trust
+
+
+def _updates(pair: ShadowedPair, moves: Mapping[Any, jax.Array], trust: jax.Array) -> ShadowedPair:
+    """Makes updates of a whole node: zero where nothing moves, and all zero without trust."""
+    batch = trust.shape[:-2]
+    updates = {
+        name: jnp.where(trust.reshape(*batch, *[1] * (move.ndim - len(batch))) > 0, move, 0)
+        for name, move in moves.items()
+    }
+    return jax.tree.map(jnp.zeros_like, pair)._replace(**updates)
 
 
 def _solver(damping: Any) -> Callable[[jax.Array], jax.Array]:
@@ -302,18 +426,27 @@ def _solver(damping: Any) -> Callable[[jax.Array], jax.Array]:
     return invert
 
 
-def _shadows_for(iterations: int, with_momentum: bool) -> Callable[[ShadowedPair], str]:
+def _moves(momentum: Any) -> bool:
+    return not (isinstance(momentum, int | float) and momentum == 0)
+
+
+def _shadows_for(
+    iterations: int, with_momentum: bool, with_metric: bool = False
+) -> Callable[[ShadowedPair], str]:
     """Says what a pair lacks for so many iterations, with the remedy."""
+    settings = f"iterations={iterations}" + ("" if with_momentum else ", momentum_rank=0")
+    settings += ", metric=shadows.Metric()" if with_metric else ""
 
     def lacks(pair: ShadowedPair) -> str:
         enough = shadows.iterations_of(pair) >= iterations
-        if enough and not (with_momentum and pair.m_a is None):
+        has_all = enough and (pair.m_a is not None or not with_momentum)
+        if has_all and shadows.has_metric(pair) == with_metric:
             return ""
-        rank = "" if with_momentum else ", momentum_rank=0"
+        other = " It has a metric, which is for `scaled_oplora`." if not with_metric else ""
         return (
             "needs a pair with shadows: replace the pair by"
-            f" `lowrank_optax.shadow(pair, key, iterations={iterations}{rank})`, and apply it with"
-            " `nn.lora_apply`."
+            f" `lowrank_optax.shadow(pair, key, {settings})`, and apply it with `nn.lora_apply`."
+            + (other if shadows.has_metric(pair) else "")
         )
 
     return lacks

@@ -9,6 +9,9 @@ import jax.numpy as jnp
 from lowrank_optax import shadows
 from lowrank_optax.factors import ShadowedPair
 
+# Width of the blocks of the kernel's gradient that Shampoo's statistics are summed over.
+_BLOCK = 128
+
 
 def apply_shadowed(x: jax.Array, node: ShadowedPair, scale: Any) -> jax.Array:
     r"""Applies a shadowed pair: forward $y = s (x a) b$, backward the block-Krylov bases.
@@ -59,37 +62,88 @@ def _forward(x: jax.Array, node: ShadowedPair, scale: Any) -> tuple[jax.Array, A
 def _backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, ShadowedPair, jax.Array]:
     x, node, scale = residuals
     matmul = functools.partial(_matmul, like=x)
-    transposed = functools.partial(jnp.swapaxes, axis1=-1, axis2=-2)
 
     def times_gradient(b: jax.Array) -> jax.Array:  # G bᵀ with G = s xᵀ dy
-        return scale * matmul(transposed(x), matmul(dy, transposed(b)))
+        return scale * matmul(_transposed(x), matmul(dy, _transposed(b)))
 
     def gradient_times(a: jax.Array) -> jax.Array:  # aᵀ G
-        return scale * matmul(transposed(matmul(x, a)), dy)
+        return scale * matmul(_transposed(matmul(x, a)), dy)
 
-    k, rank = shadows.iterations_of(node), node.a.shape[-1]
-    a = [shadows.beside("a", node.a, node.m_a)]
-    b = [shadows.beside("b", node.b, node.m_b)]
-    for i in range(max(2 * k, 1)):
-        b.append(gradient_times(a[i]))
-        if len(a) < max(2 * k, 2):
-            a.append(times_gradient(b[i]))
-    dx = scale * matmul(matmul(dy, transposed(node.b)), transposed(node.a))
-    narrow = scale * matmul(x, node.a)
-    d_scale = jnp.sum(matmul(narrow, node.b) * dy) / scale
-    has_momentum = node.m_a is not None
-    grads = ShadowedPair(
-        a=a[1][..., :rank],
-        b=b[1][..., :rank, :],
-        m_a=a[1][..., rank:] if has_momentum else None,
-        m_b=b[1][..., rank:, :] if has_momentum else None,
-        krylov=shadows.pack(a[2:], b[2:]),
+    statistics = node._replace(**_statistics(x, dy, node))
+    metric = shadows.scaling(node, statistics)
+    element = shadows.start(node, metric)
+    products: shadows.Basis = {"a": [], "b": []}
+    lengths = shadows.lengths(shadows.iterations_of(node))
+    while len(products["b"]) < lengths["b"]:
+        a, b = element["a"], element["b"]
+        element = {"b": gradient_times(a)}
+        products["b"].append(element["b"])
+        if len(products["a"]) < lengths["a"]:
+            element["a"] = times_gradient(b)
+            products["a"].append(element["a"])
+        if metric is not None:
+            element = {side: metric.divide(side, y) for side, y in element.items()}
+
+    rank, last = node.a.shape[-1], products["a"][0].shape[-1]
+    q = 0 if node.m_a is None else node.m_a.shape[-1]
+    grads = jax.tree.map(jnp.zeros_like, statistics)._replace(
+        a=products["a"][0][..., :rank],
+        b=products["b"][0][..., :rank, :],
+        krylov=shadows.pack(node, products),
+        d_in=statistics.d_in,
+        d_out=statistics.d_out,
     )
+    if q:
+        m_a, m_b = products["a"][0][..., last - q :], products["b"][0][..., last - q :, :]
+        grads = grads._replace(m_a=m_a, m_b=m_b)
     grads = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), grads, node)
+
+    dx = scale * matmul(matmul(dy, _transposed(node.b)), _transposed(node.a))
+    d_scale = jnp.sum(matmul(scale * matmul(x, node.a), node.b) * dy) / scale
     return dx.astype(x.dtype), grads, d_scale
 
 
 _apply.defvjp(_forward, _backward)
+
+
+def _statistics(x: jax.Array, dy: jax.Array, node: ShadowedPair) -> dict[str, jax.Array]:
+    """Computes what the metric averages, by field of the node."""
+    tokens = x.shape[-2]
+    if node.kfac is not None:
+        square = lambda y: jnp.sum(jnp.square(_wide(y)), axis=-2)
+        return {"d_in": square(x) / tokens, "d_out": tokens * square(dy)}
+    if node.shampoo is not None:
+        rows, columns = _squared_norms(x, dy)
+        return {"d_in": tokens * rows, "d_out": tokens * columns}
+    return {}
+
+
+def _squared_norms(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes squared row and column norms of ``xᵀ dy``, which never exists as a whole."""
+
+    def of_block(rows: jax.Array, start: Any, width: int) -> tuple[jax.Array, jax.Array]:
+        block = jax.lax.dynamic_slice_in_dim(dy, start, width, axis=-1)
+        square = jnp.square(_matmul(_transposed(x), block, like=x))
+        return rows + jnp.sum(square, axis=-1), jnp.sum(square, axis=-2)
+
+    number, remainder = divmod(dy.shape[-1], _BLOCK)
+    rows = jnp.zeros((*x.shape[:-2], x.shape[-1]), _wide(x).dtype)
+    rows, columns = jax.lax.scan(
+        lambda rows, i: of_block(rows, i * _BLOCK, _BLOCK), rows, jnp.arange(number)
+    )
+    columns = jnp.moveaxis(columns, 0, -2).reshape(*x.shape[:-2], number * _BLOCK)
+    if remainder:
+        rows, last = of_block(rows, number * _BLOCK, remainder)
+        columns = jnp.concatenate([columns, last], axis=-1)
+    return rows, columns
+
+
+def _transposed(x: jax.Array) -> jax.Array:
+    return jnp.swapaxes(x, -1, -2)
+
+
+def _wide(x: jax.Array) -> jax.Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _matmul(x: jax.Array, y: jax.Array, like: jax.Array) -> jax.Array:

@@ -5,6 +5,9 @@ from collections.abc import Iterator
 import jax
 import pytest
 
+# Before any backend starts, so that no test of several devices can be skipped.
+jax.config.update("jax_num_cpu_devices", 8)
+
 
 @pytest.fixture(autouse=True, scope="session")
 def quick_compilation() -> Iterator[None]:

@@ -50,8 +50,8 @@ class ShadowedPair(NamedTuple):
         b: the output-side factor, (..., r, out).
         m_a: input-side factor of the low-rank momentum, (..., in, q), or None.
         m_b: output-side factor of the low-rank momentum, (..., q, out), or None.
-        krylov: zeros, (..., r + q, n) or with a metric (..., r + 2q, n), or None; its gradient are
-            the products of higher degree.
+        krylov: zeros, (..., r + q, n) or with a metric (..., r + 2q, n), or None; its gradient is
+            the further products.
         d_in: diagonal of the input-side metric, (..., in), or None.
         d_out: diagonal of the output-side metric, (..., out), or None.
         kfac: settings of the metric, (..., 3), if its statistics are K-FAC's, or None.
@@ -62,7 +62,7 @@ class ShadowedPair(NamedTuple):
         >>> from lowrank_optax import shadow
         >>> node = shadow(LoRAPair(jnp.ones((6, 2)), jnp.zeros((2, 4))), jax.random.key(0))
         >>> node.m_a.shape, node.m_b.shape, node.krylov.shape
-        ((6, 2), (2, 4), (4, 4))
+        ((6, 2), (2, 4), (4, 6))
 
     Source: OPLoRA, arXiv 2509.19977, whose released code keeps all activations instead.
     """

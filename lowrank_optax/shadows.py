@@ -21,10 +21,12 @@ gradients of ``d_in`` and ``d_out``, and ``D = (β₂ d + (1 - β₂) statistic 
 
 The elements with index i have degree i in the gradient. So a gradient that was scaled or clipped
 must be scaled by :func:`scale_gradients`, and sums over micro-batches, or over several uses of one
-adapter in a forward pass, are right for degree 1 only. Such elements break the identity
-``B₂ B₀ᵀ = A₁ᵀ A₁``, by which :func:`consistency` finds them.
+adapter in a forward pass, are right for degree 1 only. The last two columns of ``krylov`` are a
+seal, numbers of degree 1 and their squares. Sums and scalings break it, by which :func:`whole`
+finds them.
 """
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -40,7 +42,7 @@ from lowrank_optax.factors import (
     ShadowedPair,
     find_pairs,
 )
-from lowrank_optax.linalg import SIDES, Side, compute_dtype, cross, weigh
+from lowrank_optax.linalg import SIDES, Side, compute_dtype, weigh
 
 Basis = dict[Side, list[jax.Array]]
 
@@ -97,7 +99,7 @@ def shadow(
         >>> import jax, jax.numpy as jnp
         >>> pair = LoRAPair(jnp.ones((6, 2)), jnp.zeros((2, 4)))
         >>> shadow(pair, jax.random.key(0), iterations=2, momentum_rank=1).krylov.shape
-        (3, 24)
+        (3, 26)
 
     Source: OPLoRA, arXiv 2509.19977, for the start of the momentum.
     """
@@ -169,14 +171,9 @@ class Scaling(NamedTuple):
     columns: int
 
     def divide(self, side: Side, x: jax.Array) -> jax.Array:
-        """Divides a product with the gradient by the metric, its last block excepted."""
+        """Divides a product with the gradient by the metric, the momentum's block excepted."""
         step, momentum = split(side, x, self.columns)
         return beside(side, weigh(side, step, 1 / self.weights[side]), momentum)
-
-    def multiply(self, side: Side, x: jax.Array) -> jax.Array:
-        """Undoes :meth:`divide`."""
-        step, momentum = split(side, x, self.columns)
-        return beside(side, weigh(side, step, self.weights[side]), momentum)
 
 
 def scaling(pair: ShadowedPair, statistics: ShadowedPair) -> Scaling | None:
@@ -268,19 +265,19 @@ def pack(pair: ShadowedPair, products: Basis) -> jax.Array | None:
         products: A₁, A₂, … and B₁, B₂, … before any division, as many as :func:`lengths` says.
 
     Returns:
-        (..., R, n), the elements of B and then those of A, transposed. Without a metric A₁ and B₁
-        are left out, for they are the gradients of the factors.
+        (..., R, n), the elements of B, those of A, transposed, and the seal. Without a metric A₁
+        and B₁ are left out, for they are the gradients of the factors.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> node = shadow(LoRAPair(jnp.ones((6, 2)), jnp.zeros((2, 4))), jax.random.key(0))
         >>> pack(node, {"a": [jnp.ones((6, 4))], "b": [jnp.ones((4, 4)), jnp.ones((4, 4))]}).shape
-        (4, 4)
+        (4, 6)
     """
     first = _first_packed(pair)
     transposed = (jnp.swapaxes(x, -1, -2) for x in products["a"][first:])
     blocks = [*products["b"][first:], *transposed]
-    return jnp.concatenate(blocks, axis=-1) if blocks else None
+    return jnp.concatenate([*blocks, seal(products["b"][0])], axis=-1) if blocks else None
 
 
 def bases(pair: ShadowedPair, grads: ShadowedPair) -> tuple[Basis, Scaling | None]:
@@ -308,8 +305,8 @@ def bases(pair: ShadowedPair, grads: ShadowedPair) -> tuple[Basis, Scaling | Non
         first, number = _first_packed(pair), lengths(iterations_of(pair))
         sizes = [pair.b.shape[-1]] * (number["b"] - first)
         sizes += [pair.a.shape[-2]] * (number["a"] - first)
-        stops = [sum(sizes[:i]) for i in range(1, len(sizes))]
-        blocks = jnp.split(grads.krylov, stops, axis=-1)
+        stops = list(itertools.accumulate(sizes))
+        *blocks, _ = jnp.split(grads.krylov, stops, axis=-1)
         products["b"][first:] = blocks[: number["b"] - first]
         products["a"][first:] = [jnp.swapaxes(x, -1, -2) for x in blocks[number["b"] - first :]]
     divide = (lambda side, x: x) if metric is None else metric.divide
@@ -320,38 +317,44 @@ def bases(pair: ShadowedPair, grads: ShadowedPair) -> tuple[Basis, Scaling | Non
     return elements, metric
 
 
-def squares(basis: Basis, metric: Scaling | None) -> tuple[jax.Array, jax.Array]:
-    """Computes both sides of the identity ``B₂ B₀ᵀ = A₁ᵀ A₁`` (with a metric, ``A₁ᵀ D A₁``).
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> x = {"a": [jnp.ones((3, 1)), jnp.ones((3, 1))], "b": [jnp.ones((1, 3))] * 3}
-        >>> [side.item() for side in squares(x, None)]
-        [3.0, 3.0]
-    """
-    multiply = (lambda side, x: x) if metric is None else metric.multiply
-    stack = cross("b", multiply("b", basis["b"][2]), basis["b"][0])
-    return stack, cross("a", basis["a"][1], multiply("a", basis["a"][1]))
-
-
-def consistency(stack: jax.Array, square: jax.Array) -> jax.Array:
-    """Says which Krylov products belong to one gradient, for use in a ``Batched`` request.
+def seal(b: jax.Array) -> jax.Array:
+    """Makes the columns by which :func:`whole` knows the products of one backward pass.
 
     Args:
-        stack: ``B₂ B₀ᵀ``, (n, R, R).
-        square: ``A₁ᵀ A₁``, (n, R, R), which it equals when all comes from one backward pass.
+        b: B₁, (..., R, out).
 
     Returns:
-        (n, 1, 1), 1 where they agree to 30 %, which even bfloat16 activations do, else NaN.
+        (..., R, 2): the sums over the rows, and their squares.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> consistency(jnp.ones((1, 2, 2)), jnp.full((1, 2, 2), 0.5)).tolist()
-        [[[nan]]]
+        >>> seal(jnp.ones((1, 3))).tolist()
+        [[3.0, 9.0]]
     """
-    norm = lambda x: jnp.linalg.norm(x, axis=(-2, -1), keepdims=True)
-    agrees = norm(stack - square) <= 0.3 * norm(square)
-    return jnp.where(agrees, 1, jnp.nan).astype(stack.dtype)
+    sums = jnp.sum(b, axis=-1, keepdims=True)
+    return jnp.concatenate([sums, sums**2], axis=-1)
+
+
+def whole(columns: jax.Array) -> jax.Array:
+    """Says which pairs have the products of one backward pass, for a ``Batched`` request.
+
+    Args:
+        columns: the seal as it arrived, the last two columns of ``krylov``, (n, R, 2).
+
+    Returns:
+        (n, 1, 1), 1 where the squares are right to 1e-5, else NaN. Micro-batches are told apart if
+        their sums differ by more than 0.6 %; below that their mean products are nearly right.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> one, other = seal(jnp.ones((1, 1, 3))), seal(jnp.full((1, 1, 3), 1.05))
+        >>> whole(one).item(), whole((one + other) / 2).item()
+        (1.0, nan)
+    """
+    first, second = columns[..., :1], columns[..., 1:]
+    size = lambda x: jnp.sum(jnp.abs(x), axis=-2, keepdims=True)
+    tolerance = 1e-5 * size(first**2) + jnp.finfo(first.dtype).tiny
+    return jnp.where(size(second - first**2) <= tolerance, 1, jnp.nan)
 
 
 def scale_gradients(grads: Any, factor: Any, specs: Sequence[PairMatcher] = DEFAULT_SPECS) -> Any:
@@ -374,7 +377,7 @@ def scale_gradients(grads: Any, factor: Any, specs: Sequence[PairMatcher] = DEFA
     Example:
         >>> import jax, jax.numpy as jnp
         >>> grads = shadow(LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4))), jax.random.key(0))
-        >>> grads = grads._replace(krylov=jnp.ones((4, 4)))
+        >>> grads = grads._replace(krylov=jnp.ones((4, 6)))
         >>> half = scale_gradients(grads, 0.5)
         >>> half.a[0, 0].item(), half.krylov[0, 0].item()
         (0.5, 0.25)
@@ -451,9 +454,10 @@ def _degrees(pair: ShadowedPair, iterations: int) -> list[int]:
     """The degree in the gradient of each column of ``krylov``, for so many iterations."""
     number, first = lengths(iterations), _first_packed(pair)
     sizes = {"b": pair.b.shape[-1], "a": pair.a.shape[-2]}
-    return [
+    degrees = [
         degree
         for side in ("b", "a")
         for degree in range(1 + first, number[side] + 1)
         for _ in range(sizes[side])
     ]
+    return [*degrees, 1, 2] if degrees else []

@@ -135,8 +135,8 @@ def oplora(
     ) -> RuleRun:
         eta = _rate(learning_rate, step)
         step_size = eta / scale**2
-        basis, metric = shadows.bases(pair, grads)
-        trust = yield from _trust(basis, metric, iterations)
+        basis, _ = shadows.bases(pair, grads)
+        trust = yield from _trust(grads, iterations)
         rank, width = pair.a.shape[-1], basis["a"][0].shape[-1]
         eye = jnp.eye(width, dtype=compute_dtype(*basis["a"]))
         is_factor, is_momentum = jnp.arange(width) < rank, jnp.arange(width) >= rank
@@ -237,7 +237,7 @@ def scaled_oplora(
         step_size, ridge = eta / scale**2, eta * lmbd
         basis, metric = shadows.bases(pair, grads)
         assert metric is not None  # see _shadows_for
-        trust = yield from _trust(basis, metric, iterations)
+        trust = yield from _trust(grads, iterations)
         blocks = {
             side: [shadows.split(side, x, metric.columns) for x in basis[side]] for side in SIDES
         }
@@ -337,8 +337,8 @@ def oplora_proj(
     ) -> RuleRun:
         eta = _rate(learning_rate, step)
         ridge = eta * lmbd
-        basis, metric = shadows.bases(pair, grads)
-        trust = yield from _trust(basis, metric, iterations + 1)
+        basis, _ = shadows.bases(pair, grads)
+        trust = yield from _trust(grads, iterations + 1)
         rank, width = pair.a.shape[-1], basis["a"][0].shape[-1]
         eye = jnp.eye(width, dtype=compute_dtype(*basis["a"]))
         new, coordinates = yield from iterate(
@@ -399,11 +399,11 @@ def _rate(learning_rate: optax.ScalarOrSchedule, step: Step) -> Any:
     return learning_rate(step.count) if callable(learning_rate) else learning_rate
 
 
-def _trust(basis: shadows.Basis, metric: shadows.Scaling | None, iterations: int) -> Any:
-    """Yields the check that the quadratic products are of the linear ones' gradient; 1 or 0."""
-    if iterations == 0:
-        return jnp.ones([*basis["a"][0].shape[:-2], 1, 1])
-    [trust] = yield [Batched(shadows.consistency, *shadows.squares(basis, metric))]
+def _trust(grads: ShadowedPair, iterations: int) -> Any:
+    """Yields the check that the products are of one backward pass; 1 or 0."""
+    if iterations == 0:  # Jacobi steps use linear products only
+        return jnp.ones([*grads.a.shape[:-2], 1, 1])
+    [trust] = yield [Batched(shadows.whole, grads.krylov[..., -2:])]
     return trust
 
 

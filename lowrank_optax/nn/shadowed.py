@@ -32,7 +32,7 @@ def apply_shadowed(x: jax.Array, node: ShadowedPair, scale: Any) -> jax.Array:
       >>> from lowrank_optax import LoRAPair, shadow
       >>> node = shadow(LoRAPair(jnp.ones((3, 1)), jnp.ones((1, 2))), jax.random.key(0))
       >>> grads = jax.grad(lambda node: apply_shadowed(jnp.eye(3), node, 2.0).sum())(node)
-      >>> grads.krylov.tolist()  # G = 2 everywhere, so A₁ = [4, 0] and B₂ = A₁ᵀ G
+      >>> grads.krylov[:, :2].tolist()  # G = 2 everywhere, so A₁ = [4, 0] and B₂ = A₁ᵀ G
       [[24.0, 24.0], [0.0, 0.0]]
     """
     batch = node.a.shape[:-2]

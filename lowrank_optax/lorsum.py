@@ -6,7 +6,9 @@ one factor with the other fixed, pulled towards its start::
     a⁺ = (λ a₀ + S bᵀ) (b bᵀ + λ I)⁻¹
     b⁺ = (a⁺ᵀ a⁺ + λ I)⁻¹ (λ b₀ + a⁺ᵀ S)
 
-Many iterations with a small λ tend to the truncated singular value decomposition of S.
+Many iterations with a small λ tend to the truncated singular value decomposition of S. A half-step
+is computed as its change, ``a⁺ = a₀ + (S - a₀ b) bᵀ (b bᵀ + λ I)⁻¹``, so that nothing moves where S
+is a₀ b, whatever the inversion does to keep finite.
 
 S is never formed. It is ``A₀ C B₀ + g G`` with narrow A₀ (in, R) and B₀ (R, out), a small core C,
 and optionally a full matrix G, of which only a block-Krylov basis is known (``shadows``). Every
@@ -35,9 +37,6 @@ from lowrank_optax.linalg import (
 )
 from lowrank_optax.pairwise import Batched, lockstep
 
-# Added inside every inversion by the released solver, beside the ridge.
-SOLVER_DAMPING = 1e-6
-
 UNWEIGHTED: Mapping[Side, jax.Array | None] = {"a": None, "b": None}
 
 Combination = list[jax.Array]
@@ -50,7 +49,7 @@ def lorsum(
     *,
     iterations: int,
     ridge: Any,
-    damping: Any = SOLVER_DAMPING,
+    damping: Any = 0.0,
 ) -> LoRAPair:
     r"""Approximates a weighted sum of low-rank products by one pair.
 
@@ -64,7 +63,7 @@ def lorsum(
         iterations: full iterations; 0 for one pair of half-steps that both use the start's other
             factor (Jacobi).
         ridge: λ, not negative.
-        damping: added to λ inside inversions only, positive.
+        damping: added to λ inside inversions only, not negative; it shrinks the result.
 
     Returns:
         The pair, in float32 or better.
@@ -83,7 +82,7 @@ def lorsum(
     Source: OPLoRA, arXiv 2509.19977, LoRSum.
     """
     check("ridge", ridge, lambda v: v >= 0, "must not be negative")
-    check("damping", damping, lambda v: v > 0, "must be positive")
+    check("damping", damping, lambda v: v >= 0, "must not be negative")
     check("iterations", iterations, lambda k: k >= 0 and k == int(k), "must be a whole number")
     if len(terms) != len(coefficients):
         raise ValueError(f"{len(terms)} terms but {len(coefficients)} coefficients; give as many.")
@@ -98,11 +97,8 @@ def lorsum(
     weights = [jnp.full(t.a.shape[-1], c, dtype) for t, c in zip(terms, coefficients, strict=True)]
     core = jnp.diag(jnp.concatenate([jnp.zeros(rank, dtype), *weights]))
     selected = jnp.eye(len(core), rank, dtype=dtype)
-
-    def invert(matrix: jax.Array) -> jax.Array:
-        return damped_inverse(matrix, damping)
-
-    run = iterate(basis, core, None, selected, invert, iterations=iterations, ridge=ridge)
+    keywords = {"iterations": iterations, "ridge": ridge, "damping": damping}
+    run = iterate(basis, core, None, selected, **keywords)
     [(combination, _)], _ = lockstep([run])
     return combination
 
@@ -112,10 +108,10 @@ def iterate(
     core: jax.Array,
     gradient: Any,
     selected: jax.Array,
-    invert: Any,
     *,
     iterations: int,
     ridge: Any,
+    damping: Any = 0.0,
     weights: Mapping[Side, jax.Array | None] = UNWEIGHTED,
 ) -> Generator[list[Batched], list[Any], tuple[LoRAPair, dict[Side, Combination]]]:
     """Runs LoRSum on ``A₀ C B₀ + g G``, as a rule that yields its inversions.
@@ -126,9 +122,9 @@ def iterate(
         core: C, (R, R).
         gradient: g, a scalar, or None where there is no G.
         selected: (R, r) columns of the identity: which part of A₀ and B₀ is the start.
-        invert: the damped inverse, the same object for all pairs.
         iterations: k; 0 for Jacobi half-steps.
         ridge: λ.
+        damping: added to λ inside inversions only.
         weights: the diagonals D, (..., in) and (..., out), of a metric in which to approximate:
             inner products are weighted by D, and G is ``D⁻¹ G D⁻¹``.
 
@@ -149,10 +145,13 @@ def iterate(
         """Solves for one factor given the other, x."""
         y = other(side)
         weighted = weigh(y, x, weights[y])
-        [inverse] = yield [Batched(invert, cross(y, weighted, x) + ridge * eye)]
-        narrow = ridge * selected + product(cores[side], cross(y, basis[y][0], weighted))
+        square = cross(y, weighted, x)
+        [inverse] = yield [Batched(invert, square + (ridge + damping) * eye)]
+        narrow = product(cores[side], cross(y, basis[y][0], weighted))
+        narrow -= product(selected, square + damping * eye)
         full = [] if gradient is None else [gradient * c for c in x_coordinates]
-        solution = [product(m, inverse) for m in (narrow, *full)]
+        change, *others = (product(m, inverse) for m in (narrow, *full))
+        solution = [selected + change, *others]
         return combine(side, basis[side], solution), solution
 
     for _ in range(max(iterations, 1)):
@@ -161,6 +160,17 @@ def iterate(
         fixed = (old_a, old_coordinates) if iterations == 0 else (value["a"], coordinates["a"])
         value["b"], coordinates["b"] = yield from half_step("b", *fixed)
     return LoRAPair(value["a"], value["b"]), coordinates
+
+
+def invert(matrix: jax.Array) -> jax.Array:
+    """Inverts the Gram matrices of half-steps, for ``Batched`` requests.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> invert(2.0 * jnp.eye(1)).round(3).tolist()
+        [[0.5]]
+    """
+    return damped_inverse(matrix, 1e-20)  # for a factor of zeros with a ridge of zero
 
 
 def combine(side: Side, elements: Sequence[jax.Array], coordinates: Combination) -> jax.Array:

@@ -22,6 +22,9 @@ from lowrank_optax import (
 
 pytestmark = pytest.mark.usefixtures("x64")
 
+# What the released solver adds inside its inversions.
+RELEASED = 1e-6
+
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 STARTS = ["randB", "zeroB"]
 KEY = jax.random.key(0)
@@ -82,6 +85,7 @@ def test_oplora_follows_the_released_code(name, begin):
         dampening=hp["dampening"],
         iterations=hp["iters"],
         lmbd=hp["lmbd"],
+        damping=RELEASED,
     )
     steps = trajectory(tx, data, start(data, iterations=hp["iters"]))
     assert_follows(steps, data, {"a": "A", "b": "B", "m_a": "M_A", "m_b": "M_B"})
@@ -90,7 +94,9 @@ def test_oplora_follows_the_released_code(name, begin):
 @pytest.mark.parametrize("begin", STARTS)
 def test_oplora_proj_follows_the_released_code(begin):
     data, hp = load(f"oplora_proj_k1_released_{begin}")
-    tx = oplora_proj(hp["lr"], hp["momentum"], iterations=hp["iters"], lmbd=hp["lmbd"])
+    tx = oplora_proj(
+        hp["lr"], hp["momentum"], iterations=hp["iters"], lmbd=hp["lmbd"], damping=RELEASED
+    )
     node = start(data, iterations=hp["iters"] + 1, momentum_rank=0)
     assert_follows(trajectory(tx, data, node), data, {"a": "A", "b": "B"})
 
@@ -100,7 +106,14 @@ def scaled(hp, betas):
     b1, b2 = betas
     power, damping = hp["metric_power"], hp["damping"]
     tx = scaled_oplora(
-        hp["lr"], b1, b2, damping, power=power, iterations=hp["iters"], lmbd=hp["lmbd"]
+        hp["lr"],
+        b1,
+        b2,
+        damping,
+        power=power,
+        iterations=hp["iters"],
+        lmbd=hp["lmbd"],
+        solver_damping=RELEASED,
     )
     metric = shadows.Metric("kfac", b2=b2, damping=damping, power=power)
     return tx, {"iterations": hp["iters"], "metric": metric}
@@ -129,8 +142,7 @@ def test_scaled_oplora_without_iterations_follows_the_released_code(begin):
 def test_preconditioned_lora_is_oplora_without_iterations_and_momentum(begin):
     """Jacobi half-steps are gradient descent preconditioned by damped inverse Gram matrices."""
     data, hp = load(f"precond_sgd_released_{begin}")
-    tiny = 1e-13  # all damping is in the ridge here, where the proximal term balances it
-    direction = oplora(1.0, 0.0, iterations=0, lmbd=hp["lmbd"] + 1e-6, damping=tiny)
+    direction = oplora(1.0, 0.0, iterations=0, lmbd=hp["lmbd"] + RELEASED)
     tx = optax.chain(direction, optax.trace(hp["momentum"]), optax.scale(hp["lr"]))
     pair = LoRAPair(jnp.asarray(data["A"][0].T), jnp.asarray(data["B"][0].T))
     assert_follows(trajectory(tx, data, pair), data, {"a": "A", "b": "B"})
@@ -140,7 +152,8 @@ def test_preconditioned_lora_is_oplora_without_iterations_and_momentum(begin):
 def test_lorsum_follows_the_released_solver(iterations):
     data, hp = load("lorsum_released")
     terms = [LoRAPair(data[f"F{i}_in"].T, data[f"F{i}_out"].T) for i in range(3)]
-    result = lorsum(terms, data["coefficients"], terms[0], iterations=iterations, ridge=hp["lmbd"])
+    keywords = {"iterations": iterations, "ridge": hp["lmbd"], "damping": RELEASED}
+    result = lorsum(terms, data["coefficients"], terms[0], **keywords)
     np.testing.assert_allclose(result.a.T, data[f"A_k{iterations}"], rtol=0, atol=1e-10)
     np.testing.assert_allclose(result.b.T, data[f"B_k{iterations}"], rtol=0, atol=1e-10)
 
@@ -148,7 +161,7 @@ def test_lorsum_follows_the_released_solver(iterations):
 def test_many_iterations_of_lorsum_are_the_truncated_svd():
     data, _ = load("lorsum_released")
     terms = [LoRAPair(data[f"F{i}_in"].T, data[f"F{i}_out"].T) for i in range(3)]
-    result = lorsum(terms, data["coefficients"], terms[0], iterations=150, ridge=0.0, damping=1e-12)
+    result = lorsum(terms, data["coefficients"], terms[0], iterations=150, ridge=0.0)
     np.testing.assert_allclose((result.a @ result.b).T, data["svd_r"], atol=1e-8)
 
 

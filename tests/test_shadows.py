@@ -335,6 +335,16 @@ def test_clipping_by_optax_is_found():
     assert int(state[1].skipped) == 1
 
 
+@pytest.mark.parametrize("iterations", [0, 1, 2])
+def test_a_rate_of_zero_moves_no_factor(iterations):
+    """The first step of a warm-up, where b = 0, must not shrink a."""
+    pair = make_pair()._replace(b=jnp.zeros((RANK, N_OUT)))
+    node = shadow(pair, KEY, iterations=iterations)
+    tx = oplora(lambda count: 0.0 * count, iterations=iterations)
+    after, _ = update(tx, node, jax.grad(loss)(node, normal(9, TOKENS, N_IN)))
+    assert_close(plain(after), pair, rtol=1e-6)
+
+
 # Bad input
 
 
@@ -400,7 +410,7 @@ def test_a_node_without_momentum_leaves_is_an_error():
         lambda: oplora(0.1, dampening=1.0),
         lambda: oplora(0.1, iterations=-1),
         lambda: oplora(0.1, lmbd=-1.0),
-        lambda: oplora(0.1, damping=0.0),
+        lambda: oplora(0.1, damping=-1.0),
         lambda: oplora_proj(0.1, momentum=-0.5),
         lambda: scaled_oplora(0.1, b2=1.0),
         lambda: scaled_oplora(0.1, damping=0.0),

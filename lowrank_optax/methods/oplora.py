@@ -25,7 +25,9 @@ Deviations from the released code (zeligism/PSI-LoRA, 9cb3fa6), each held by a t
   Without momentum that is preconditioned LoRA.
 - The scale s is applied; the code assumes 1.
 - Scaled, the momentum moves for ``iterations=0`` too; in the code it then stays at its start.
-- Small inverses have the damping floor of ``linalg.damped_inverse``.
+- The code adds 1e-6 to λ inside inversions but not beside them, which shrinks the factors: to zero
+  in one step where b = 0 and η = 0, as at the start of a warm-up. Here ``damping`` is 0 by default,
+  and steps are computed as changes, which the floor of ``linalg.damped_inverse`` cannot shrink.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -43,13 +45,12 @@ from lowrank_optax.linalg import (
     Side,
     compute_dtype,
     cross,
-    damped_inverse,
     gram,
     mix,
     other,
     product,
 )
-from lowrank_optax.lorsum import SOLVER_DAMPING, combine, iterate
+from lowrank_optax.lorsum import combine, invert, iterate
 from lowrank_optax.pairwise import Batched, RuleRun, Step
 
 
@@ -77,7 +78,7 @@ def oplora(
     iterations: int = 1,
     lmbd: Any = 1e-2,
     scale: Any = 1.0,
-    damping: Any = SOLVER_DAMPING,
+    damping: Any = 0.0,
     fallback: optax.GradientTransformation | None = None,
     specs: Sequence[factors.PairMatcher] = factors.DEFAULT_SPECS,
 ) -> optax.GradientTransformationExtraArgs:
@@ -94,7 +95,7 @@ def oplora(
         lmbd: ℓ; the ridge and proximal weight of LoRSum is λ = η ℓ.
         scale: the forward scale s, as alpha / r: a number, a callable from a pair's path, or a tree
             of numbers (``factors.scales``).
-        damping: added to λ inside inversions, positive.
+        damping: added to λ inside inversions only, not negative; it shrinks the factors.
         fallback: transformation of unpaired leaves; AdamW at the same learning rate by default.
         specs: layouts of the pairs (``factors.PairSpec``).
 
@@ -128,7 +129,7 @@ def oplora(
     """
     _check(learning_rate, momentum, iterations, lmbd)
     check("dampening", dampening, lambda v: 0 <= v < 1, "must lie in [0, 1)")
-    invert = _solver(damping)
+    check("damping", damping, lambda v: v >= 0, "must not be negative")
 
     def rule(
         step: Step, grads: ShadowedPair, state: OPLoRAState, pair: ShadowedPair, scale: Any
@@ -140,16 +141,16 @@ def oplora(
         rank, width = pair.a.shape[-1], basis["a"][0].shape[-1]
         eye = jnp.eye(width, dtype=compute_dtype(*basis["a"]))
         is_factor, is_momentum = jnp.arange(width) < rank, jnp.arange(width) >= rank
-        keywords = {"iterations": iterations, "ridge": eta * lmbd}
+        keywords = {"iterations": iterations, "ridge": eta * lmbd, "damping": damping}
 
         core = eye * jnp.where(is_factor, 1, -step_size * momentum)
         new, _ = yield from iterate(
-            basis, core, -step_size * (1 - dampening), eye[:, :rank], invert, **keywords
+            basis, core, -step_size * (1 - dampening), eye[:, :rank], **keywords
         )
         updates = {"a": new.a - pair.a, "b": new.b - pair.b}
         if pair.m_a is not None:
             core = eye * jnp.where(is_momentum, momentum, 0)
-            m, _ = yield from iterate(basis, core, 1 - dampening, eye[:, rank:], invert, **keywords)
+            m, _ = yield from iterate(basis, core, 1 - dampening, eye[:, rank:], **keywords)
             updates |= {"m_a": m.a - pair.m_a, "m_b": m.b - pair.m_b}
         return _updates(pair, updates, trust), state
 
@@ -176,7 +177,7 @@ def scaled_oplora(
     iterations: int = 1,
     lmbd: Any = 1e-2,
     scale: Any = 1.0,
-    solver_damping: Any = SOLVER_DAMPING,
+    solver_damping: Any = 0.0,
     fallback: optax.GradientTransformation | None = None,
     specs: Sequence[factors.PairMatcher] = factors.DEFAULT_SPECS,
 ) -> optax.GradientTransformationExtraArgs:
@@ -195,7 +196,7 @@ def scaled_oplora(
         iterations: k of LoRSum; 0 for Jacobi half-steps.
         lmbd: ℓ; the ridge and proximal weight of LoRSum is max(η ℓ, 1e-5).
         scale: the forward scale s: a number, a callable from a pair's path, or a tree.
-        solver_damping: added to λ inside inversions, positive.
+        solver_damping: added to λ inside inversions only, not negative; it shrinks the factors.
         fallback: transformation of unpaired leaves; AdamW at the same learning rate by default,
             which large rates do not suit.
         specs: layouts of the pairs (``factors.PairSpec``).
@@ -228,7 +229,7 @@ def scaled_oplora(
     check_decay("b2", b2)
     check_positive("damping", damping)
     check_positive("power", power)
-    invert = _solver(solver_damping)
+    check("solver_damping", solver_damping, lambda v: v >= 0, "must not be negative")
 
     def rule(
         step: Step, grads: ShadowedPair, state: OPLoRAState, pair: ShadowedPair, scale: Any
@@ -251,9 +252,9 @@ def scaled_oplora(
             core,
             -step_size * (1 - b1),
             eye[:, :rank],
-            invert,
             iterations=iterations,
             ridge=jnp.maximum(ridge, 1e-5),
+            damping=solver_damping,
             weights=metric.weights,
         )
         updates = {"a": new.a - pair.a, "b": new.b - pair.b}
@@ -263,7 +264,13 @@ def scaled_oplora(
             momentum_basis = {side: [m for _, m in blocks[side]] for side in SIDES}
             eye = jnp.eye(pair.m_a.shape[-1], dtype=eye.dtype)
             m, _ = yield from iterate(
-                momentum_basis, b1 * eye, 1 - b1, eye, invert, iterations=iterations, ridge=ridge
+                momentum_basis,
+                b1 * eye,
+                1 - b1,
+                eye,
+                iterations=iterations,
+                ridge=ridge,
+                damping=solver_damping,
             )
             updates |= {"m_a": m.a - pair.m_a, "m_b": m.b - pair.m_b}
         moved = _updates(pair, updates, trust)
@@ -291,7 +298,7 @@ def oplora_proj(
     iterations: int = 1,
     lmbd: Any = 1e-2,
     scale: Any = 1.0,
-    damping: Any = SOLVER_DAMPING,
+    damping: Any = 0.0,
     fallback: optax.GradientTransformation | None = None,
     specs: Sequence[factors.PairMatcher] = factors.DEFAULT_SPECS,
 ) -> optax.GradientTransformationExtraArgs:
@@ -306,7 +313,7 @@ def oplora_proj(
             :func:`oplora`, so pairs need ``shadow(..., iterations=k + 1, momentum_rank=0)``.
         lmbd: ℓ; the ridge and proximal weight is λ = η ℓ.
         scale: the forward scale s: a number, a callable from a pair's path, or a tree.
-        damping: added to λ inside inversions, positive.
+        damping: added to λ inside inversions only, not negative; it shrinks the factors.
         fallback: transformation of unpaired leaves; AdamW at the same learning rate by default.
         specs: layouts of the pairs (``factors.PairSpec``).
 
@@ -330,7 +337,7 @@ def oplora_proj(
     Source: arXiv 2509.19977, the projected variant.
     """
     _check(learning_rate, momentum, iterations, lmbd)
-    invert = _solver(damping)
+    check("damping", damping, lambda v: v >= 0, "must not be negative")
 
     def rule(
         step: Step, grads: ShadowedPair, state: OPLoRAProjState, pair: ShadowedPair, scale: Any
@@ -346,13 +353,15 @@ def oplora_proj(
             eye * (jnp.arange(width) < rank),
             -eta / scale**2,
             eye[:, :rank],
-            invert,
             iterations=iterations,
             ridge=ridge,
+            damping=damping,
         )
         x: dict[Side, jax.Array] = {"a": new.a, "b": new.b}
         inverses = yield [
-            Batched(invert, gram(other(side), x[other(side)]) + ridge * eye[:rank, :rank])
+            Batched(
+                invert, gram(other(side), x[other(side)]) + (ridge + damping) * eye[:rank, :rank]
+            )
             for side in SIDES
         ]
         moves, momenta = {}, {}
@@ -415,15 +424,6 @@ def _updates(pair: ShadowedPair, moves: Mapping[Any, jax.Array], trust: jax.Arra
         for name, move in moves.items()
     }
     return jax.tree.map(jnp.zeros_like, pair)._replace(**updates)
-
-
-def _solver(damping: Any) -> Callable[[jax.Array], jax.Array]:
-    check_positive("damping", damping)
-
-    def invert(matrix: jax.Array) -> jax.Array:
-        return damped_inverse(matrix, damping)
-
-    return invert
 
 
 def _moves(momentum: Any) -> bool:

@@ -3,9 +3,31 @@
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import optax
 
-from lowrank_optax import altlora, altlora_plus, scale_by_altlora, scale_by_altlora_plus
+from lowrank_optax import (
+    LoRAPair,
+    altlora,
+    altlora_plus,
+    oplora,
+    oplora_proj,
+    scale_by_altlora,
+    scale_by_altlora_plus,
+    scaled_oplora,
+    shadow,
+    shadows,
+)
+
+
+def plain(pair: LoRAPair) -> LoRAPair:
+    """Leaves a pair as it is."""
+    return pair
+
+
+def shadowed(**keywords: Any) -> Callable[[LoRAPair], Any]:
+    """Adds shadows whose momentum has rank 2 whatever the pair's rank."""
+    return lambda pair: shadow(pair, jax.random.key(9), **{"momentum_rank": 2, **keywords})
 
 
 class Method(NamedTuple):
@@ -16,12 +38,16 @@ class Method(NamedTuple):
         make: the transformation, from a learning rate (number or schedule) and keywords.
         keywords: what the row fixes.
         state_copies: bytes of state in units of the bytes of all factors, in float32.
+        node: what the method needs in place of a pair.
+        linear: whether mean gradients over micro-batches serve.
     """
 
     name: str
     make: Callable[..., optax.GradientTransformation]
     keywords: dict[str, Any]
     state_copies: int
+    node: Callable[[LoRAPair], Any] = plain
+    linear: bool = True
 
     def __call__(self, learning_rate: Any = 0.05, **more: Any) -> optax.GradientTransformation:
         return self.make(learning_rate, **self.keywords, **more)
@@ -44,4 +70,10 @@ METHODS = [
     Method("altlora_plus-sequential", altlora_plus, {"order": "sequential"}, 2),
     Method("scale_by_altlora", chained(scale_by_altlora), {"order": "simultaneous"}, 2),
     Method("scale_by_altlora_plus", chained(scale_by_altlora_plus), {}, 3),
+    Method("preconditioned", oplora, {"momentum": 0.0, "iterations": 0, "lmbd": 1.0}, 0),
+    Method("oplora-0", oplora, {"iterations": 0}, 0, shadowed(iterations=0)),
+    Method("oplora-1", oplora, {}, 0, shadowed(), linear=False),
+    Method("oplora-2", oplora, {"iterations": 2}, 0, shadowed(iterations=2), linear=False),
+    Method("oplora_proj", oplora_proj, {}, 2, shadowed(iterations=2, momentum_rank=0), False),
+    Method("scaled_oplora", scaled_oplora, {}, 0, shadowed(metric=shadows.Metric()), False),
 ]

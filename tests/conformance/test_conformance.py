@@ -10,7 +10,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from lowrank_optax import LoRAPair
+from lowrank_optax import LoRAPair, find_pairs, nn
 from tests.conformance.methods import METHODS
 
 each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
@@ -23,23 +23,40 @@ def make_pair(key, n_in=6, rank=2, n_out=5, batch=(), dtype=jnp.float32):
     return LoRAPair(a.astype(dtype), b.astype(dtype))
 
 
-def make_params(dtype=jnp.float32):
-    """Two plain pairs, one stacked pair and leaves that belong to no pair."""
+def make_params(method, dtype=jnp.float32):
+    """Two nodes, one as named leaves, one stacked node, and leaves that belong to no pair."""
     keys = jax.random.split(jax.random.key(0), 3)
-    q = make_pair(keys[0], dtype=dtype)
+    q = method.node(make_pair(keys[0], dtype=dtype))
     return {
-        "layers": [{"q": {"lora_a": q.a, "lora_b": q.b}}, {"q": make_pair(keys[1], dtype=dtype)}],
-        "scanned": make_pair(keys[2], batch=(3,), dtype=dtype),
+        "layers": [{"q": named_leaves(q)}, {"q": method.node(make_pair(keys[1], dtype=dtype))}],
+        "scanned": method.node(make_pair(keys[2], batch=(3,), dtype=dtype)),
         "head": {"bias": jnp.ones(4, dtype), "kernel": jnp.ones((5, 4), dtype)},
     }
 
 
+def named_leaves(node):
+    """The leaves as a Flax module names them."""
+    return {f"lora_{name}": x for name, x in node._asdict().items() if x is not None}
+
+
+def trained(params):
+    """The leaves that the loss depends on."""
+    pairing = find_pairs(params)
+    return [(x.a, x.b) for x in pairing.take(params)], pairing.rest(params)
+
+
+def product_of(node):
+    """The adapter's matrix, through the layer's own forward and backward pass."""
+    *batch, n_in, _ = node.a.shape
+    return nn.lora_apply(jnp.broadcast_to(jnp.eye(n_in), (*batch, n_in, n_in)), node)
+
+
 def loss_of(params):
     """A smooth function of ΔK of every pair and of the other leaves."""
-    first, second = params["layers"]
-    pairs = [LoRAPair(first["q"]["lora_a"], first["q"]["lora_b"]), second["q"], params["scanned"]]
-    total = sum(jnp.sum((p.a @ p.b - 1.0) ** 2) for p in pairs)
-    return (total + sum(jnp.sum(x**2) for x in jax.tree.leaves(params["head"]))).astype(jnp.float32)
+    pairing = find_pairs(params)
+    total = sum(jnp.sum((product_of(x) - 1.0) ** 2) for x in pairing.take(params))
+    others = sum(jnp.sum(x**2) for x in jax.tree.leaves(pairing.rest(params)))
+    return (total + others).astype(jnp.float32)
 
 
 gradients = jax.jit(jax.grad(loss_of))
@@ -95,16 +112,16 @@ def assert_equal(x, y):
 
 @each_method
 def test_loss_falls_and_every_leaf_moves(method):
-    params = make_params()
+    params = make_params(method)
     after, _ = run(method, params, steps=30)
     assert loss_of(after) < 0.5 * loss_of(params)
-    for before, now in zip(jax.tree.leaves(params), jax.tree.leaves(after), strict=True):
-        assert jnp.any(before != now)
+    leaves = jax.tree.leaves(trained(params)), jax.tree.leaves(trained(after))
+    assert all(jnp.any(before != now) for before, now in zip(*leaves, strict=True))
 
 
 @each_method
 def test_no_recompilation_after_the_first_step(method):
-    tx, params = method(optax.linear_schedule(0.1, 0.0, 10)), make_params()
+    tx, params = method(optax.linear_schedule(0.1, 0.0, 10)), make_params(method)
     update, state = jax.jit(tx.update), jax.jit(tx.init)(params)
     for _ in range(3):
         updates, state = update(gradients(params), state, params)
@@ -114,7 +131,7 @@ def test_no_recompilation_after_the_first_step(method):
 
 @each_method
 def test_inject_hyperparams(method):
-    params = make_params()
+    params = make_params(method)
 
     def rated(learning_rate):
         return method(learning_rate)
@@ -127,12 +144,12 @@ def test_inject_hyperparams(method):
     )
     state.hyperparams["learning_rate"] = jnp.zeros_like(state.hyperparams["learning_rate"])
     updates, _ = update(gradients(params), state, params)
-    assert all(not jnp.any(u) for u in jax.tree.leaves(updates))
+    assert_close(trained(optax.apply_updates(params, updates)), trained(params))
 
 
 @each_method
 def test_schedules_are_applied(method):
-    params = make_params()
+    params = make_params(method)
     tx = method(lambda count: jnp.where(count < 2, 0.05, 0.0))
     update, state = jax.jit(tx.update), tx.init(params)
     trajectory = [params]
@@ -140,12 +157,12 @@ def test_schedules_are_applied(method):
         updates, state = update(gradients(trajectory[-1]), state, trajectory[-1])
         trajectory.append(optax.apply_updates(trajectory[-1], updates))
     assert_close(trajectory[2], run(method, params, steps=2)[0])
-    assert_equal(trajectory[4], trajectory[2])
+    assert_close(trained(trajectory[4]), trained(trajectory[2]))
 
 
-@each_method
+@pytest.mark.parametrize("method", [m for m in METHODS if m.linear], ids=lambda m: m.name)
 def test_multi_steps_sees_the_mean_gradient(method):
-    params = make_params()
+    params = make_params(method)
     grads = [gradients(params), jax.tree.map(jnp.ones_like, params)]
     mean = jax.tree.map(lambda x, y: (x + y) / 2, *grads)
     tx, init, update = default(method)
@@ -160,7 +177,7 @@ def test_multi_steps_sees_the_mean_gradient(method):
 @each_method
 def test_scan_and_cond(method):
     tx, init, _ = default(method)
-    params = make_params()
+    params = make_params(method)
 
     def maybe_step(carry, index):
         return jax.lax.cond(index < 3, lambda c: step_of(tx)(*c), lambda c: c, carry), None
@@ -172,20 +189,21 @@ def test_scan_and_cond(method):
 
 @each_method
 def test_bfloat16_parameters_have_float32_state(method):
-    params = make_params(jnp.bfloat16)
+    params = make_params(method, jnp.bfloat16)
     after, state = run(method, params, steps=10)
-    assert all(leaf.dtype == jnp.bfloat16 for leaf in jax.tree.leaves(after))
+    assert jax.tree.map(jnp.dtype, after) == jax.tree.map(jnp.dtype, params)
+    assert params["scanned"].a.dtype == jnp.bfloat16
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(after))
     assert loss_of(after) < loss_of(params)
     fields = lifted(state).pairs._asdict()
     moments = [value for name, value in fields.items() if name != "previous"]
-    assert moments
+    assert bool(moments) == (method.state_copies > 0)
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(moments))
 
 
 @each_method
 def test_updates_have_the_dtype_of_gradients(method):
-    params = make_params(jnp.bfloat16)
+    params = make_params(method, jnp.bfloat16)
     grads = gradients(params)
     updates, _ = method().update(grads, method().init(params), params)
     assert jax.tree.map(lambda u: u.dtype, updates) == jax.tree.map(lambda g: g.dtype, grads)
@@ -194,7 +212,7 @@ def test_updates_have_the_dtype_of_gradients(method):
 @each_method
 def test_float64_stays_float64(method):
     with jax.enable_x64(True):
-        params = make_params(jnp.float64)
+        params = make_params(method, jnp.float64)
         after, state = run(method(), params)
         floats = [
             x for x in jax.tree.leaves((after, state)) if jnp.issubdtype(x.dtype, jnp.floating)
@@ -205,15 +223,16 @@ def test_float64_stays_float64(method):
 @functools.cache
 def _odd_shapes(name):
     """Pairs of odd shapes before and after three steps, trained together."""
+    tx, method = _by_name(name)[0], next(m for m in METHODS if m.name == name)
     pair, stacked = make_pair(jax.random.key(2)), make_pair(jax.random.key(3), batch=(2, 3))
+    padded = LoRAPair(jnp.pad(pair.a, ((0, 0), (0, 2))), jnp.pad(pair.b, ((0, 2), (0, 0))))
     before = {
-        "live": pair,
-        "padded": LoRAPair(jnp.pad(pair.a, ((0, 0), (0, 2))), jnp.pad(pair.b, ((0, 2), (0, 0)))),
-        "rank_one": make_pair(jax.random.key(1), rank=1),
-        "stacked": stacked,
-        "alone": jax.tree.map(lambda x: x[1, 2], stacked),
+        "live": method.node(pair),
+        "padded": method.node(padded),
+        "rank_one": method.node(make_pair(jax.random.key(1), rank=1)),
+        "stacked": method.node(stacked),
     }
-    tx = _by_name(name)[0]
+    before["alone"] = jax.tree.map(lambda x: x[1, 2], before["stacked"])
     update, state, after = jax.jit(tx.update), tx.init(before), before
     for _ in range(3):
         grads = jax.grad(lambda p: sum(map(_pair_loss, p.values())))(after)
@@ -222,8 +241,8 @@ def _odd_shapes(name):
     return before, after
 
 
-def _pair_loss(pair):
-    return jnp.sum((pair.a @ pair.b - 1.0) ** 2)
+def _pair_loss(node):
+    return jnp.sum((product_of(node) - 1.0) ** 2)
 
 
 @each_method
@@ -237,7 +256,8 @@ def test_zero_padded_ranks_change_nothing(method):
     """Padded ranks make the Gram matrices singular; the live part must not notice."""
     _, after = _odd_shapes(method.name)
     full = after["padded"]
-    assert_close(LoRAPair(full.a[:, :2], full.b[:2]), after["live"], rtol=1e-4)
+    live = after["live"]
+    assert_close((full.a[:, :2], full.b[:2]), (live.a, live.b), rtol=1e-4, atol=1e-5)
     assert not jnp.any(full.a[:, 2:])
     assert not jnp.any(full.b[2:])
 
@@ -250,7 +270,7 @@ def test_batch_axes_are_independent_pairs(method):
 
 @each_method
 def test_donation(method):
-    tx, params = method(), make_params()
+    tx, params = method(), make_params(method)
     expected, _ = run(method, params)
     step = jax.jit(step_of(tx), donate_argnums=(0, 1), keep_unused=True)
     params, state = jax.tree.map(jnp.copy, params), tx.init(params)
@@ -264,7 +284,7 @@ def test_donation(method):
 @each_method
 def test_checkpoint_round_trip(method, tmp_path):
     _, init, update = default(method)
-    params, state = run(method, make_params(), steps=2)
+    params, state = run(method, make_params(method), steps=2)
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(tmp_path / "state", (params, state))
         checkpointer.wait_until_finished()
@@ -276,7 +296,7 @@ def test_checkpoint_round_trip(method, tmp_path):
 
 @each_method
 def test_abstract_init(method):
-    tx, params = method(), make_params()
+    tx, params = method(), make_params(method)
     abstract, concrete = jax.eval_shape(tx.init, params), tx.init(params)
     shapes = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype), tree)
     assert shapes(abstract) == shapes(concrete)
@@ -285,7 +305,7 @@ def test_abstract_init(method):
 @each_method
 def test_extra_arguments_are_accepted(method):
     tx, init, update = default(method)
-    params = make_params()
+    params = make_params(method)
     updates, _ = jax.jit(optax.with_extra_args_support(tx).update)(
         gradients(params), init(params), params, value=1.0, nobody_knows=2
     )
@@ -294,14 +314,14 @@ def test_extra_arguments_are_accepted(method):
 
 @each_method
 def test_missing_params_are_named(method):
-    params = make_params()
+    params = make_params(method)
     with pytest.raises(ValueError, match=r"update\(grads, state, params\)"):
         method().update(params, method().init(params))
 
 
 @each_method
 def test_half_a_pair_is_an_error(method):
-    params = make_params()
+    params = make_params(method)
     del params["layers"][0]["q"]["lora_b"]
     with pytest.raises(ValueError, match=r"Half a pair at 'layers/0/q'.*lora_a"):
         method().init(params)
@@ -309,7 +329,7 @@ def test_half_a_pair_is_an_error(method):
 
 @each_method
 def test_no_pairs_leaves_all_to_the_fallback(method):
-    params = make_params()["head"]
+    params = make_params(method)["head"]
     tx = method(fallback=optax.scale(-0.5))
     updates, state = tx.update(params, tx.init(params), params)
     sign_and_size = updates["bias"][0] / params["bias"][0]
@@ -319,7 +339,7 @@ def test_no_pairs_leaves_all_to_the_fallback(method):
 
 def _separable_loss(params):
     """A loss in which no pair's gradient depends on another's value."""
-    return sum(jnp.sum(jnp.sin(x + 0.3)) for x in jax.tree.leaves(params))
+    return sum(jnp.sum(jnp.sin(product_of(node) + 0.3)) for node in params.values())
 
 
 @each_method
@@ -327,25 +347,28 @@ def _separable_loss(params):
 def test_a_non_finite_gradient_spoils_its_own_pair_alone(method, bad):
     """As in AdamW the damage is loud; the small algebra shared by all pairs must not spread it."""
     _, init, update = default(method)
-    params = {name: make_pair(jax.random.key(i)) for i, name in enumerate("pqr")}
+    params = {name: method.node(make_pair(jax.random.key(i))) for i, name in enumerate("pqr")}
     spoiled = healthy = params
     spoiled_state = healthy_state = init(params)
     for step in range(4):
         grads = jax.grad(_separable_loss)(spoiled)
         if step == 1:
-            grads["q"] = jax.tree.map(lambda x: x.at[0, 0].set(bad), grads["q"])
+            grads["q"] = jax.tree.map(lambda x: x.at[..., 0].set(bad), grads["q"])
         updates, spoiled_state = update(grads, spoiled_state, spoiled)
         spoiled = optax.apply_updates(spoiled, updates)
         updates, healthy_state = update(jax.grad(_separable_loss)(healthy), healthy_state, healthy)
         healthy = optax.apply_updates(healthy, updates)
-    assert not all(jnp.all(jnp.isfinite(x)) for x in spoiled.pop("q"))
-    healthy.pop("q")
+    gone, kept = spoiled.pop("q"), healthy.pop("q")
+    if method.linear:
+        assert not all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(gone))
+    else:  # the guard of the quadratic products leaves the pair where it was
+        assert jnp.any(gone.a != kept.a)
     assert_equal(spoiled, healthy)
 
 
 @each_method
 def test_apply_if_finite_skips_a_spoiled_step(method):
-    params = {name: make_pair(jax.random.key(i)) for i, name in enumerate("pq")}
+    params = {name: method.node(make_pair(jax.random.key(i))) for i, name in enumerate("pq")}
     tx = optax.apply_if_finite(method(), max_consecutive_errors=3)
     grads = jax.grad(_separable_loss)(params)
     _, state = tx.update(grads, tx.init(params), params)
@@ -360,7 +383,7 @@ def test_masked_none_and_empty_trees_pass_through(method):
     tx = method()
     for empty in ({}, {"nothing": None}, optax.MaskedNode()):
         assert tx.update(empty, tx.init(empty), empty)[0] == empty
-    params = {**make_params(), "nothing": None, "masked": optax.MaskedNode()}
+    params = {**make_params(method), "nothing": None, "masked": optax.MaskedNode()}
     params.pop("layers")
     updates, _ = tx.update(params, tx.init(params), params)
     assert jax.tree.structure(updates) == jax.tree.structure(params)
@@ -368,7 +391,7 @@ def test_masked_none_and_empty_trees_pass_through(method):
 
 @each_method
 def test_frozen_leaves_with_partition(method):
-    params = make_params()
+    params = make_params(method)
     labels = {"layers": "train", "scanned": "train", "head": "freeze"}
     tx = optax.partition({"train": method(), "freeze": optax.set_to_zero()}, labels)
     updates, _ = jax.jit(tx.update)(gradients(params), tx.init(params), params)
@@ -380,7 +403,7 @@ def test_frozen_leaves_with_partition(method):
 
 @each_method
 def test_map_params_reaches_the_moments(method):
-    tx, params = method(), make_params()
+    tx, params = method(), make_params(method)
     state = tx.init(params)
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
     names = jax.tree.map(lambda _: "spec", params)
@@ -401,11 +424,13 @@ def test_nnx_optimizer(method):
     class Layer(nnx.Module):
         def __init__(self, rngs):
             self.kernel = nnx.Param(jnp.ones((6, 5)))
-            self.lora_a = nnx.LoRAParam(jax.random.normal(rngs.params(), (6, 2)))
-            self.lora_b = nnx.LoRAParam(jnp.zeros((2, 5)))
+            pair = LoRAPair(jax.random.normal(rngs.params(), (6, 2)), jnp.zeros((2, 5)))
+            for name, leaf in named_leaves(method.node(pair)).items():
+                setattr(self, name, nnx.LoRAParam(leaf))
 
         def __call__(self):
-            return self.kernel + self.lora_a @ self.lora_b
+            leaves = nnx.to_pure_dict(nnx.state(self, nnx.LoRAParam))
+            return self.kernel + product_of(find_pairs(leaves).take(leaves)[0])
 
     model = Layer(nnx.Rngs(0))
     kernel = jnp.copy(model.kernel[...])
@@ -427,7 +452,7 @@ def test_nnx_optimizer(method):
 @each_method
 def test_export_for_accelerators(method):
     tx, init, _ = default(method)
-    params = make_params()
+    params = make_params(method)
     exported = jax.export.export(jax.jit(step_of(tx)), platforms=["tpu", "cuda"])
     assert exported(params, init(params)).platforms == ("tpu", "cuda")
 
@@ -436,7 +461,7 @@ def test_export_for_accelerators(method):
 def test_state_bytes(method):
     """State in units of the factors' bytes: the promise about memory."""
     pair = make_pair(jax.random.key(4), n_in=64, rank=4, n_out=32)
-    state = jax.eval_shape(functools.partial(method().init), pair)
+    state = jax.eval_shape(functools.partial(method().init), method.node(pair))
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     counters, small = 16, 2 * pair.a.shape[-1] ** 2 * 4
     assert size(state) - method.state_copies * size(pair) <= counters + small

@@ -17,6 +17,9 @@ OPTIMIZERS = tuple(
         ("altlora", {"learning_rate": 1e-2, "order": "simultaneous"}),
         ("altlora_plus", {"learning_rate": 1e-2}),
         ("altlora_plus", {"learning_rate": 1e-2, "order": "sequential"}),
+        ("oplora", {"learning_rate": 1e-2}),
+        ("oplora_proj", {"learning_rate": 1e-2}),
+        ("scaled_oplora", {"learning_rate": 1e-2}),
     ]
 )
 TABLES = "_MAIN_OPTIMIZERS_UNDER_TEST = _ALL_OPTIMIZERS_UNDER_TEST = OPTIMIZERS"

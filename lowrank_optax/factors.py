@@ -78,7 +78,37 @@ class ShadowedPair(NamedTuple):
     shampoo: Any = None
 
 
-_NODE_TYPES = (LoRAPair, ShadowedPair)
+class FramedPair(NamedTuple):
+    """A pair whose gradients flow through frames, made by :func:`lowrank_optax.frame`.
+
+    ``ΔK = scale · (a · f_out + f_in · b - warm · f_in · f_out)``, where the frames and ``warm`` are
+    constants for differentiation; the optimizer moves them by ordinary updates.
+
+    Args:
+        a: the input-side factor, (..., in, r).
+        b: the output-side factor, (..., r, out).
+        f_in: the input-side frame, (..., in, r): orthonormal columns; ``a`` itself in the warm-up.
+        f_out: the output-side frame, (..., r, out): orthonormal rows; ``b`` itself in the warm-up.
+        warm: 1 in the warm-up, which makes this ordinary LoRA, 0 after; (...). None without one.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lowrank_optax import frame
+        >>> node = frame(LoRAPair(jnp.ones((6, 2)), jnp.zeros((2, 4))))
+        >>> node.f_in.shape, node.f_out.shape, node.warm.item()
+        ((6, 2), (2, 4), 1.0)
+
+    Source: SDS-LoRA, arXiv 2606.16454.
+    """
+
+    a: Any
+    b: Any
+    f_in: Any
+    f_out: Any
+    warm: Any = None
+
+
+_NODE_TYPES = (LoRAPair, ShadowedPair, FramedPair)
 
 
 @dataclass(frozen=True)
@@ -156,8 +186,10 @@ DEFAULT_SPECS: tuple[PairMatcher, ...] = (
     PairSpec(  # Flax NNX and Linen, EasyDeL, this library's modules
         "lora_a",
         "lora_b",
-        auxiliary={name: f"lora_{name}" for name in ShadowedPair._fields[2:]},
-        nodes=(ShadowedPair,),
+        auxiliary={
+            name: f"lora_{name}" for name in (*ShadowedPair._fields[2:], *FramedPair._fields[2:])
+        },
+        nodes=(ShadowedPair, FramedPair),
     ),
     PairSpec("*_lora_a", "*_lora_b"),  # qwix: beside the weight it adapts
     PairSpec("lora_A", "lora_B", **_PEFT_AXES),  # Hugging Face PEFT and its ports

@@ -6,6 +6,8 @@ for ``a`` reads the same for ``b``. Inputs are brought to float32 or better, and
 at full precision, which TPUs and GPUs do not do by default.
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -178,24 +180,104 @@ def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
     return jnp.where(jnp.isfinite(trace), inverse, jnp.nan)  # an infinite pivot would give 0
 
 
-@jax.jit
+def orthonormalizer(matrix: jax.Array) -> jax.Array:
+    r"""Computes the mixing that makes a factor orthonormal: ``R⁻¹`` of ``x = Q R``, from its Gram.
+
+    Args:
+        matrix: ``M = xᵀ x``, (..., r, r), float32 or float64.
+
+    Returns:
+        (..., r, r), upper triangular, so that ``mix(side, x, R⁻¹)`` has orthonormal rank components
+        up to rounding of the size of the condition number of M. A component of zeros stays zero.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> orthonormalizer(4.0 * jnp.eye(2)).round(3).tolist()
+        [[0.5, 0.0], [0.0, 0.5]]
+
+    Source: shifted Cholesky QR, arXiv 1809.11085.
+    """
+    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    info = jnp.finfo(matrix.dtype)
+    trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
+    root = _inverse_root(matrix + (4 * info.eps * trace + info.tiny) * eye)
+    return jnp.swapaxes(root, -1, -2)
+
+
+def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes singular value decompositions ``U Σ Vᵀ``.
+
+    Args:
+        matrix: (..., m, n), float32 or float64.
+
+    Returns:
+        U (..., m, k), Σ (..., k) and Vᵀ (..., k, n) with k = min(m, n), largest values first.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> svd(jnp.diag(jnp.array([1.0, 3.0])))[1].tolist()
+        [3.0, 1.0]
+    """
+    return _svd(matrix)
+
+
+def inverse_square_root(matrix: jax.Array, damping: Any) -> jax.Array:
+    """Computes symmetric roots ``(M + δ I)^(-1/2)`` of Gram matrices.
+
+    Args:
+        matrix: (..., r, r), symmetric positive semi-definite, float32 or float64.
+        damping: δ, a positive scalar; rounding raises it as in :func:`damped_inverse`.
+
+    Returns:
+        (..., r, r).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> inverse_square_root(4.0 * jnp.eye(1), 1e-6).round(3).tolist()
+        [[0.5]]
+    """
+    values, vectors = _eigh(matrix)
+    floor = 4 * jnp.finfo(matrix.dtype).eps * jnp.sum(jnp.abs(values), axis=-1, keepdims=True)
+    damped = jnp.maximum(values, 0) + jnp.maximum(jnp.asarray(damping, matrix.dtype), floor)
+    return _einsum("...ij,...kj->...ik", vectors / jnp.sqrt(damped)[..., None, :], vectors)
+
+
+def _one_at_a_time_on_cpu(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
+    """Makes a batched decomposition safe where several of them run at once.
+
+    On CPU a batched LAPACK call splits its batch over the thread pool and waits there: as many
+    calls at once as there are threads wait for each other for ever (jaxlib 0.10). Single matrices
+    never wait.
+    """
+
+    def one_at_a_time(matrix: jax.Array) -> Any:
+        results = jax.lax.map(function, matrix.reshape(-1, *matrix.shape[-2:]))
+        return jax.tree.map(lambda x: x.reshape(*matrix.shape[:-2], *x.shape[1:]), results)
+
+    @jax.jit
+    @functools.wraps(function)
+    def everywhere(matrix: jax.Array) -> Any:
+        return jax.lax.platform_dependent(matrix, cpu=one_at_a_time, default=function)
+
+    return everywhere
+
+
+@_one_at_a_time_on_cpu
 def _inverse_root(matrix: jax.Array) -> jax.Array:
     """Inverts the Cholesky factor of positive definite matrices (..., r, r)."""
-
-    def one_by_one(matrix: jax.Array) -> jax.Array:
-        flat = matrix.reshape(-1, *matrix.shape[-2:])
-        return jax.lax.map(_batched_inverse_root, flat).reshape(matrix.shape)
-
-    # On CPU a batched LAPACK call splits its batch over the thread pool and waits there: as many
-    # calls at once as there are threads wait for each other for ever (jaxlib 0.10). Single matrices
-    # never wait.
-    return jax.lax.platform_dependent(matrix, cpu=one_by_one, default=_batched_inverse_root)
-
-
-def _batched_inverse_root(matrix: jax.Array) -> jax.Array:
     factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
     eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
     return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
+
+
+@_one_at_a_time_on_cpu
+def _svd(matrix: jax.Array) -> Any:
+    return tuple(jnp.linalg.svd(matrix, full_matrices=False))
+
+
+@_one_at_a_time_on_cpu
+def _eigh(matrix: jax.Array) -> Any:
+    return tuple(jnp.linalg.eigh(matrix))
 
 
 def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

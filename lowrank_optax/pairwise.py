@@ -285,7 +285,9 @@ def _call(function: Callable[..., Any], requests: Sequence[Batched]) -> tuple[li
     return results, jnp.sum(~finite, dtype=jnp.int32)
 
 
-def lockstep(runs: Sequence[RuleRun]) -> tuple[list[Any], jax.Array]:
+def lockstep(
+    runs: Sequence[Generator[list[Batched], list[Any], Any]],
+) -> tuple[list[Any], jax.Array]:
     """Runs all rules to their end, one round of requests at a time.
 
     Args:

@@ -1,4 +1,7 @@
-"""LoRA for Flax: NNX layers and surgery, Linen modules and an interceptor."""
+"""LoRA for Flax: NNX layers and surgery, Linen modules and an interceptor.
+
+All of them make layers that OPLoRA can train if their settings say ``shadows=Shadows()``.
+"""
 
 from lowrank_optax.nn.config import LoRAConfig, Shadows
 from lowrank_optax.nn.contraction import Contraction, KernelAxes

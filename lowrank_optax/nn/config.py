@@ -40,8 +40,8 @@ class Shadows:
       >>> import jax
       >>> config = LoRAConfig(rank=2, shadows=Shadows(momentum_rank=1))
       >>> pair = config.init_pair(jax.random.key(0), (), 8, 6)
-      >>> pair.m_a.shape, pair.m_b.shape, pair.krylov.shape
-      ((8, 1), (1, 6), (3, 6))
+      >>> pair.m_a.shape, pair.m_b.shape
+      ((8, 1), (1, 6))
 
     Source: OPLoRA, https://arxiv.org/abs/2509.19977.
     """
@@ -72,7 +72,7 @@ class LoRAConfig:
         that an adapted model starts as the base model.
       param_dtype: dtype of the factors, whatever the dtype of the base kernel.
       dtype: dtype of the adapter's matmul operands; None means the dtype of the base's output.
-      shadows: the leaves that OPLoRA needs beside the factors; none by default.
+      shadows: ``Shadows()`` for a layer that OPLoRA can train; none by default.
 
     Raises:
       ValueError: if a setting is outside its range.
@@ -119,7 +119,7 @@ class LoRAConfig:
           path: where the kernel is, for the message.
 
         Raises:
-          ValueError: if the rank exceeds min(in, out).
+          ValueError: if one exceeds min(in, out).
         """
         ranks = {"rank": self.rank}
         if self.shadows is not None:
@@ -159,7 +159,8 @@ class LoRAConfig:
         )
         if self.shadows is None:
             return pair
-        # Shapes instead of the factors, which may be boxed with sharding names.
+        # Shapes instead of the factors, which may be boxed with sharding names, and a key of its
+        # own, so that the factors are those that the same key draws without shadows.
         shapes = LoRAPair(
             a=jax.ShapeDtypeStruct((*batch, n_in, self.rank), self.param_dtype),
             b=jax.ShapeDtypeStruct((*batch, self.rank, n_out), self.param_dtype),

@@ -10,10 +10,11 @@ neither differentiated nor touched by the optimizer when one trains the adapters
     updates, state = tx.update(grads, tx.init(lora), lora)
 
 Factors are drawn from the ``'lora'`` rng stream, or else from ``'params'``, after the layer's own
-parameters, which keep the values they have without LoRA. `Shadows`, if the settings ask for them,
-stand beside the factors. ``nn.remat`` needs nothing special;
-``nn.scan`` and ``nn.vmap`` over layers need ``'lora': 0`` in ``variable_axes`` next to
-``'params': 0``. To adapt models that exist already, see `lora_interceptor`.
+parameters, which keep the values they have without LoRA. A module made with
+``LoRAConfig(rank, shadows=Shadows())`` is ready for ``oplora`` as ``tx``: what that needs stands
+beside the factors. ``nn.remat`` needs nothing special; ``nn.scan`` and ``nn.vmap`` over layers need
+``'lora': 0`` in ``variable_axes`` next to ``'params': 0``. To adapt models that exist already, see
+`lora_interceptor`.
 """
 
 from collections.abc import Sequence
@@ -52,7 +53,7 @@ class LoRADense(nn.Dense):
     $$y = x K + \mathrm{bias} + s\,(x\,a)\,b$$
 
     Attributes:
-      lora: settings of the adapter.
+      lora: settings of the adapter; with ``shadows=Shadows()``, OPLoRA can train the layer.
       deterministic: if True, no dropout; else ``lora.dropout`` needs a ``'dropout'`` rng.
 
     Example:
@@ -92,7 +93,7 @@ class LoRADenseGeneral(nn.DenseGeneral):
     """``nn.DenseGeneral`` with a LoRA adapter on the flattened kernel.
 
     Attributes:
-      lora: settings of the adapter.
+      lora: settings of the adapter; with ``shadows=Shadows()``, OPLoRA can train the layer.
       deterministic: if True, no dropout; else ``lora.dropout`` needs a ``'dropout'`` rng.
 
     Example:
@@ -130,7 +131,7 @@ class LoRAEinsumDense(nn.Einsum):
     """``nn.Einsum`` with a LoRA adapter on the flattened kernel.
 
     Attributes:
-      lora: settings of the adapter.
+      lora: settings of the adapter; with ``shadows=Shadows()``, OPLoRA can train the layer.
       deterministic: if True, no dropout; else ``lora.dropout`` needs a ``'dropout'`` rng.
 
     Example:

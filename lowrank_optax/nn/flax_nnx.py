@@ -10,6 +10,8 @@ because one trains with respect to ``nnx.LoRAParam`` only::
 
 ``nnx.LoRAParam`` is a subclass of ``nnx.Param``: ``wrt=nnx.Param`` selects factors *and* kernels.
 
+A layer built with ``LoRAConfig(rank, shadows=Shadows())`` is ready for ``oplora`` as ``tx``.
+
 Layers may be built inside ``nnx.vmap`` (factors then are (layers, in, r) and (layers, r, out)), and
 a layer whose kernel is already stacked along leading axes may be wrapped: the factors get the same
 leading axes. Stacks along other axes than the leading ones are not supported.
@@ -36,7 +38,7 @@ class LoRALayer(nnx.Module):
 
     Args:
       base: the layer to adapt. It is kept, not copied, as attribute ``base``.
-      lora: settings of the adapter.
+      lora: settings of the adapter; with ``shadows=Shadows()``, OPLoRA can train the layer.
       rngs: the ``params`` stream draws the factors; the ``dropout`` stream is used if
         ``lora.dropout`` is positive.
       path: name of the layer in error messages.
@@ -153,7 +155,7 @@ class LoRALinear(LoRALayer):
     Args:
       in_features: number of input features.
       out_features: number of output features.
-      lora: settings of the adapter.
+      lora: settings of the adapter; with ``shadows=Shadows()``, OPLoRA can train the layer.
       rngs: streams for kernel, factors and dropout.
       **base_options: further arguments of ``nnx.Linear``.
 
@@ -187,7 +189,7 @@ class LoRALinearGeneral(LoRALayer):
     Args:
       in_features: sizes of the contracted axes.
       out_features: sizes of the output axes.
-      lora: settings of the adapter.
+      lora: settings of the adapter; with ``shadows=Shadows()``, OPLoRA can train the layer.
       rngs: streams for kernel, factors and dropout.
       **base_options: further arguments of ``nnx.LinearGeneral``, such as ``axis``.
 
@@ -220,7 +222,7 @@ class LoRAEinsum(LoRALayer):
     Args:
       einsum_str: contraction of input and kernel, such as ``'BTD,NDH->BTNH'``.
       kernel_shape: shape of the kernel.
-      lora: settings of the adapter.
+      lora: settings of the adapter; with ``shadows=Shadows()``, OPLoRA can train the layer.
       rngs: streams for kernel, factors and dropout.
       **base_options: further arguments of ``nnx.Einsum``, such as ``bias_shape``.
 

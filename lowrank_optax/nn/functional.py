@@ -4,13 +4,17 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lowrank_optax.factors import LoRAPair, ShadowedPair
+from lowrank_optax import frames
+from lowrank_optax.factors import FramedPair, LoRAPair, ShadowedPair
 from lowrank_optax.nn.contraction import KernelAxes
 from lowrank_optax.nn.shadowed import apply_shadowed
 
 
 def lora_apply(
-    x: jax.Array, pair: LoRAPair | ShadowedPair, scale: float = 1.0, dtype: DTypeLike | None = None
+    x: jax.Array,
+    pair: LoRAPair | ShadowedPair | FramedPair,
+    scale: float = 1.0,
+    dtype: DTypeLike | None = None,
 ) -> jax.Array:
     r"""Applies a LoRA pair to an input without forming the dense kernel.
 
@@ -23,7 +27,8 @@ def lora_apply(
       x: input, (..., in). Not a floating dtype: taken as the dtype of ``pair.a``.
       pair: the factors, ``a`` (..., in, r) and ``b`` (..., r, out), of any floating dtype. With
         shadows, the backward pass also returns the products of the full gradient that OPLoRA
-        needs. They are quadratic in the gradient: right for one call in one backward pass.
+        needs. They are quadratic in the gradient: right for one call in one backward pass. With
+        frames, the gradients of the factors flow through these, as SDS-LoRA has it.
       scale: forward scale s.
       dtype: dtype of the two products' operands; None means the dtype of ``x``.
 
@@ -44,6 +49,9 @@ def lora_apply(
     operand = x.dtype if dtype is None else jnp.dtype(dtype)
     if isinstance(pair, ShadowedPair):
         return apply_shadowed(x.astype(operand), pair, scale).astype(x.dtype)
+    if isinstance(pair, FramedPair):
+        constant = jax.lax.stop_gradient(pair)
+        pair = frames.plain(constant._replace(a=pair.a, b=pair.b))
     accumulate = jnp.promote_types(operand, jnp.float32)
     narrow = jnp.matmul(
         x.astype(operand), pair.a.astype(operand), preferred_element_type=accumulate

@@ -83,7 +83,7 @@ def lora_interceptor(
       b_init: initializer of ``b``, called with the shape (r, out).
       param_dtype: dtype of the factors.
       dtype: dtype of the adapters' matmuls; None means that of the base layer's output.
-      shadows: what OPLoRA needs beside the factors, ``Shadows()`` for ``oplora(lr)``; read only
+      shadows: ``Shadows()`` for layers that ``oplora(lr)`` can train, none by default; read only
         where adapters are created.
       deterministic: if True, no dropout; else a positive ``dropout`` needs a ``'dropout'`` rng.
 

@@ -64,7 +64,7 @@ def add_lora(
       b_init: initializer of ``b``, called with the shape (r, out).
       param_dtype: dtype of the factors.
       dtype: dtype of the adapters' matmuls; None means that of the base layer's output.
-      shadows: what OPLoRA needs beside the factors; ``Shadows()`` for ``oplora(lr)``.
+      shadows: ``Shadows()`` for layers that ``oplora(lr)`` can train; none by default.
       rngs: ``params`` draws the factors, ``dropout`` feeds the dropout.
 
     Returns:

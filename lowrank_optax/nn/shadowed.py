@@ -22,7 +22,7 @@ def apply_shadowed(x: jax.Array, node: ShadowedPair, scale: Any) -> jax.Array:
       scale: forward scale s.
 
     Returns:
-      y, (..., out), in the dtype of ``x``.
+      y, (..., out), in at least float32.
 
     Raises:
       ValueError: if the input's leading axes do not fit the factors' batch axes.
@@ -52,7 +52,7 @@ def apply_shadowed(x: jax.Array, node: ShadowedPair, scale: Any) -> jax.Array:
 @jax.custom_vjp
 def _apply(x: jax.Array, node: ShadowedPair, scale: Any) -> jax.Array:
     narrow = scale * _matmul(x, node.a, like=x)
-    return _matmul(narrow, node.b, like=x).astype(x.dtype)
+    return _matmul(narrow, node.b, like=x)
 
 
 def _forward(x: jax.Array, node: ShadowedPair, scale: Any) -> tuple[jax.Array, Any]:
@@ -61,13 +61,13 @@ def _forward(x: jax.Array, node: ShadowedPair, scale: Any) -> tuple[jax.Array, A
 
 def _backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, ShadowedPair, jax.Array]:
     x, node, scale = residuals
-    matmul = functools.partial(_matmul, like=x)
+    matmul, over_tokens = (functools.partial(f, like=x) for f in (_matmul, _over_tokens))
 
     def times_gradient(b: jax.Array) -> jax.Array:  # G bᵀ with G = s xᵀ dy
-        return scale * matmul(_transposed(x), matmul(dy, _transposed(b)))
+        return scale * over_tokens(x, matmul(dy, _transposed(b)))
 
     def gradient_times(a: jax.Array) -> jax.Array:  # aᵀ G
-        return scale * matmul(_transposed(matmul(x, a)), dy)
+        return scale * over_tokens(matmul(x, a), dy)
 
     statistics = node._replace(**_statistics(x, dy, node))
     metric = shadows.scaling(node, statistics)
@@ -123,7 +123,7 @@ def _squared_norms(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     def of_block(rows: jax.Array, start: Any, width: int) -> tuple[jax.Array, jax.Array]:
         block = jax.lax.dynamic_slice_in_dim(dy, start, width, axis=-1)
-        square = jnp.square(_matmul(_transposed(x), block, like=x))
+        square = jnp.square(_over_tokens(x, block, like=x))
         return rows + jnp.sum(square, axis=-1), jnp.sum(square, axis=-2)
 
     number, remainder = divmod(dy.shape[-1], _BLOCK)
@@ -149,6 +149,17 @@ def _wide(x: jax.Array) -> jax.Array:
 def _matmul(x: jax.Array, y: jax.Array, like: jax.Array) -> jax.Array:
     """Multiplies in the dtype of ``like``, accumulating in at least float32."""
     return jnp.matmul(
+        x.astype(like.dtype),
+        y.astype(like.dtype),
+        preferred_element_type=jnp.promote_types(like.dtype, jnp.float32),
+    )
+
+
+def _over_tokens(x: jax.Array, y: jax.Array, like: jax.Array) -> jax.Array:
+    """Computes ``xᵀ y`` as :func:`_matmul` would."""
+    # Without a transposed operand: XLA fuses it into bfloat16 dots that its CPU backend lacks.
+    return jnp.einsum(
+        "...ti,...to->...io",
         x.astype(like.dtype),
         y.astype(like.dtype),
         preferred_element_type=jnp.promote_types(like.dtype, jnp.float32),

@@ -1,0 +1,177 @@
+r"""SVDLoRA: dense training projected to low rank after each step (arXiv 2509.19977).
+
+The parameter is the dense ΔK itself. With u the update of any inner optimizer and Π_r the truncated
+singular value decomposition, the nearest matrix of rank r::
+
+    ΔK ← Π_r(ΔK + u)
+
+It costs memory and time of the dense matrix: the reference that OPLoRA approaches, for measuring
+and for small layers.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax.factors import LoRAPair, path_name
+from lowrank_optax.linalg import compute_dtype, product
+
+_LEAVE_OUT = (
+    " Leave a leaf out by `optax.masked`, or give it to another optimizer by `optax.partition`."
+)
+
+
+class SVDLoRAState(NamedTuple):
+    """State of :func:`svd_lora`.
+
+    Args:
+        inner: state of the inner optimizer, of dense matrices; it is not projected.
+    """
+
+    inner: Any
+
+
+def svd_lora(
+    inner: optax.GradientTransformation, rank: int
+) -> optax.GradientTransformationExtraArgs:
+    r"""Keeps dense updates ΔK at a rank by projecting them after each step of an inner optimizer.
+
+    .. math:: \Delta K \leftarrow \Pi_r(\Delta K + u)
+
+    Args:
+        inner: the optimizer of the dense matrices, learning rate included.
+        rank: r, from 1 to min(in, out) of every leaf.
+
+    Returns:
+        The transformation of a tree of leaves (..., in, out), whose leading axes are batch axes. It
+        must be the last link of a chain. A parameter has rank r up to rounding in its dtype, also
+        where it starts with a higher one. State: the inner optimizer's.
+
+    Raises:
+        ValueError: from ``init`` and ``update``, a leaf without two axes or too small for the rank;
+            from ``update``, no ``params``.
+        TypeError: a leaf that is not floating.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from lowrank_optax.methods.svd_lora import svd_lora
+        >>> params, target = jnp.zeros((3, 4)), jnp.diag(jnp.array([3.0, 2.0, 1.0])) @ jnp.eye(3, 4)
+        >>> tx = svd_lora(optax.sgd(1.0), rank=2)
+        >>> updates, state = tx.update(params - target, tx.init(params), params)
+        >>> jnp.linalg.svdvals(optax.apply_updates(params, updates)).round().tolist()
+        [3.0, 2.0, 0.0]
+
+    Source: arXiv 2509.19977, SVDLoRA.
+    """
+    inner = optax.with_extra_args_support(inner)
+
+    def check_leaves(params: Any) -> None:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            _check(path_name(path), leaf, rank, _LEAVE_OUT)
+
+    def init(params: Any) -> SVDLoRAState:
+        check_leaves(params)
+        return SVDLoRAState(inner.init(params))
+
+    def update(
+        updates: Any, state: SVDLoRAState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, SVDLoRAState]:
+        if params is None:
+            raise ValueError(
+                "svd_lora projects the parameters: call `update(updates, state, params)`."
+            )
+        check_leaves(params)
+        updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
+
+        def project(u: jax.Array, x: jax.Array) -> jax.Array:
+            dtype = compute_dtype(x, u)
+            left, values, right = truncated_svd(x.astype(dtype) + u.astype(dtype), rank)
+            projected = product(left * values[..., None, :], right)
+            return (projected - x.astype(dtype)).astype(x.dtype)
+
+        return jax.tree.map(project, updates, params), SVDLoRAState(inner_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def pair_of_delta(delta: jax.Array, rank: int) -> LoRAPair:
+    r"""Factors a dense update into the LoRA pair that is nearest to it.
+
+    .. math:: a = U_r \Sigma_r^{1/2} \qquad b = \Sigma_r^{1/2} V_r^\top
+
+    Args:
+        delta: ΔK, (..., in, out), floating.
+        rank: r, from 1 to min(in, out).
+
+    Returns:
+        The pair, (..., in, r) and (..., r, out), in float32 or better, with equal Gram matrices
+        ``aᵀ a = b bᵀ``.
+
+    Raises:
+        ValueError: fewer than two axes, or a rank out of range.
+        TypeError: ``delta`` is not floating.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lowrank_optax.methods.svd_lora import pair_of_delta
+        >>> pair = pair_of_delta(jnp.full((3, 4), 2.0), rank=1)
+        >>> (pair.a @ pair.b)[0].round().tolist()
+        [2.0, 2.0, 2.0, 2.0]
+
+    Source: arXiv 2509.19977; Eckart and Young, 1936, for the nearest matrix of a rank.
+    """
+    _check("delta", delta, rank)
+    left, values, right = truncated_svd(delta.astype(compute_dtype(delta)), rank)
+    root = jnp.sqrt(values)
+    return LoRAPair(left * root[..., None, :], root[..., None] * right)
+
+
+def truncated_svd(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Computes the leading singular triplets of matrices.
+
+    Args:
+        matrix: (..., in, out), float32 or float64.
+        rank: r, at most min(in, out).
+
+    Returns:
+        U (..., in, r), Σ (..., r) and Vᵀ (..., r, out), largest singular values first; Σ is NaN for
+        a matrix that is not finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lowrank_optax.methods.svd_lora import truncated_svd
+        >>> truncated_svd(jnp.diag(jnp.array([1.0, 3.0, 2.0])), 2)[1].tolist()
+        [3.0, 2.0]
+    """
+    left, values, right = _svd(matrix)
+    return left[..., :rank], values[..., :rank], right[..., :rank, :]
+
+
+@jax.jit
+def _svd(matrix: jax.Array) -> Any:
+    def one_by_one(matrix: jax.Array) -> Any:
+        parts = jax.lax.map(_batched_svd, matrix.reshape(-1, *matrix.shape[-2:]))
+        return jax.tree.map(lambda x: x.reshape(*matrix.shape[:-2], *x.shape[1:]), parts)
+
+    # Batched LAPACK calls side by side block the CPU's thread pool, see ``linalg._inverse_root``.
+    return jax.lax.platform_dependent(matrix, cpu=one_by_one, default=_batched_svd)
+
+
+def _batched_svd(matrix: jax.Array) -> Any:
+    return tuple(jnp.linalg.svd(matrix, full_matrices=False))
+
+
+def _check(name: str, matrix: jax.Array, rank: int, remedy: str = "") -> None:
+    """Raises unless the matrix, or each of a batch, can be projected to the rank."""
+    shape = tuple(matrix.shape)
+    if len(shape) < 2:
+        raise ValueError(f"{name}: a matrix (..., in, out) is needed, got {shape}.{remedy}")
+    if not jnp.issubdtype(matrix.dtype, jnp.floating):
+        raise TypeError(f"{name}: a floating matrix is needed, got {matrix.dtype}.{remedy}")
+    if not 1 <= rank <= min(shape[-2:]):
+        raise ValueError(
+            f"{name}: the rank must lie between 1 and min(in, out) of {shape}, got {rank}: choose"
+            f" another rank.{remedy}"
+        )

@@ -1,6 +1,6 @@
 """LoRA-aware optimizers for JAX: optax gradient transformations over (a, b) factor pairs."""
 
-from lowrank_optax import factors, frames, linalg, nn, pairwise, shadows
+from lowrank_optax import adapters, diagnostics, factors, frames, linalg, nn, pairwise, shadows
 from lowrank_optax.factors import (
     DEFAULT_SPECS,
     FramedPair,
@@ -48,8 +48,10 @@ __all__ = [
     "SDSLoRAState",
     "SVDLoRAState",
     "ShadowedPair",
+    "adapters",
     "altlora",
     "altlora_plus",
+    "diagnostics",
     "factors",
     "find_pairs",
     "frame",

@@ -108,7 +108,38 @@ class FramedPair(NamedTuple):
     warm: Any = None
 
 
-_NODE_TYPES = (LoRAPair, ShadowedPair, FramedPair)
+NODES = (LoRAPair, ShadowedPair, FramedPair)
+"""The kinds of pairs, each of which may stand as a node in a parameter tree."""
+
+AUXILIARY = (*ShadowedPair._fields[2:], *FramedPair._fields[2:])
+"""Names of all leaves that a pair may have beside its factors."""
+
+
+def make_node(leaves: Mapping[str, Any], nodes: Sequence[Any] = NODES) -> Any:
+    """Makes the first kind of pair that has such leaves.
+
+    Args:
+        leaves: factors and auxiliary leaves by field name.
+        nodes: the kinds to choose from.
+
+    Returns:
+        The pair.
+
+    Raises:
+        ValueError: no kind of pair has such leaves together.
+
+    Example:
+        >>> make_node({"a": 1.0, "b": 2.0})
+        LoRAPair(a=1.0, b=2.0)
+    """
+    for node in nodes:
+        needed = set(node._fields) - set(node._field_defaults)
+        if needed <= set(leaves) <= set(node._fields):
+            return node(**leaves)
+    raise ValueError(
+        f"no kind of pair has the leaves {', '.join(leaves)} together; take the leaves of one"
+        " optimizer out before adding those of another."
+    )
 
 
 @dataclass(frozen=True)
@@ -186,9 +217,7 @@ DEFAULT_SPECS: tuple[PairMatcher, ...] = (
     PairSpec(  # Flax NNX and Linen, EasyDeL, this library's modules
         "lora_a",
         "lora_b",
-        auxiliary={
-            name: f"lora_{name}" for name in (*ShadowedPair._fields[2:], *FramedPair._fields[2:])
-        },
+        auxiliary={name: f"lora_{name}" for name in AUXILIARY},
         nodes=(ShadowedPair, FramedPair),
     ),
     PairSpec("*_lora_a", "*_lora_b"),  # qwix: beside the weight it adapts
@@ -454,7 +483,7 @@ def _first_match(specs: Sequence[PairMatcher], path: str) -> Member | None:
 
 def _node_members(tree: Any) -> dict[str, Member]:
     """Members of the pairs that stand in the tree as nodes, by leaf path."""
-    is_node = lambda x: isinstance(x, _NODE_TYPES)
+    is_node = lambda x: isinstance(x, NODES)
     members = {}
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
         if is_node(node):

@@ -221,6 +221,23 @@ def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     return _svd(matrix)
 
 
+def qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes reduced QR decompositions by reflections, for matrices of any rank.
+
+    Args:
+        matrix: (..., m, n), float32 or float64.
+
+    Returns:
+        Q (..., m, k) and R (..., k, n) with k = min(m, n).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> [part.shape for part in qr(jnp.ones((5, 2)))]
+        [(5, 2), (2, 2)]
+    """
+    return _qr(matrix)
+
+
 def inverse_square_root(matrix: jax.Array, damping: Any) -> jax.Array:
     """Computes symmetric roots ``(M + δ I)^(-1/2)`` of Gram matrices.
 
@@ -273,6 +290,11 @@ def _inverse_root(matrix: jax.Array) -> jax.Array:
 @_one_at_a_time_on_cpu
 def _svd(matrix: jax.Array) -> Any:
     return tuple(jnp.linalg.svd(matrix, full_matrices=False))
+
+
+@_one_at_a_time_on_cpu
+def _qr(matrix: jax.Array) -> Any:
+    return tuple(jnp.linalg.qr(matrix))
 
 
 @_one_at_a_time_on_cpu

@@ -32,10 +32,10 @@ ALLOWED = {
         "projection",
         "shadows",
     },
-    "nn": {"factors", "frames", "linalg", "nn", "shadows"},
+    "nn": {"adapters", "factors", "frames", "linalg", "nn", "shadows"},
     "sharding": {"factors", "linalg"},
     "diagnostics": {"factors", "linalg"},
-    "adapters": {"factors", "linalg"},
+    "adapters": {"factors", "frames", "linalg"},
 }
 THIRD_PARTY = {"jax", "optax", "numpy"}
 

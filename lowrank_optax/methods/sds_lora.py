@@ -190,7 +190,10 @@ def sds_lora(
 
 
 def scale_by_inverse_sqrt_gram(
-    damping: Any = 1e-6, *, specs: Sequence[factors.PairMatcher] = factors.DEFAULT_SPECS
+    damping: Any = 1e-6,
+    *,
+    fallback: optax.GradientTransformation | None = None,
+    specs: Sequence[factors.PairMatcher] = factors.DEFAULT_SPECS,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales the gradients of ordinary LoRA pairs as if they flowed through frames.
 
@@ -201,10 +204,11 @@ def scale_by_inverse_sqrt_gram(
 
     Args:
         damping: added to the Gram matrices, positive.
+        fallback: transformation of unpaired leaves; none by default.
         specs: layouts of the pairs (``factors.PairSpec``).
 
     Returns:
-        The stateless transformation; other leaves pass unchanged.
+        The transformation, without a learning rate; it is stateless.
 
     Raises:
         ValueError: damping out of range; from ``init`` and ``update``, pairs that do not fit.
@@ -233,7 +237,7 @@ def scale_by_inverse_sqrt_gram(
         [rule],
         NoState,
         lambda pair: NoState(),
-        fallback=optax.identity(),
+        fallback=fallback or optax.identity(),
         specs=specs,
         name="scale_by_inverse_sqrt_gram",
     )

@@ -3,7 +3,7 @@
 All of them make layers that OPLoRA can train if their settings say ``shadows=Shadows()``.
 """
 
-from lowrank_optax.nn.config import LoRAConfig, Shadows
+from lowrank_optax.nn.config import Frames, LoRAConfig, Shadows
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.flax_linen import (
     LinenAdapter,
@@ -30,6 +30,7 @@ from lowrank_optax.nn.nnx_surgery import (
 
 __all__ = [
     "Contraction",
+    "Frames",
     "KernelAxes",
     "LinenAdapter",
     "LoRAConfig",

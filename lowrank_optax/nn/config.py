@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lowrank_optax.factors import LoRAPair, ShadowedPair
-from lowrank_optax.shadows import shadow
+from lowrank_optax.factors import FramedPair, LoRAPair, ShadowedPair
+from lowrank_optax.frames import frame
+from lowrank_optax.shadows import Metric, shadow
 
 Initializer = Callable[..., Any]
 
@@ -32,6 +33,7 @@ class Shadows:
       iterations: k, how many LoRSum iterations the optimizer will make, at least 0.
       momentum_rank: rank of the momentum, at most min(in, out) of every adapted kernel; 0 for none,
         None for the rank of the adapter.
+      metric: ``Metric()`` for ``scaled_oplora``, with the numbers that it is given.
 
     Raises:
       ValueError: if a number is negative.
@@ -48,6 +50,7 @@ class Shadows:
 
     iterations: int = 1
     momentum_rank: int | None = None
+    metric: Metric | None = None
 
     def __post_init__(self) -> None:
         if self.iterations < 0:
@@ -57,10 +60,31 @@ class Shadows:
 
 
 @dataclasses.dataclass(frozen=True)
+class Frames:
+    """That an adapter carries frames, which SDS-LoRA moves and through which gradients flow.
+
+    Attributes:
+      warmup: True for ``sds_lora``'s warm-up, an adapter that starts as ordinary LoRA; False for a
+        start from random frames and factors of zero, for ``warmup_steps=0``.
+
+    Example:
+      >>> import jax
+      >>> config = LoRAConfig(rank=4, alpha=8.0, frames=Frames())
+      >>> config.scale, config.init_pair(jax.random.key(0), (), 8, 6).f_out.shape
+      (4.0, (4, 6))
+
+    Source: SDS-LoRA, https://arxiv.org/abs/2606.16454.
+    """
+
+    warmup: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
 class LoRAConfig:
     r"""Settings of a LoRA adapter.
 
-    The forward scale is $s = \alpha / r$, or $s = \alpha / \sqrt r$ for rank-stabilized LoRA.
+    The forward scale is $s = \alpha / r$, or $s = \alpha / \sqrt r$ for rank-stabilized LoRA and
+    with frames, as SDS-LoRA has it.
 
     Attributes:
       rank: r, at least 1 and at most min(in, out) of every adapted kernel.
@@ -73,6 +97,7 @@ class LoRAConfig:
       param_dtype: dtype of the factors, whatever the dtype of the base kernel.
       dtype: dtype of the adapter's matmul operands; None means the dtype of the base's output.
       shadows: ``Shadows()`` for a layer that OPLoRA can train; none by default.
+      frames: ``Frames()`` for a layer that SDS-LoRA can train; none by default.
 
     Raises:
       ValueError: if a setting is outside its range.
@@ -96,8 +121,11 @@ class LoRAConfig:
     param_dtype: DTypeLike = jnp.float32
     dtype: DTypeLike | None = None
     shadows: Shadows | None = None
+    frames: Frames | None = None
 
     def __post_init__(self) -> None:
+        if self.shadows is not None and self.frames is not None:
+            raise ValueError("shadows are for OPLoRA, frames for SDS-LoRA: give one of them")
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if self.alpha <= 0:
@@ -108,7 +136,8 @@ class LoRAConfig:
     @property
     def scale(self) -> float:
         """The forward scale s."""
-        return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+        by_root = self.rslora or self.frames is not None
+        return self.alpha / (math.sqrt(self.rank) if by_root else self.rank)
 
     def check_rank(self, n_in: int, n_out: int, path: str) -> None:
         """Refuses a rank, of the factors or of their momentum, that the kernel cannot use.
@@ -133,8 +162,8 @@ class LoRAConfig:
 
     def init_pair(
         self, key: jax.Array, batch: tuple[int, ...], n_in: int, n_out: int
-    ) -> LoRAPair | ShadowedPair:
-        """Draws new factors, and their shadows if there are to be any.
+    ) -> LoRAPair | ShadowedPair | FramedPair:
+        """Draws new factors, and their shadows or frames if there are to be any.
 
         Args:
           key: random key.
@@ -144,7 +173,7 @@ class LoRAConfig:
 
         Returns:
           The pair, ``a`` (batch..., in, r) and ``b`` (batch..., r, out), in ``param_dtype``. It is
-          the same with shadows; they are in float32 or better.
+          the same with shadows or warm-up frames; they are in float32 or better.
 
         Example:
           >>> import jax
@@ -157,6 +186,8 @@ class LoRAConfig:
             a=self._draw(self.a_init, key_a, batch, (n_in, self.rank)),
             b=self._draw(self.b_init, key_b, batch, (self.rank, n_out)),
         )
+        if self.frames is not None:
+            return self._framed(pair, jax.random.fold_in(key, 2))
         if self.shadows is None:
             return pair
         # Shapes instead of the factors, which may be boxed with sharding names, and a key of its
@@ -165,8 +196,22 @@ class LoRAConfig:
             a=jax.ShapeDtypeStruct((*batch, n_in, self.rank), self.param_dtype),
             b=jax.ShapeDtypeStruct((*batch, self.rank, n_out), self.param_dtype),
         )
-        settings = dataclasses.asdict(self.shadows)
+        settings = {x.name: getattr(self.shadows, x.name) for x in dataclasses.fields(Shadows)}
         return shadow(shapes, jax.random.fold_in(key, 2), **settings)._replace(a=pair.a, b=pair.b)
+
+    def _framed(self, pair: LoRAPair, key: jax.Array) -> FramedPair:
+        """Adds frames to factors that may be boxed with sharding names, which they get too."""
+        assert self.frames is not None
+        [a], [b] = jax.tree.leaves(pair.a), jax.tree.leaves(pair.b)
+        node = frame(LoRAPair(a, b), None if self.frames.warmup else key)
+        box = lambda like, leaf: jax.tree.unflatten(jax.tree.structure(like), [leaf])
+        return FramedPair(
+            a=box(pair.a, node.a),
+            b=box(pair.b, node.b),
+            f_in=box(pair.a, node.f_in),
+            f_out=box(pair.b, node.f_out),
+            warm=node.warm,
+        )
 
     def _draw(
         self, init: Initializer, key: jax.Array, batch: tuple[int, ...], shape: tuple[int, int]

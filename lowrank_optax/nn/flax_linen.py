@@ -24,7 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.factors import LoRAPair, ShadowedPair
+from lowrank_optax.factors import AUXILIARY, FramedPair, LoRAPair, ShadowedPair, make_node
 from lowrank_optax.nn.config import LoRAConfig
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.functional import lora_apply
@@ -235,7 +235,7 @@ def layer_contraction(
 
 def _factors(
     layer: LinenLayer, config: LoRAConfig, batch: tuple[int, ...], n_in: int, n_out: int
-) -> LoRAPair | ShadowedPair:
+) -> LoRAPair | ShadowedPair | FramedPair:
     """Reads the factors of a layer, creating them first where the collection may be written."""
     path = "/".join(layer.path) or type(layer).__name__
     if not layer.has_variable(_COLLECTION, "lora_a"):
@@ -249,10 +249,9 @@ def _factors(
         for name, leaf in new._asdict().items():
             if leaf is not None:
                 layer.put_variable(_COLLECTION, f"lora_{name}", leaf)
-    # The variables decide, not the settings: shadows that exist must get their gradients.
-    names = [n for n in ShadowedPair._fields if layer.has_variable(_COLLECTION, f"lora_{n}")]
-    node = ShadowedPair if len(names) > 2 else LoRAPair
-    return node(**{name: layer.variable(_COLLECTION, f"lora_{name}").value for name in names})
+    # The variables decide, not the settings: leaves that exist must get their gradients.
+    names = [n for n in ("a", "b", *AUXILIARY) if layer.has_variable(_COLLECTION, f"lora_{n}")]
+    return make_node({n: layer.variable(_COLLECTION, f"lora_{n}").value for n in names})
 
 
 def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:

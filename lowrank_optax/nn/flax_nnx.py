@@ -23,7 +23,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lowrank_optax.factors import LoRAPair, ShadowedPair
+from lowrank_optax.factors import AUXILIARY, FramedPair, LoRAPair, ShadowedPair, make_node
 from lowrank_optax.nn.config import LoRAConfig
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.functional import lora_apply
@@ -49,8 +49,8 @@ class LoRALayer(nnx.Module):
       axes: roles of the base kernel's axes; *in* and *out* below are the flattened ones.
       lora_a: ``nnx.LoRAParam``, (stacked..., batch..., in, r).
       lora_b: ``nnx.LoRAParam``, (stacked..., batch..., r, out).
-      lora_m_a, lora_m_b, lora_krylov: ``nnx.LoRAParam``, the `Shadows` that ``lora`` asks for; a
-        layer without them lacks the attributes.
+      lora_m_a, lora_krylov, lora_f_in, …: ``nnx.LoRAParam``, the `Shadows` or `Frames` that
+        ``lora`` asks for; a layer without them lacks the attributes.
       dropout: ``nnx.Dropout`` on the adapter's input, or None.
       merged: whether the kernel already contains the update; the adapter is then skipped.
 
@@ -102,11 +102,10 @@ class LoRALayer(nnx.Module):
         return self.lora.scale
 
     @property
-    def pair(self) -> LoRAPair | ShadowedPair:
-        """The factors as a value, with their shadows if there are any."""
-        names = [name for name in ShadowedPair._fields if hasattr(self, f"lora_{name}")]
-        node = ShadowedPair if len(names) > 2 else LoRAPair
-        return node(**{name: getattr(self, f"lora_{name}")[...] for name in names})
+    def pair(self) -> LoRAPair | ShadowedPair | FramedPair:
+        """The factors as a value, with their shadows or frames if there are any."""
+        names = [name for name in ("a", "b", *AUXILIARY) if hasattr(self, f"lora_{name}")]
+        return make_node({name: getattr(self, f"lora_{name}")[...] for name in names})
 
     def __call__(
         self, inputs: jax.Array, *, einsum_str: str | None = None, out_sharding: Any = None

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lowrank_optax import frames
+from lowrank_optax import adapters, frames
 from lowrank_optax.factors import FramedPair, LoRAPair, ShadowedPair
 from lowrank_optax.nn.contraction import KernelAxes
 from lowrank_optax.nn.shadowed import apply_shadowed
@@ -61,7 +61,7 @@ def lora_apply(
     return y.astype(x.dtype)
 
 
-def lora_delta(pair: LoRAPair, scale: float = 1.0) -> jax.Array:
+def lora_delta(pair: LoRAPair | ShadowedPair | FramedPair, scale: float = 1.0) -> jax.Array:
     r"""Forms the dense kernel update that a LoRA pair stands for.
 
     $$\Delta K = s \cdot a\,b$$
@@ -69,7 +69,7 @@ def lora_delta(pair: LoRAPair, scale: float = 1.0) -> jax.Array:
     Computed at the highest matmul precision, because the result is meant to be added to a kernel.
 
     Args:
-      pair: the factors, ``a`` (..., in, r) and ``b`` (..., r, out), of any floating dtype.
+      pair: any kind of pair, ``a`` (..., in, r) and ``b`` (..., r, out), of any floating dtype.
       scale: forward scale s.
 
     Returns:
@@ -85,6 +85,7 @@ def lora_delta(pair: LoRAPair, scale: float = 1.0) -> jax.Array:
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
     """
+    pair = adapters.plain_pair(pair)
     dtype = jnp.promote_types(jnp.result_type(pair.a, pair.b), jnp.float32)
     product = jnp.matmul(
         pair.a.astype(dtype), pair.b.astype(dtype), precision=jax.lax.Precision.HIGHEST
@@ -92,14 +93,19 @@ def lora_delta(pair: LoRAPair, scale: float = 1.0) -> jax.Array:
     return scale * product
 
 
-def merge_kernel(kernel: jax.Array, pair: LoRAPair, scale: float, axes: KernelAxes) -> jax.Array:
+def merge_kernel(
+    kernel: jax.Array,
+    pair: LoRAPair | ShadowedPair | FramedPair,
+    scale: float,
+    axes: KernelAxes,
+) -> jax.Array:
     r"""Folds a LoRA pair into a kernel of any layout.
 
     $$K + s \cdot a\,b$$
 
     Args:
       kernel: base kernel, with the axes that ``axes`` describes last.
-      pair: the flat factors of that kernel.
+      pair: any kind of pair with the flat factors of that kernel.
       scale: forward scale s; its negative takes the update out again.
       axes: the roles of the kernel's axes.
 

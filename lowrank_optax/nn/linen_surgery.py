@@ -31,10 +31,11 @@ from flax import traverse_util
 from flax.linen.module import InterceptorContext
 from jax.typing import DTypeLike
 
-from lowrank_optax.factors import LoRAPair
+from lowrank_optax.factors import AUXILIARY, make_node
 from lowrank_optax.nn.config import (
     DEFAULT_A_INIT,
     DEFAULT_B_INIT,
+    Frames,
     Initializer,
     LoRAConfig,
     Shadows,
@@ -63,6 +64,7 @@ def lora_interceptor(
     param_dtype: DTypeLike = jnp.float32,
     dtype: DTypeLike | None = None,
     shadows: Shadows | None = None,
+    frames: Frames | None = None,
     deterministic: bool = False,
 ) -> Iterator[dict[str, LinenAdapter]]:
     """Gives the targeted layers of any Linen model LoRA adapters while the context is open.
@@ -85,6 +87,7 @@ def lora_interceptor(
       dtype: dtype of the adapters' matmuls; None means that of the base layer's output.
       shadows: ``Shadows()`` for layers that ``oplora(lr)`` can train, none by default; read only
         where adapters are created.
+      frames: what SDS-LoRA needs beside the factors; ``Frames()`` for ``sds_lora``.
       deterministic: if True, no dropout; else a positive ``dropout`` needs a ``'dropout'`` rng.
 
     Yields:
@@ -110,7 +113,9 @@ def lora_interceptor(
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
     """
-    config = LoRAConfig(rank, alpha, rslora, dropout, a_init, b_init, param_dtype, dtype, shadows)
+    config = LoRAConfig(
+        rank, alpha, rslora, dropout, a_init, b_init, param_dtype, dtype, shadows, frames
+    )
     matcher = TargetMatcher(targets)
     adapters: dict[str, LinenAdapter] = {}
     initialized: set[str] = set()
@@ -275,7 +280,10 @@ def _add_deltas(
                 "jax.eval_shape(model.apply, variables, x) inside lora_interceptor, or call "
                 "lora_adapters(model, variables, x)"
             )
-        pair = LoRAPair(*(nn.meta.unbox(factors[*scope, leaf]) for leaf in ("lora_a", "lora_b")))
+        leaves = {name: (*scope, f"lora_{name}") for name in ("a", "b", *AUXILIARY)}
+        pair = make_node(
+            {name: nn.meta.unbox(factors[leaf]) for name, leaf in leaves.items() if leaf in factors}
+        )
         boxed = params[*scope, "kernel"]
         axes, scale = adapters[name]
         try:

@@ -7,10 +7,10 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from lowrank_optax.factors import LoRAPair
 from lowrank_optax.nn.config import (
     DEFAULT_A_INIT,
     DEFAULT_B_INIT,
+    Frames,
     Initializer,
     LoRAConfig,
     Shadows,
@@ -42,6 +42,7 @@ def add_lora(
     param_dtype: DTypeLike = jnp.float32,
     dtype: DTypeLike | None = None,
     shadows: Shadows | None = None,
+    frames: Frames | None = None,
     rngs: nnx.Rngs,
 ) -> list[str]:
     """Replaces the targeted layers of a model, in place, by `LoRALayer` around them.
@@ -65,6 +66,7 @@ def add_lora(
       param_dtype: dtype of the factors.
       dtype: dtype of the adapters' matmuls; None means that of the base layer's output.
       shadows: ``Shadows()`` for layers that ``oplora(lr)`` can train; none by default.
+      frames: what SDS-LoRA needs beside the factors; ``Frames()`` for ``sds_lora``.
       rngs: ``params`` draws the factors, ``dropout`` feeds the dropout.
 
     Returns:
@@ -86,7 +88,9 @@ def add_lora(
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
     """
-    config = LoRAConfig(rank, alpha, rslora, dropout, a_init, b_init, param_dtype, dtype, shadows)
+    config = LoRAConfig(
+        rank, alpha, rslora, dropout, a_init, b_init, param_dtype, dtype, shadows, frames
+    )
     matcher = TargetMatcher(targets)
     edges = list(_edges(model))
     matched: dict[int, tuple[str, BaseLayer]] = {}
@@ -305,8 +309,7 @@ def _put_bases_back(model: nnx.Module) -> list[str]:
 
 def _add_to_kernel(layer: LoRALayer, sign: int) -> None:
     kernel = layer.base.kernel
-    pair = LoRAPair(layer.lora_a[...], layer.lora_b[...])
-    kernel[...] = merge_kernel(kernel[...], pair, sign * layer.scale, layer.axes)
+    kernel[...] = merge_kernel(kernel[...], layer.pair, sign * layer.scale, layer.axes)
     layer.merged = not layer.merged
 
 

@@ -10,11 +10,14 @@ from lowrank_optax import (
     LoRAPair,
     altlora,
     altlora_plus,
+    frame,
     oplora,
     oplora_proj,
     scale_by_altlora,
     scale_by_altlora_plus,
+    scale_by_inverse_sqrt_gram,
     scaled_oplora,
+    sds_lora,
     shadow,
     shadows,
 )
@@ -28,6 +31,11 @@ def plain(pair: LoRAPair) -> LoRAPair:
 def shadowed(**keywords: Any) -> Callable[[LoRAPair], Any]:
     """Adds shadows whose momentum has rank 2 whatever the pair's rank."""
     return lambda pair: shadow(pair, jax.random.key(9), **{"momentum_rank": 2, **keywords})
+
+
+def random_frames(pair: LoRAPair) -> Any:
+    """Starts from random frames and factors of zero."""
+    return frame(pair, jax.random.key(9))
 
 
 class Method(NamedTuple):
@@ -62,6 +70,8 @@ def chained(scale_by: Callable[..., optax.GradientTransformation]) -> Callable[.
     return make
 
 
+NO_WARMUP = {"total_steps": 30, "warmup_steps": 0, "refresh": "preserving"}
+
 METHODS = [
     Method("altlora", altlora, {}, 1),
     Method("altlora-simultaneous", altlora, {"order": "simultaneous"}, 1),
@@ -75,5 +85,8 @@ METHODS = [
     Method("oplora-1", oplora, {}, 0, shadowed(), linear=False),
     Method("oplora-2", oplora, {"iterations": 2}, 0, shadowed(iterations=2), linear=False),
     Method("oplora_proj", oplora_proj, {}, 2, shadowed(iterations=2, momentum_rank=0), False),
+    Method("sds_lora", sds_lora, {"total_steps": 30, "warmup_steps": 2}, 2, frame),
+    Method("sds_lora-no-warmup", sds_lora, NO_WARMUP, 2, random_frames),
+    Method("scale_by_inverse_sqrt_gram", chained(scale_by_inverse_sqrt_gram), {}, 0),
     Method("scaled_oplora", scaled_oplora, {}, 0, shadowed(metric=shadows.Metric()), False),
 ]

@@ -20,6 +20,7 @@ OPTIMIZERS = tuple(
         ("oplora", {"learning_rate": 1e-2}),
         ("oplora_proj", {"learning_rate": 1e-2}),
         ("scaled_oplora", {"learning_rate": 1e-2}),
+        ("sds_lora", {"inner": 1e-2, "total_steps": 1000}),
     ]
 )
 TABLES = "_MAIN_OPTIMIZERS_UNDER_TEST = _ALL_OPTIMIZERS_UNDER_TEST = OPTIMIZERS"

@@ -1,0 +1,73 @@
+"""Adapters as ordinary LoRA pairs: what merging and exporting need of every kind of pair."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax import frames
+from lowrank_optax.factors import FramedPair, LoRAPair, ShadowedPair
+from lowrank_optax.linalg import compute_dtype, product, qr, svd
+
+
+def plain_pair(node: LoRAPair | ShadowedPair | FramedPair) -> LoRAPair:
+    """Writes any kind of pair as the ordinary pair with the same ΔK.
+
+    Args:
+        node: the pair, of rank r.
+
+    Returns:
+        The factors themselves; for a framed pair one of rank 2r (``frames.plain``).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lowrank_optax import frame
+        >>> plain_pair(frame(LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4))))).a.shape
+        (6, 4)
+    """
+    return frames.plain(node) if isinstance(node, FramedPair) else LoRAPair(node.a, node.b)
+
+
+def compress(node: LoRAPair | ShadowedPair | FramedPair, rank: int) -> tuple[LoRAPair, jax.Array]:
+    r"""Computes the ordinary pair of a rank whose product is nearest to that of a pair.
+
+    With ``a = Q_a R_a`` and ``bᵀ = Q_b R_b`` only ``R_a R_bᵀ`` is decomposed; ΔK is never formed.
+
+    Args:
+        node: the pair; factors (..., in, r) and (..., r, out).
+        rank: of the result, at least 1.
+
+    Returns:
+        The pair, whose factors have equal Gram matrices, in float32 or better, and the relative
+        error ``‖ΔK' - ΔK‖ / ‖ΔK‖`` in the Frobenius norm, (...), 0 for ΔK = 0.
+
+    Raises:
+        ValueError: a rank above that of the pair or below 1.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> pair, error = compress(LoRAPair(jnp.eye(4, 2), jnp.diag(jnp.array([4.0, 3.0]))), 1)
+        >>> (pair.a @ pair.b)[0, 0].round().item(), error.round(2).item() == jnp.float32(0.6)
+        (4.0, True)
+
+    Source: Eckart and Young, 1936.
+    """
+    pair = plain_pair(node)
+    dtype = compute_dtype(*pair)
+    transposed = lambda x: jnp.swapaxes(x, -1, -2)
+    q_a, r_a = qr(pair.a.astype(dtype))
+    q_b, r_b = qr(transposed(pair.b.astype(dtype)))
+    left, values, right = svd(product(r_a, transposed(r_b)))
+    if not 1 <= rank <= values.shape[-1]:
+        raise ValueError(
+            f"a pair of rank {values.shape[-1]} has no nearest pair of rank {rank}; give a rank"
+            " from 1 to that."
+        )
+    root = jnp.sqrt(values[..., :rank])
+    nearest = LoRAPair(
+        product(q_a, left[..., :rank] * root[..., None, :]),
+        product(root[..., None] * right[..., :rank, :], transposed(q_b)),
+    )
+    norm: Any = lambda x: jnp.sqrt(jnp.sum(x**2, axis=-1))
+    size = norm(values)
+    return nearest, norm(values[..., rank:]) / jnp.where(size > 0, size, 1)

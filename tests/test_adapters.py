@@ -1,0 +1,72 @@
+"""Every kind of pair as an ordinary LoRA pair: exact, and nearest of a rank."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank_optax import LoRAPair, adapters, frame, nn, shadow
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+KEY = jax.random.key(0)
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def make_nodes(batch=()):
+    """Every kind of pair, in the middle of a training run."""
+    pair = LoRAPair(normal(0, *batch, 9, 2), normal(1, *batch, 2, 7))
+    random = frame(pair, KEY)
+    return {
+        "plain": pair,
+        "shadowed": shadow(pair, KEY),
+        "warming up": frame(pair),
+        "framed": random._replace(a=pair.a, b=pair.b),
+    }
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("kind", make_nodes())
+def test_the_plain_pair_is_what_the_layer_computes(kind, batch):
+    node = make_nodes(batch)[kind]
+    eye = jnp.broadcast_to(jnp.eye(9), (*batch, 9, 9))
+    pair = adapters.plain_pair(node)
+    np.testing.assert_allclose(1.5 * pair.a @ pair.b, nn.lora_apply(eye, node, 1.5), atol=1e-12)
+    np.testing.assert_allclose(nn.lora_delta(node, 1.5), 1.5 * pair.a @ pair.b, atol=1e-12)
+
+
+@pytest.mark.parametrize("batch", [(), (3,)])
+@pytest.mark.parametrize("kind", make_nodes())
+def test_the_nearest_pair_is_the_truncated_svd(kind, batch):
+    node = make_nodes(batch)[kind]
+    delta = np.asarray(nn.lora_delta(node))
+    full = adapters.plain_pair(node).a.shape[-1]
+    left, values, right = np.linalg.svd(delta)
+    for rank in range(1, full + 1):
+        pair, error = adapters.compress(node, rank)
+        nearest = left[..., :rank] * values[..., None, :rank] @ right[..., :rank, :]
+        np.testing.assert_allclose(pair.a @ pair.b, nearest, atol=1e-12)
+        gram_a = jnp.swapaxes(pair.a, -1, -2) @ pair.a
+        np.testing.assert_allclose(gram_a, pair.b @ jnp.swapaxes(pair.b, -1, -2), atol=1e-12)
+        size = np.linalg.norm(delta, axis=(-2, -1))
+        measured = np.linalg.norm(nearest - delta, axis=(-2, -1)) / size
+        np.testing.assert_allclose(error, measured, atol=1e-7)
+
+
+def test_a_framed_pair_whose_rank_exceeds_half_of_the_kernel():
+    """[a, E] is wider than tall."""
+    pair = LoRAPair(normal(0, 5, 4), normal(1, 4, 7))
+    node = frame(pair, KEY)._replace(a=pair.a, b=pair.b)
+    exact, error = adapters.compress(node, 5)
+    np.testing.assert_allclose(exact.a @ exact.b, nn.lora_delta(node), atol=1e-12)
+    assert error < 1e-12
+
+
+def test_no_nearest_pair_of_a_larger_rank():
+    with pytest.raises(ValueError, match="from 1 to that"):
+        adapters.compress(make_nodes()["plain"], 3)
+    zero = LoRAPair(jnp.zeros((9, 2)), jnp.zeros((2, 7)))
+    assert adapters.compress(zero, 1)[1] == 0

@@ -110,7 +110,7 @@ def test_the_linen_interceptor_and_merging():
         changed = model.apply(adapted, X)
     assert jnp.max(jnp.abs(changed - model.apply({"params": adapted["params"]}, X))) > 0.1
     merged = nn.merge_lora_variables(adapted, adapters)
-    np.testing.assert_allclose(model.apply(merged, X), changed, atol=1e-5)
+    np.testing.assert_allclose(model.apply({"params": merged}, X), changed, atol=1e-5)
 
 
 def test_stacked_kernels_have_stacked_frames():

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen, nnx
 
+from lowrank_optax import ShadowedPair
+
 README = pathlib.Path(__file__).parent.parent / "README.md"
 
 
@@ -43,16 +45,32 @@ def blocks():
     return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
 
 
+def train(scope, model, tx, steps):
+    """Losses of the first example's training step."""
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
+    return [scope["train_step"](model, optimizer, X) for _ in range(steps)]
+
+
+X = jnp.ones((2, 16)) / 4  # of norm 1, which suits a rate of 0.1
+
+
 def test_readme_examples_train():
-    x = jnp.ones((2, 16))
-    nnx_block, linen_block = blocks()
+    first, oplora, sds_lora, in_linen = blocks()
     scope = {"MyModel": NnxModel, "loss_fn": lambda model, batch: jnp.mean((model(batch) - 1) ** 2)}
-    exec(nnx_block, scope)
-    losses = [scope["train_step"](scope["model"], scope["optimizer"], x) for _ in range(20)]
+    exec(first, scope)
+    losses = [scope["train_step"](scope["model"], scope["optimizer"], X) for _ in range(20)]
     assert losses[-1] < losses[0]
 
-    scope |= {"model": LinenModel(), "key": jax.random.key(0), "x": x}
+    factors = {"a": jnp.ones((6, 2)), "b": jnp.zeros((2, 4)), "key": jax.random.key(0)}
+    for block in (oplora, sds_lora):
+        scope |= {"model": NnxModel(nnx.Rngs(0)), **factors}
+        exec(block, scope)
+        losses = train(scope, scope["model"], scope["tx"], 20)
+        assert losses[-1] < losses[0]
+    assert isinstance(scope["pair"], ShadowedPair)
+
+    scope |= {"model": LinenModel(), "key": jax.random.key(0), "x": X}
     scope |= {"loss_fn": lambda y: jnp.mean((y - 1) ** 2)}
-    exec(linen_block, scope)
+    exec(in_linen, scope)
     assert jax.tree.structure(scope["grads"]) == jax.tree.structure(scope["variables"]["lora"])
     assert any(jnp.any(g) for g in jax.tree.leaves(scope["grads"]))

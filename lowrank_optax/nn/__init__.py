@@ -1,7 +1,7 @@
 """LoRA for Flax: NNX layers and surgery, Linen modules and an interceptor.
 
-All of them make layers that OPLoRA can train if their settings say ``shadows=Shadows()``, and layers
-for SDS-LoRA with ``frames=Frames()``.
+All of them make layers that OPLoRA can train if their settings say ``shadows=Shadows()``, and
+layers for SDS-LoRA with ``frames=Frames()``.
 """
 
 from lowrank_optax.nn.config import Frames, LoRAConfig, Shadows

@@ -1,6 +1,8 @@
 """The adapter whose backward pass returns products of the full gradient (see ``shadows``)."""
 
 import functools
+import math
+import string
 from typing import Any
 
 import jax
@@ -36,17 +38,12 @@ def apply_shadowed(x: jax.Array, node: ShadowedPair, scale: Any) -> jax.Array:
       [[24.0, 24.0], [0.0, 0.0]]
     """
     batch = node.a.shape[:-2]
-    leading = x.shape[:-1]
-    if not batch:
-        y = _apply(x.reshape(-1, x.shape[-1]), node, scale)
-    elif leading[:-1] == batch:
-        y = _apply(x, node, scale)
-    else:
+    if batch and x.shape[:-2] != batch:
         raise ValueError(
             f"an input of shape {x.shape} does not fit factors with batch axes {batch}: give"
             f" (*{batch}, tokens, in), so that each batch entry sees its own tokens."
         )
-    return y.reshape(*leading, y.shape[-1])
+    return _apply(x, node, scale)
 
 
 @jax.custom_vjp
@@ -61,13 +58,13 @@ def _forward(x: jax.Array, node: ShadowedPair, scale: Any) -> tuple[jax.Array, A
 
 def _backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, ShadowedPair, jax.Array]:
     x, node, scale = residuals
-    matmul, over_tokens = (functools.partial(f, like=x) for f in (_matmul, _over_tokens))
+    matmul = functools.partial(_matmul, like=x)
 
     def times_gradient(b: jax.Array) -> jax.Array:  # G bᵀ with G = s xᵀ dy
-        return scale * over_tokens(x, matmul(dy, _transposed(b)))
+        return scale * _over_tokens(x, matmul(dy, _transposed(b)), node.a, like=x)
 
     def gradient_times(a: jax.Array) -> jax.Array:  # aᵀ G
-        return scale * over_tokens(matmul(x, a), dy)
+        return scale * _over_tokens(matmul(x, a), dy, node.b, like=x)
 
     statistics = node._replace(**_statistics(x, dy, node))
     metric = shadows.scaling(node, statistics)
@@ -108,30 +105,32 @@ _apply.defvjp(_forward, _backward)
 
 def _statistics(x: jax.Array, dy: jax.Array, node: ShadowedPair) -> dict[str, jax.Array]:
     """Computes what the metric averages, by field of the node."""
-    tokens = x.shape[-2]
+    over = tuple(range(node.a.ndim - 2, x.ndim - 1))
+    tokens = math.prod(x.shape[axis] for axis in over)
     if node.kfac is not None:
-        square = lambda y: jnp.sum(jnp.square(_wide(y)), axis=-2)
+        square = lambda y: jnp.sum(jnp.square(_wide(y)), axis=over)
         return {"d_in": square(x) / tokens, "d_out": tokens * square(dy)}
     if node.shampoo is not None:
-        rows, columns = _squared_norms(x, dy)
+        rows, columns = _squared_norms(x, dy, node)
         return {"d_in": tokens * rows, "d_out": tokens * columns}
     return {}
 
 
-def _squared_norms(x: jax.Array, dy: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _squared_norms(x: jax.Array, dy: jax.Array, node: ShadowedPair) -> tuple[jax.Array, jax.Array]:
     """Computes squared row and column norms of ``xᵀ dy``, which never exists as a whole."""
 
     def of_block(rows: jax.Array, start: Any, width: int) -> tuple[jax.Array, jax.Array]:
         block = jax.lax.dynamic_slice_in_dim(dy, start, width, axis=-1)
-        square = jnp.square(_over_tokens(x, block, like=x))
+        square = jnp.square(_over_tokens(x, block, node.a, like=x))
         return rows + jnp.sum(square, axis=-1), jnp.sum(square, axis=-2)
 
+    batch = node.a.shape[:-2]
     number, remainder = divmod(dy.shape[-1], _BLOCK)
-    rows = jnp.zeros((*x.shape[:-2], x.shape[-1]), _wide(x).dtype)
+    rows = jnp.zeros((*batch, x.shape[-1]), _wide(x).dtype)
     rows, columns = jax.lax.scan(
         lambda rows, i: of_block(rows, i * _BLOCK, _BLOCK), rows, jnp.arange(number)
     )
-    columns = jnp.moveaxis(columns, 0, -2).reshape(*x.shape[:-2], number * _BLOCK)
+    columns = jnp.moveaxis(columns, 0, -2).reshape(*batch, number * _BLOCK)
     if remainder:
         rows, last = of_block(rows, number * _BLOCK, remainder)
         columns = jnp.concatenate([columns, last], axis=-1)
@@ -155,12 +154,19 @@ def _matmul(x: jax.Array, y: jax.Array, like: jax.Array) -> jax.Array:
     )
 
 
-def _over_tokens(x: jax.Array, y: jax.Array, like: jax.Array) -> jax.Array:
-    """Computes ``xᵀ y`` as :func:`_matmul` would."""
+def _over_tokens(x: jax.Array, y: jax.Array, leaf: jax.Array, like: jax.Array) -> jax.Array:
+    """Computes ``xᵀ y`` over all token axes as :func:`_matmul` would, sharded as the leaf is."""
+    batch = string.ascii_lowercase[: leaf.ndim - 2]
+    tokens = string.ascii_uppercase[: x.ndim - 1 - len(batch)]
+    mesh, sharding = jax.typeof(x).sharding.mesh, jax.typeof(leaf).sharding
+    is_explicit = jax.sharding.AxisType.Explicit in mesh.axis_types
+    if sharding.mesh.empty:
+        sharding = jax.sharding.NamedSharding(mesh, jax.P())
     # Without a transposed operand: XLA fuses it into bfloat16 dots that its CPU backend lacks.
     return jnp.einsum(
-        "...ti,...to->...io",
+        f"{batch}{tokens}y,{batch}{tokens}z->{batch}yz",
         x.astype(like.dtype),
         y.astype(like.dtype),
         preferred_element_type=jnp.promote_types(like.dtype, jnp.float32),
+        out_sharding=sharding if is_explicit else None,
     )

@@ -417,7 +417,6 @@ def test_the_dtype_of_the_adapter_rounds_no_more_than_without_shadows():
     np.testing.assert_array_equal(layer(X), plain(X))
 
 
-@pytest.mark.xfail(strict=True, reason="`_backward` sums over tokens without `out_sharding`")
 @pytest.mark.parametrize("spec", [jax.P("d", None), jax.P(None, "d")])
 def test_inputs_with_explicit_shardings_work_as_without_them(spec):
     mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Explicit,))

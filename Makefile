@@ -26,6 +26,7 @@ demo: $(READY)
 
 bench: $(READY)
 	$(PY) -m benchmarks.update_step
+	$(PY) -m benchmarks.train_step --layout separate
 
 lint: $(READY)
 	$(PY) -m ruff check .

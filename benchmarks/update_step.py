@@ -6,18 +6,12 @@ methods are timed in turn, so that drift of the machine's speed falls on all ali
 compares medians. ``--width 1`` is the full size, for an accelerator.
 """
 
-import functools
 import json
 import pathlib
-import platform
-import statistics
-import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import flax
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import typer
@@ -25,6 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from benchmarks.timing import Runner, compare, environment, time_in_turn
 from lowrank_optax import LoRAPair, altlora, altlora_plus
 
 LLAMA_3_8B = [
@@ -63,60 +58,27 @@ def make_params(rank: int, width: float, stacked: bool) -> Any:
     return [[pair(*shape, ()) for shape in shapes] for _ in range(N_LAYERS)]
 
 
-class Runner:
-    """A compiled update + apply with its own donated state."""
+def measure(params: Any, methods: list[str], steps: int, console: Console) -> dict[str, Any]:
+    """Measures all methods on one set of parameters, AdamW among them."""
+    grads = jax.tree.map(lambda x: 0.1 * x + 0.01, params)
+    runners = {}
+    for name in track(methods, "compiling", console=console, transient=True):
+        tx = METHODS[name]()
 
-    def __init__(self, tx: optax.GradientTransformation, params: Any) -> None:
-        self.params = jax.tree.map(jnp.copy, params)
-        self.state = jax.jit(tx.init)(self.params)
-        self.grads = jax.tree.map(lambda x: 0.1 * x + 0.01, params)
-
-        @functools.partial(jax.jit, donate_argnums=(0, 1))
-        def step(params: Any, state: Any, grads: Any) -> Any:
+        def step(carry: Any, grads: Any, tx: optax.GradientTransformation = tx) -> Any:
+            params, state = carry
             updates, state = tx.update(grads, state, params)
             return optax.apply_updates(params, updates), state
 
-        start = time.perf_counter()
-        lowered = step.lower(self.params, self.state, self.grads)
-        traced = time.perf_counter()
-        self.compiled = lowered.compile()
-        self.trace_s, self.compile_s = traced - start, time.perf_counter() - traced
-        memory = self.compiled.memory_analysis()
-        self.temporary_bytes = memory.temp_size_in_bytes if memory else float("nan")
-        self.times: list[float] = []
-
-    def run(self) -> None:
-        """Times one step."""
-        start = time.perf_counter()
-        self.params, self.state = self.compiled(self.params, self.state, self.grads)
-        jax.block_until_ready((self.params, self.state))
-        self.times.append(time.perf_counter() - start)
-
-
-def measure(params: Any, methods: list[str], steps: int, console: Console) -> dict[str, Any]:
-    """Measures all methods on one set of parameters, AdamW among them."""
-    runners = {}
-    for name in track(methods, "compiling", console=console, transient=True):
-        runners[name] = Runner(METHODS[name](), params)
-    for index in track(range(steps + 2), "timing", console=console, transient=True):
-        for runner in runners.values():
-            runner.run()
-            if index < 2:
-                runner.times.clear()  # warm-up
-    result = {}
-    base = runners["adamw"]
-    for name, runner in runners.items():
-        median = statistics.median(runner.times)
-        result[name] = {
-            "median_ms": 1e3 * median,
-            "ratio": median / statistics.median(base.times),
-            "min_ratio": min(runner.times) / min(base.times),
-            "compile_s": runner.compile_s,
-            "compile_ratio": runner.compile_s / base.compile_s,
-            "trace_s": runner.trace_s,
-            "temporary_mb": runner.temporary_bytes / 1e6,
+        runners[name] = Runner(step, (params, jax.jit(tx.init)(params)), grads)
+    time_in_turn(runners, steps, console)
+    return {
+        name: {
+            **compare(runner, runners["adamw"]),
+            "temporary_mb": runner.memory.temp_size_in_bytes / 1e6,
         }
-    return result
+        for name, runner in runners.items()
+    }
 
 
 def main(
@@ -150,14 +112,9 @@ def main(
                 )
     console.print(table)
     if out is not None:
-        device = jax.devices()[0]
         record = {
             "command": f"python -m benchmarks.update_step --width {width} --steps {steps}",
-            "versions": {m.__name__: m.__version__ for m in (jax, flax, optax, np)},
-            "python": platform.python_version(),
-            "machine": platform.machine(),
-            "device": device.device_kind,
-            "backend": device.platform,
+            **environment(),
             "width": width,
             "rows": rows,
         }

@@ -153,20 +153,7 @@ def lift(
     """
     fallback = optax.with_extra_args_support(fallback)
 
-    def find(params: Any) -> factors.Pairing:
-        pairing = factors.find_pairs(params, specs)
-        needed = set(node._fields) - set(node._field_defaults)
-        for pair in pairing.pairs:
-            if not needed <= set(pair.leaves) <= set(node._fields):
-                raise ValueError(
-                    f"{pair.path}: {name} works on {node.__name__}, but this is a"
-                    f" {pair.node.__name__}. Use the optimizer made for it, or add or remove what"
-                    f" the pair has beside its factors."
-                )
-        for pair, value in zip(pairing.pairs, pairing.take(params, node), strict=True):
-            if complaint := lacks(value):
-                raise ValueError(f"{pair.path}: {name} {complaint}")
-        return pairing
+    find = functools.partial(find_nodes, specs=specs, node=node, lacks=lacks, name=name)
 
     def init_fn(params: Any) -> PairwiseState:
         pairing = find(params)
@@ -223,6 +210,52 @@ def lift(
         return pairing.merge(pairing.put(moves, updates), rest), new_state
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def find_nodes(
+    params: Any,
+    *,
+    specs: Sequence[factors.PairMatcher],
+    node: Any,
+    lacks: Callable[[Any], str],
+    name: str,
+) -> factors.Pairing:
+    """Finds the pairs of a tree and raises unless a method can work on all of them.
+
+    Args:
+        params: the parameters.
+        specs: layouts of the pairs.
+        node: see :func:`lift`.
+        lacks: see :func:`lift`.
+        name: the method's name.
+
+    Returns:
+        The pairing.
+
+    Raises:
+        ValueError: pairs that do not fit (see ``find_pairs``), of another node type, or that lack
+            something.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> pair = factors.LoRAPair(jnp.ones((4, 2)), jnp.ones((2, 3)))
+        >>> keywords = {"specs": (), "node": factors.LoRAPair, "lacks": lambda pair: "", "name": ""}
+        >>> len(find_nodes({"q": pair}, **keywords).pairs)
+        1
+    """
+    pairing = factors.find_pairs(params, specs)
+    needed = set(node._fields) - set(node._field_defaults)
+    for pair in pairing.pairs:
+        if not needed <= set(pair.leaves) <= set(node._fields):
+            raise ValueError(
+                f"{pair.path}: {name} works on {node.__name__}, but this is a"
+                f" {pair.node.__name__}. Use the optimizer made for it, or add or remove what the"
+                " pair has beside its factors."
+            )
+    for pair, value in zip(pairing.pairs, pairing.take(params, node), strict=True):
+        if complaint := lacks(value):
+            raise ValueError(f"{pair.path}: {name} {complaint}")
+    return pairing
 
 
 def answer(requests: Sequence[Batched]) -> tuple[list[Any], jax.Array]:

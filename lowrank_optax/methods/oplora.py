@@ -25,9 +25,10 @@ Deviations from the released code (zeligism/PSI-LoRA, 9cb3fa6), each held by a t
   Without momentum that is preconditioned LoRA.
 - The scale s is applied; the code assumes 1.
 - Scaled, the momentum moves for ``iterations=0`` too; in the code it then stays at its start.
-- The code adds 1e-6 to λ inside inversions but not beside them, which shrinks the factors: to zero
+- The code adds 1e-6 to λ inside inversions but not beside them, which shrinks the result: a to zero
   in one step where b = 0 and η = 0, as at the start of a warm-up. Here ``damping`` is 0 by default,
-  and steps are computed as changes, which the floor of ``linalg.damped_inverse`` cannot shrink.
+  and steps are computed as changes, which the floor of ``linalg.damped_inverse`` cannot shrink. The
+  momentum needs the shrinking; its λ is at least ten times as large, so that it survives η = 0.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,7 @@ def oplora(
     lmbd: Any = 1e-2,
     scale: Any = 1.0,
     damping: Any = 0.0,
+    momentum_damping: Any = 1e-6,
     fallback: optax.GradientTransformation | None = None,
     specs: Sequence[factors.PairMatcher] = factors.DEFAULT_SPECS,
 ) -> optax.GradientTransformationExtraArgs:
@@ -96,6 +98,8 @@ def oplora(
         scale: the forward scale s, as alpha / r: a number, a callable from a pair's path, or a tree
             of numbers (``factors.scales``).
         damping: added to λ inside inversions only, not negative; it shrinks the factors.
+        momentum_damping: the same for the momentum, positive: without it one of m_a and m_b grows
+            and the other shrinks until the momentum no longer follows.
         fallback: transformation of unpaired leaves; AdamW at the same learning rate by default.
         specs: layouts of the pairs (``factors.PairSpec``).
 
@@ -129,6 +133,7 @@ def oplora(
     """
     _check(learning_rate, momentum, iterations, lmbd)
     check("dampening", dampening, lambda v: 0 <= v < 1, "must lie in [0, 1)")
+    check_positive("momentum_damping", momentum_damping)
     check("damping", damping, lambda v: v >= 0, "must not be negative")
 
     def rule(
@@ -141,16 +146,30 @@ def oplora(
         rank, width = pair.a.shape[-1], basis["a"][0].shape[-1]
         eye = jnp.eye(width, dtype=compute_dtype(*basis["a"]))
         is_factor, is_momentum = jnp.arange(width) < rank, jnp.arange(width) >= rank
-        keywords = {"iterations": iterations, "ridge": eta * lmbd, "damping": damping}
+        ridge = eta * lmbd
 
         core = eye * jnp.where(is_factor, 1, -step_size * momentum)
         new, _ = yield from iterate(
-            basis, core, -step_size * (1 - dampening), eye[:, :rank], **keywords
+            basis,
+            core,
+            -step_size * (1 - dampening),
+            eye[:, :rank],
+            iterations=iterations,
+            ridge=ridge,
+            damping=damping,
         )
         updates = {"a": new.a - pair.a, "b": new.b - pair.b}
         if pair.m_a is not None:
             core = eye * jnp.where(is_momentum, momentum, 0)
-            m, _ = yield from iterate(basis, core, 1 - dampening, eye[:, rank:], **keywords)
+            m, _ = yield from iterate(
+                basis,
+                core,
+                1 - dampening,
+                eye[:, rank:],
+                iterations=iterations,
+                ridge=jnp.maximum(ridge, 10 * momentum_damping),
+                damping=momentum_damping,
+            )
             updates |= {"m_a": m.a - pair.m_a, "m_b": m.b - pair.m_b}
         return _updates(pair, updates, trust), state
 
@@ -178,6 +197,7 @@ def scaled_oplora(
     lmbd: Any = 1e-2,
     scale: Any = 1.0,
     solver_damping: Any = 0.0,
+    momentum_damping: Any = 1e-6,
     fallback: optax.GradientTransformation | None = None,
     specs: Sequence[factors.PairMatcher] = factors.DEFAULT_SPECS,
 ) -> optax.GradientTransformationExtraArgs:
@@ -197,6 +217,7 @@ def scaled_oplora(
         lmbd: ℓ; the ridge and proximal weight of LoRSum is max(η ℓ, 1e-5).
         scale: the forward scale s: a number, a callable from a pair's path, or a tree.
         solver_damping: added to λ inside inversions only, not negative; it shrinks the factors.
+        momentum_damping: the same for the momentum, positive.
         fallback: transformation of unpaired leaves; AdamW at the same learning rate by default,
             which large rates do not suit.
         specs: layouts of the pairs (``factors.PairSpec``).
@@ -230,6 +251,7 @@ def scaled_oplora(
     check_positive("damping", damping)
     check_positive("power", power)
     check("solver_damping", solver_damping, lambda v: v >= 0, "must not be negative")
+    check_positive("momentum_damping", momentum_damping)
 
     def rule(
         step: Step, grads: ShadowedPair, state: OPLoRAState, pair: ShadowedPair, scale: Any
@@ -269,8 +291,8 @@ def scaled_oplora(
                 1 - b1,
                 eye,
                 iterations=iterations,
-                ridge=ridge,
-                damping=solver_damping,
+                ridge=jnp.maximum(ridge, 10 * momentum_damping),
+                damping=momentum_damping,
             )
             updates |= {"m_a": m.a - pair.m_a, "m_b": m.b - pair.m_b}
         moved = _updates(pair, updates, trust)

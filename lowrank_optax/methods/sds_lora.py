@@ -12,6 +12,8 @@ moves the factors; the frames are moved by this schedule::
 after step t of T, with W steps of warm-up and P phases: refresh if ``t - W`` is a multiple of
 ``1 + (t - W - 1) P // (T - W)``, so more and more rarely.
 
+A refresh changes ΔK, as in the paper: by how much the factors left the spaces of the old frames.
+
 Beyond the paper: a start without warm-up (``frame(pair, key)``, ``warmup_steps=0``), and a refresh
 that keeps ΔK. For the latter, with new frames E, F and D the ΔK/s before::
 
@@ -25,6 +27,7 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from lowrank_optax import factors, pairwise
@@ -92,13 +95,15 @@ def sds_lora(
 
     Returns:
         The transformation, to be the last link of a chain. At the switch those parts of the inner
-        state restart that hold moments; the counts of schedules go on. State: the inner one's, for
+        state restart that hold moments; the counts of schedules go on. An inner optimizer that
+        keeps a copy of the parameters, as ``optax.contrib.schedule_free``, does not suit: the
+        switch rewrites the factors. State: the inner one's, for
         the factors only; the frames are one copy of the factors among the parameters.
 
     Raises:
         ValueError: an argument out of range; from ``init`` and ``update``, pairs that do not fit,
             without frames, or of the other start; from ``update``, the state of another schedule.
-        TypeError: numbers of the schedule that are not Python integers; an inner state whose
+        TypeError: numbers of the schedule that are not integers; an inner state whose
             moments cannot be found.
 
     Example:
@@ -119,10 +124,10 @@ def sds_lora(
     """
     schedule = {"warmup_steps": warmup_steps, "total_steps": total_steps, "phases": phases}
     for name, value in schedule.items():
-        if not isinstance(value, int):
+        if not isinstance(value, int | np.integer):
             raise TypeError(
-                f"`{name}` must be a Python integer, got {value!r}; under"
-                " `optax.inject_hyperparams` name it in `static_args`."
+                f"`{name}` must be an integer, got {value!r}; under `optax.inject_hyperparams` name"
+                " it in `static_args`."
             )
     check("warmup_steps", warmup_steps, lambda v: v >= 0, "must not be negative")
     above = f"must be above warmup_steps = {warmup_steps}"
@@ -130,6 +135,8 @@ def sds_lora(
     check("phases", phases, lambda v: v >= 1, "must be at least 1")
     check_choice("refresh", refresh, ("frames", "preserving"))
     key = ", ".join(f"{name}={value}" for name, value in schedule.items())
+    if isinstance(inner, optax.MultiSteps):
+        inner = inner.gradient_transformation()
     if not isinstance(inner, optax.GradientTransformation):
         inner = optax.adamw(inner)
     inner = optax.with_extra_args_support(inner)
@@ -140,22 +147,25 @@ def sds_lora(
         is_refresh = main % jnp.minimum(phase, phases) == 0
         return jnp.select([main < 0, (main == 0) & (warmup_steps > 0), is_refresh], [0, 1, 2], 3)
 
+    what = {
+        "node": FramedPair,
+        "lacks": _frames_for(warmup_steps),
+        "specs": specs,
+        "name": "sds_lora",
+    }
     framing = pairwise.lift(
         [_follow, _switch, _refresh if refresh == "frames" else _preserving_refresh, _stay],
         NoState,
         lambda pair: NoState(),
         turn=turn,
-        node=FramedPair,
-        lacks=_frames_for(warmup_steps),
         fallback=fallback or inner,
         scale=scale,
-        specs=specs,
-        name="sds_lora",
+        **what,
     )
 
     def init(params: Any) -> SDSLoRAState:
         frames = framing.init(params)
-        pairing = factors.find_pairs(params, specs)
+        pairing = pairwise.find_nodes(params, **what)
         return SDSLoRAState(
             inner.init(_factors_only(pairing, params)), frames, {key: jnp.zeros([], jnp.int32)}
         )
@@ -170,7 +180,7 @@ def sds_lora(
                 f"this state belongs to a run with {', '.join(state.schedule)}, not {key}: a run"
                 " is resumed with the numbers it was begun with."
             )
-        pairing = factors.find_pairs(params, specs)
+        pairing = pairwise.find_nodes(params, **what)
         factor_params = _factors_only(pairing, params)
         moves, inner_state = inner.update(
             _factors_only(pairing, updates), state.inner, factor_params, **extra_args

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax.factors import LoRAPair, path_name
-from lowrank_optax.linalg import compute_dtype, product
+from lowrank_optax.linalg import compute_dtype, product, svd
 
 _LEAVE_OUT = (
     " Leave a leaf out by `optax.masked`, or give it to another optimizer by `optax.partition`."
@@ -145,22 +145,8 @@ def truncated_svd(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, j
         >>> truncated_svd(jnp.diag(jnp.array([1.0, 3.0, 2.0])), 2)[1].tolist()
         [3.0, 2.0]
     """
-    left, values, right = _svd(matrix)
+    left, values, right = svd(matrix)
     return left[..., :rank], values[..., :rank], right[..., :rank, :]
-
-
-@jax.jit
-def _svd(matrix: jax.Array) -> Any:
-    def one_by_one(matrix: jax.Array) -> Any:
-        parts = jax.lax.map(_batched_svd, matrix.reshape(-1, *matrix.shape[-2:]))
-        return jax.tree.map(lambda x: x.reshape(*matrix.shape[:-2], *x.shape[1:]), parts)
-
-    # Batched LAPACK calls side by side block the CPU's thread pool, see ``linalg._inverse_root``.
-    return jax.lax.platform_dependent(matrix, cpu=one_by_one, default=_batched_svd)
-
-
-def _batched_svd(matrix: jax.Array) -> Any:
-    return tuple(jnp.linalg.svd(matrix, full_matrices=False))
 
 
 def _check(name: str, matrix: jax.Array, rank: int, remedy: str = "") -> None:

@@ -1,0 +1,71 @@
+"""What the benchmarks share: compiled steps, timed in turn, and a description of the machine."""
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import flax
+import jax
+import numpy as np
+import optax
+from rich.console import Console
+from rich.progress import track
+
+WARM_UP = 2
+
+
+class Runner:
+    """A compiled step ``(carry, *arguments) → carry`` with its own, donated carry."""
+
+    def __init__(self, step: Callable[..., Any], carry: Any, *arguments: Any) -> None:
+        self.carry = jax.tree.map(lambda x: x.copy(), carry)
+        self.arguments = arguments
+        start = time.perf_counter()
+        lowered = jax.jit(step, donate_argnums=0).lower(self.carry, *arguments)
+        traced = time.perf_counter()
+        self.compiled = lowered.compile()
+        self.trace_s, self.compile_s = traced - start, time.perf_counter() - traced
+        self.memory: Any = self.compiled.memory_analysis()
+        self.times: list[float] = []
+
+    def run(self) -> None:
+        """Times one step."""
+        start = time.perf_counter()
+        self.carry = jax.block_until_ready(self.compiled(self.carry, *self.arguments))
+        self.times.append(time.perf_counter() - start)
+
+
+def time_in_turn(runners: Mapping[str, Runner], steps: int, console: Console) -> None:
+    """Times all steps in turn, so that drift of the machine's speed falls on all alike."""
+    for index in track(range(WARM_UP + steps), "timing", console=console, transient=True):
+        for runner in runners.values():
+            runner.run()
+            if index < WARM_UP:
+                runner.times.clear()
+
+
+def compare(runner: Runner, base: Runner) -> dict[str, float]:
+    """Times of a runner, and as ratios to a base that was timed in turn with it."""
+    median = statistics.median(runner.times)
+    return {
+        "median_ms": 1e3 * median,
+        "ratio": median / statistics.median(base.times),
+        "min_ratio": min(runner.times) / min(base.times),
+        "compile_s": runner.compile_s,
+        "compile_ratio": runner.compile_s / base.compile_s,
+        "trace_s": runner.trace_s,
+    }
+
+
+def environment() -> dict[str, Any]:
+    """Versions, machine and device, for a benchmark's record."""
+    device = jax.devices()[0]
+    return {
+        "versions": {m.__name__: m.__version__ for m in (jax, flax, optax, np)},
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "device": device.device_kind,
+        "backend": device.platform,
+    }

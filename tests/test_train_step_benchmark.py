@@ -1,0 +1,33 @@
+"""The train-step benchmark's other ways to OPLoRA's step make the same step."""
+
+import json
+
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from benchmarks.train_step import LAYOUTS, METHODS, disagreement, main
+
+ALTERNATIVES = [name for name in METHODS if "," in name]
+
+
+@pytest.mark.parametrize("name", ALTERNATIVES)
+def test_alternative_makes_the_same_step(name):
+    reference = name.partition(",")[0]
+    assert disagreement(name, reference, steps=3) < 1e-3
+
+
+def test_the_command_writes_a_row_for_each_method(tmp_path):
+    app = typer.Typer()
+    app.command()(main)
+    sizes = ["--layers", "2", "--width", "16", "--tokens", "32", "--rank", "2", "--steps", "1"]
+    out = tmp_path / "record.json"
+    result = CliRunner().invoke(app, [*sizes, "--method", "oplora k=1", "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    rows = json.loads(out.read_text())["rows"]
+    names = [(row["layout"], row["method"]) for row in rows]
+    assert names == [(kind, name) for kind in LAYOUTS for name in ("adamw", "oplora k=1")]
+    for row in rows:
+        assert row["ratio"] > 0
+        assert row["temporary_ratio"] > 0
+    assert rows[1]["state_mb"] < 1e-4  # counters only: its momentum are leaves

@@ -2,11 +2,19 @@
 
 import json
 
+import jax.numpy as jnp
 import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks.train_step import LAYOUTS, METHODS, disagreement, main
+from benchmarks.train_step import (
+    LAYOUTS,
+    METHODS,
+    disagreement,
+    main,
+    make_problem,
+    make_runner,
+)
 
 ALTERNATIVES = [name for name in METHODS if "," in name]
 
@@ -15,6 +23,17 @@ ALTERNATIVES = [name for name in METHODS if "," in name]
 def test_alternative_makes_the_same_step(name):
     reference = name.partition(",")[0]
     assert disagreement(name, reference, steps=3) < 1e-3
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_oplora_keeps_no_more_than_adamw_until_the_step(dtype):
+    """Temporary memory by the compiler's own analysis; one activation is an eighth of it here."""
+    problem = make_problem(8, 64, 2048, 1, jnp.dtype(dtype))
+    temporary = lambda name: make_runner(name, *problem, "separate").memory.temp_size_in_bytes
+    base = temporary("adamw")
+    for name in ("oplora k=1", "oplora k=2", "oplora_proj k=1"):
+        assert temporary(name) < 1.05 * base, name
+    assert temporary("oplora k=1, kept") > 1.4 * base
 
 
 def test_the_command_writes_a_row_for_each_method(tmp_path):

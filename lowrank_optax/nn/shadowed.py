@@ -59,25 +59,24 @@ def _forward(x: jax.Array, node: ShadowedPair, scale: Any) -> tuple[jax.Array, A
 def _backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, ShadowedPair, jax.Array]:
     x, node, scale = residuals
     matmul = functools.partial(_matmul, like=x)
-
-    def times_gradient(b: jax.Array) -> jax.Array:  # G bᵀ with G = s xᵀ dy
-        return scale * _over_tokens(x, matmul(dy, _transposed(b)), node.a, like=x)
-
-    def gradient_times(a: jax.Array) -> jax.Array:  # aᵀ G
-        return scale * _over_tokens(matmul(x, a), dy, node.b, like=x)
+    over_tokens = functools.partial(_over_tokens, like=x)
 
     statistics = node._replace(**_statistics(x, dy, node))
     metric = shadows.scaling(node, statistics)
     element = shadows.start(node, metric)
     products: shadows.Basis = {"a": [], "b": []}
     lengths = shadows.lengths(shadows.iterations_of(node))
+    low = []
     while len(products["b"]) < lengths["b"]:
-        a, b = element["a"], element["b"]
-        element = {"b": gradient_times(a)}
-        products["b"].append(element["b"])
+        narrow = {"a": matmul(x, element["a"]), "b": matmul(dy, _transposed(element["b"]))}
+        low.append(narrow["b"][..., : node.a.shape[-1]])
+        element = {"b": scale * over_tokens(narrow["a"], dy, node.b)}  # aᵀ G with G = s xᵀ dy
         if len(products["a"]) < lengths["a"]:
-            element["a"] = times_gradient(b)
-            products["a"].append(element["a"])
+            # (G bᵀ)ᵀ: with the wide factor last, this product is three times as fast on CPUs.
+            transposed = scale * over_tokens(narrow["b"], x, _transposed(node.a))
+            element["a"] = _transposed(jax.lax.optimization_barrier(transposed))
+        for side, product in element.items():
+            products[side].append(product)
         if metric is not None:
             element = {side: metric.divide(side, y) for side, y in element.items()}
 
@@ -95,8 +94,8 @@ def _backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, ShadowedPair, j
         grads = grads._replace(m_a=m_a, m_b=m_b)
     grads = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), grads, node)
 
-    a = _after(node.a, grads)
-    dx = scale * matmul(matmul(dy, _transposed(node.b)), _transposed(a))
+    a = _after(node.a, (products, statistics.d_in, statistics.d_out))
+    dx = scale * matmul(low[0], _transposed(a))  # the first is dy bᵀ
     d_scale = jnp.sum(matmul(scale * matmul(x, node.a), node.b) * dy) / scale
     return dx.astype(x.dtype), grads, d_scale
 

@@ -50,8 +50,10 @@ class ShadowedPair(NamedTuple):
         b: the output-side factor, (..., r, out).
         m_a: input-side factor of the low-rank momentum, (..., in, q), or None.
         m_b: output-side factor of the low-rank momentum, (..., q, out), or None.
-        krylov: zeros, (..., r + q, n) or with a metric (..., r + 2q, n), or None; its gradient is
-            the further products.
+        krylov_a: zeros, (..., in, n R), or None; its gradient is n further products ``G yᵀ`` of
+            R = r + q columns, with a metric R = r + 2q.
+        krylov_b: zeros, (..., n R, out), or None; its gradient is n further products ``xᵀ G``.
+        seal: zeros, (..., R, 2), where there are further products: tells if they are of one pass.
         d_in: diagonal of the input-side metric, (..., in), or None.
         d_out: diagonal of the output-side metric, (..., out), or None.
         kfac: settings of the metric, (..., 3), if its statistics are K-FAC's, or None.
@@ -61,8 +63,8 @@ class ShadowedPair(NamedTuple):
         >>> import jax, jax.numpy as jnp
         >>> from lowrank_optax import shadow
         >>> node = shadow(LoRAPair(jnp.ones((6, 2)), jnp.zeros((2, 4))), jax.random.key(0))
-        >>> node.m_a.shape, node.m_b.shape, node.krylov.shape
-        ((6, 2), (2, 4), (4, 6))
+        >>> node.m_a.shape, node.m_b.shape, node.krylov_b.shape
+        ((6, 2), (2, 4), (4, 4))
 
     Source: OPLoRA, arXiv 2509.19977, whose released code keeps all activations instead.
     """
@@ -71,7 +73,9 @@ class ShadowedPair(NamedTuple):
     b: Any
     m_a: Any = None
     m_b: Any = None
-    krylov: Any = None
+    krylov_a: Any = None
+    krylov_b: Any = None
+    seal: Any = None
     d_in: Any = None
     d_out: Any = None
     kfac: Any = None
@@ -265,6 +269,10 @@ def path_name(path: Sequence[Any]) -> str:
     return "/".join(names)
 
 
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
 @dataclass(frozen=True)
 class PairLeaves:
     """Where one pair lies in a flattened tree.
@@ -295,12 +303,16 @@ class PairLeaves:
         """Takes this pair out of a flat list with canonical factors, as its or another node."""
         spec = self.spec
         values = {role: leaves[index] for role, index in self.leaves.items()}
+        values = {role: None if _is_masked(x) else x for role, x in values.items()}
         values["a"] = _to_matrix(values["a"], spec.a_in, (spec.a_rank,))
         values["b"] = _to_matrix(values["b"], (spec.b_rank,), spec.b_out)
         return (node or self.node)(**values)
 
     def put(self, leaves: list[Any], pair: Any, like: Sequence[Any]) -> None:
-        """Puts a canonical pair back into a flat list, each leaf in the layout of ``like``."""
+        """Puts a canonical pair back into a flat list, each leaf in the layout of ``like``.
+
+        A leaf that the given pair lacks becomes ``MaskedNode``, as those outside pairs do.
+        """
         spec = self.spec
         for role, index in self.leaves.items():
             value = getattr(pair, role)
@@ -308,7 +320,7 @@ class PairLeaves:
                 value = _from_matrix(value, spec.a_in, (spec.a_rank,), like[index].shape)
             elif role == "b":
                 value = _from_matrix(value, (spec.b_rank,), spec.b_out, like[index].shape)
-            leaves[index] = value
+            leaves[index] = optax.MaskedNode() if value is None else value
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ the optimizer's momentum, it builds the two block-Krylov bases::
     A₀ = [a, m_a]    Aᵢ₊₁ = G Bᵢᵀ          B₀ = [b; m_b]    Bᵢ₊₁ = Aᵢᵀ G
 
 A₁ and B₁ are the gradients of the four factors. The further elements that ``iterations`` k of
-LoRSum need, B₂ … B₂ₖ and A₂ … A₂ₖ₋₁, arrive as the gradient of one leaf of zeros, ``krylov``. This
-module says how they lie in it.
+LoRSum need, B₂ … B₂ₖ and A₂ … A₂ₖ₋₁, arrive as the gradients of two leaves of zeros, ``krylov_b``
+and ``krylov_a``, beside each other along the rank axis, so that they are sharded as the factors.
 
 A step in a metric, diagonals D_in and D_out, divides by the metric what is multiplied by G. The
 momentum is kept without metric, so there is one block more, which is not divided::
@@ -21,12 +21,10 @@ gradients of ``d_in`` and ``d_out``, and ``D = (β₂ d + (1 - β₂) statistic 
 
 The elements with index i have degree i in the gradient. So a gradient that was scaled or clipped
 must be scaled by :func:`scale_gradients`, and sums over micro-batches, or over several uses of one
-adapter in a forward pass, are right for degree 1 only. The last two columns of ``krylov`` are a
-seal, numbers of degree 1 and their squares. Sums and scalings break it, by which :func:`whole`
-finds them.
+adapter in a forward pass, are right for degree 1 only. The gradient of ``seal`` are numbers of
+degree 1 and their squares. Sums and scalings break it, by which :func:`whole` finds them.
 """
 
-import itertools
 from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -98,8 +96,9 @@ def shadow(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> pair = LoRAPair(jnp.ones((6, 2)), jnp.zeros((2, 4)))
-        >>> shadow(pair, jax.random.key(0), iterations=2, momentum_rank=1).krylov.shape
-        (3, 26)
+        >>> node = shadow(pair, jax.random.key(0), iterations=2, momentum_rank=1)
+        >>> node.krylov_a.shape, node.krylov_b.shape  # A₂, A₃ and B₂, B₃, B₄ of r + q = 3
+        ((6, 6), (9, 4))
 
     Source: OPLoRA, arXiv 2509.19977, for the start of the momentum.
     """
@@ -122,10 +121,13 @@ def shadow(
         settings = jnp.broadcast_to(jnp.array(metric[1:], dtype), (*batch, 3))
         d_in, d_out = jnp.ones((*batch, n_in), dtype), jnp.ones((*batch, n_out), dtype)
         node = node._replace(d_in=d_in, d_out=d_out, **{metric.kind: settings})
-    degrees = _degrees(node, iterations)
-    if len(degrees):
-        width = rank + q * (1 if metric is None else 2)
-        node = node._replace(krylov=jnp.zeros((*batch, width, len(degrees)), dtype))
+    width, degrees = _width(node), _degrees(node, iterations)
+    if degrees["a"]:
+        krylov_a = jnp.zeros((*batch, n_in, width * len(degrees["a"])), dtype)
+        node = node._replace(krylov_a=krylov_a)
+    if degrees["b"]:
+        krylov_b = jnp.zeros((*batch, width * len(degrees["b"]), n_out), dtype)
+        node = node._replace(krylov_b=krylov_b, seal=jnp.zeros((*batch, width, 2), dtype))
     return node
 
 
@@ -138,11 +140,8 @@ def iterations_of(pair: ShadowedPair) -> int:
         >>> iterations_of(shadow(pair, jax.random.key(0), iterations=3))
         3
     """
-    length = 0 if pair.krylov is None else pair.krylov.shape[-1]
-    iterations = 0
-    while len(_degrees(pair, iterations)) < length:
-        iterations += 1
-    return iterations
+    products = 0 if pair.krylov_b is None else pair.krylov_b.shape[-2] // _width(pair)
+    return (_first_packed(pair) + products) // 2
 
 
 def has_metric(pair: ShadowedPair) -> bool:
@@ -257,27 +256,32 @@ def lengths(iterations: int) -> dict[Side, int]:
     return {"a": max(2 * iterations - 1, 1), "b": max(2 * iterations, 1)}
 
 
-def pack(pair: ShadowedPair, products: Basis) -> jax.Array | None:
-    """Lays products with the gradient out in ``krylov``; None if there are none to lay out.
+def pack(pair: ShadowedPair, products: Basis) -> dict[str, jax.Array]:
+    """Lays products with the gradient out in the auxiliary leaves.
 
     Args:
         pair: the node.
         products: A₁, A₂, … and B₁, B₂, … before any division, as many as :func:`lengths` says.
 
     Returns:
-        (..., R, n), the elements of B, those of A, transposed, and the seal. Without a metric A₁
-        and B₁ are left out, for they are the gradients of the factors.
+        The gradients of ``krylov_a``, ``krylov_b`` and ``seal``, as far as the node has them.
+        Without a metric A₁ and B₁ are left out, for they are the gradients of the factors.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> node = shadow(LoRAPair(jnp.ones((6, 2)), jnp.zeros((2, 4))), jax.random.key(0))
-        >>> pack(node, {"a": [jnp.ones((6, 4))], "b": [jnp.ones((4, 4)), jnp.ones((4, 4))]}).shape
-        (4, 6)
+        >>> leaves = pack(node, {"a": [jnp.ones((6, 4))], "b": 2 * [jnp.ones((4, 4))]})
+        >>> {name: x.shape for name, x in leaves.items()}
+        {'krylov_b': (4, 4), 'seal': (4, 2)}
     """
     first = _first_packed(pair)
-    transposed = (jnp.swapaxes(x, -1, -2) for x in products["a"][first:])
-    blocks = [*products["b"][first:], *transposed]
-    return jnp.concatenate([*blocks, seal(products["b"][0])], axis=-1) if blocks else None
+    leaves = {}
+    if further := products["a"][first:]:
+        leaves["krylov_a"] = jnp.concatenate(further, axis=-1)
+    if further := products["b"][first:]:
+        leaves["krylov_b"] = jnp.concatenate(further, axis=-2)
+        leaves["seal"] = seal(products["b"][0])
+    return leaves
 
 
 def bases(pair: ShadowedPair, grads: ShadowedPair) -> tuple[Basis, Scaling | None]:
@@ -301,14 +305,13 @@ def bases(pair: ShadowedPair, grads: ShadowedPair) -> tuple[Basis, Scaling | Non
         "a": [beside("a", grads.a, grads.m_a)],
         "b": [beside("b", grads.b, grads.m_b)],
     }
-    if pair.krylov is not None:
-        first, number = _first_packed(pair), lengths(iterations_of(pair))
-        sizes = [pair.b.shape[-1]] * (number["b"] - first)
-        sizes += [pair.a.shape[-2]] * (number["a"] - first)
-        stops = list(itertools.accumulate(sizes))
-        *blocks, _ = jnp.split(grads.krylov, stops, axis=-1)
-        products["b"][first:] = blocks[: number["b"] - first]
-        products["a"][first:] = [jnp.swapaxes(x, -1, -2) for x in blocks[number["b"] - first :]]
+    first, width = _first_packed(pair), _width(pair)
+    if pair.krylov_a is not None:
+        number = pair.krylov_a.shape[-1] // width
+        products["a"][first:] = jnp.split(grads.krylov_a, number, axis=-1)
+    if pair.krylov_b is not None:
+        number = pair.krylov_b.shape[-2] // width
+        products["b"][first:] = jnp.split(grads.krylov_b, number, axis=-2)
     divide = (lambda side, x: x) if metric is None else metric.divide
     begin = start(pair, metric)
     elements: Basis = {
@@ -339,7 +342,7 @@ def whole(columns: jax.Array) -> jax.Array:
     """Says which pairs have the products of one backward pass, for a ``Batched`` request.
 
     Args:
-        columns: the seal as it arrived, the last two columns of ``krylov``, (n, R, 2).
+        columns: the seal as it arrived, (n, R, 2).
 
     Returns:
         (n, 1, 1), 1 where the squares are right to 1e-5, else NaN. Micro-batches are told apart if
@@ -377,9 +380,9 @@ def scale_gradients(grads: Any, factor: Any, specs: Sequence[PairMatcher] = DEFA
     Example:
         >>> import jax, jax.numpy as jnp
         >>> grads = shadow(LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4))), jax.random.key(0))
-        >>> grads = grads._replace(krylov=jnp.ones((4, 6)))
+        >>> grads = grads._replace(krylov_b=jnp.ones((4, 4)))
         >>> half = scale_gradients(grads, 0.5)
-        >>> half.a[0, 0].item(), half.krylov[0, 0].item()
+        >>> half.a[0, 0].item(), half.krylov_b[0, 0].item()
         (0.5, 0.25)
     """
     pairing = find_pairs(grads, specs)
@@ -387,9 +390,17 @@ def scale_gradients(grads: Any, factor: Any, specs: Sequence[PairMatcher] = DEFA
 
     def scale(pair: ShadowedPair) -> ShadowedPair:
         scaled = times(pair)
-        if pair.krylov is not None:
-            powers = factor ** jnp.array(_degrees(pair, iterations_of(pair)))
-            scaled = scaled._replace(krylov=(powers * pair.krylov).astype(pair.krylov.dtype))
+        powers = {
+            side: factor ** jnp.repeat(jnp.array(degrees), _width(pair))
+            for side, degrees in _degrees(pair, iterations_of(pair)).items()
+        }
+        by_powers = lambda x, p: (p * x).astype(x.dtype)
+        if pair.krylov_a is not None:
+            scaled = scaled._replace(krylov_a=by_powers(pair.krylov_a, powers["a"]))
+        if pair.krylov_b is not None:
+            krylov_b = by_powers(pair.krylov_b, powers["b"][:, None])
+            both = by_powers(pair.seal, factor ** jnp.array([1, 2]))
+            scaled = scaled._replace(krylov_b=krylov_b, seal=both)
         if has_metric(pair):
             of_inputs = pair.d_in if pair.shampoo is None else factor**2 * pair.d_in
             scaled = scaled._replace(d_in=of_inputs, d_out=factor**2 * pair.d_out)
@@ -445,19 +456,18 @@ def clip_by_global_norm(
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def _width(pair: ShadowedPair) -> int:
+    """R, how many rank components an element of the bases has."""
+    q = 0 if pair.m_a is None else pair.m_a.shape[-1]
+    return pair.a.shape[-1] + (2 * q if has_metric(pair) else q)
+
+
 def _first_packed(pair: ShadowedPair) -> int:
-    """How many products are left out of ``krylov``: A₁ and B₁ where they are the gradients."""
+    """How many products of each side are left out: A₁ and B₁ where they are the gradients."""
     return 0 if has_metric(pair) else 1
 
 
-def _degrees(pair: ShadowedPair, iterations: int) -> list[int]:
-    """The degree in the gradient of each column of ``krylov``, for so many iterations."""
+def _degrees(pair: ShadowedPair, iterations: int) -> dict[Side, range]:
+    """The degrees in the gradient of the further products, for so many iterations."""
     number, first = lengths(iterations), _first_packed(pair)
-    sizes = {"b": pair.b.shape[-1], "a": pair.a.shape[-2]}
-    degrees = [
-        degree
-        for side in ("b", "a")
-        for degree in range(1 + first, number[side] + 1)
-        for _ in range(sizes[side])
-    ]
-    return [*degrees, 1, 2] if degrees else []
+    return {side: range(1 + first, number[side] + 1) for side in SIDES}

@@ -434,7 +434,7 @@ def _trust(grads: ShadowedPair, iterations: int) -> Any:
     """Yields the check that the products are of one backward pass; 1 or 0."""
     if iterations == 0:  # Jacobi steps use linear products only
         return jnp.ones([*grads.a.shape[:-2], 1, 1])
-    [trust] = yield [Batched(shadows.whole, grads.krylov[..., -2:])]
+    [trust] = yield [Batched(shadows.whole, grads.seal)]
     return trust
 
 

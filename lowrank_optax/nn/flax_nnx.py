@@ -49,7 +49,7 @@ class LoRALayer(nnx.Module):
       axes: roles of the base kernel's axes; *in* and *out* below are the flattened ones.
       lora_a: ``nnx.LoRAParam``, (stacked..., batch..., in, r).
       lora_b: ``nnx.LoRAParam``, (stacked..., batch..., r, out).
-      lora_m_a, lora_krylov, lora_f_in, …: ``nnx.LoRAParam``, the `Shadows` or `Frames` that
+      lora_m_a, lora_seal, lora_f_in, …: ``nnx.LoRAParam``, the `Shadows` or `Frames` that
         ``lora`` asks for; a layer without them lacks the attributes.
       dropout: ``nnx.Dropout`` on the adapter's input, or None.
       merged: whether the kernel already contains the update; the adapter is then skipped.

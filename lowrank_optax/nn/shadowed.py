@@ -34,7 +34,7 @@ def apply_shadowed(x: jax.Array, node: ShadowedPair, scale: Any) -> jax.Array:
       >>> from lowrank_optax import LoRAPair, shadow
       >>> node = shadow(LoRAPair(jnp.ones((3, 1)), jnp.ones((1, 2))), jax.random.key(0))
       >>> grads = jax.grad(lambda node: apply_shadowed(jnp.eye(3), node, 2.0).sum())(node)
-      >>> grads.krylov[:, :2].tolist()  # G = 2 everywhere, so A₁ = [4, 0] and B₂ = A₁ᵀ G
+      >>> grads.krylov_b.tolist()  # G = 2 everywhere, so A₁ = [4, 0] and B₂ = A₁ᵀ G
       [[24.0, 24.0], [0.0, 0.0]]
     """
     batch = node.a.shape[:-2]
@@ -85,7 +85,7 @@ def _backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, ShadowedPair, j
     grads = jax.tree.map(jnp.zeros_like, statistics)._replace(
         a=products["a"][0][..., :rank],
         b=products["b"][0][..., :rank, :],
-        krylov=shadows.pack(node, products),
+        **shadows.pack(node, products),
         d_in=statistics.d_in,
         d_out=statistics.d_out,
     )

@@ -70,6 +70,8 @@ def chained(scale_by: Callable[..., optax.GradientTransformation]) -> Callable[.
     return make
 
 
+# At momentum 0.9 this step is too long for these two: they overshoot and diverge.
+LIGHTER = {"momentum": 0.5}
 NO_WARMUP = {"total_steps": 30, "warmup_steps": 0, "refresh": "preserving"}
 
 METHODS = [
@@ -81,10 +83,10 @@ METHODS = [
     Method("scale_by_altlora", chained(scale_by_altlora), {"order": "simultaneous"}, 2),
     Method("scale_by_altlora_plus", chained(scale_by_altlora_plus), {}, 3),
     Method("preconditioned", oplora, {"momentum": 0.0, "iterations": 0, "lmbd": 1.0}, 0),
-    Method("oplora-0", oplora, {"iterations": 0}, 0, shadowed(iterations=0)),
+    Method("oplora-0", oplora, {"iterations": 0, **LIGHTER}, 0, shadowed(iterations=0)),
     Method("oplora-1", oplora, {}, 0, shadowed(), linear=False),
     Method("oplora-2", oplora, {"iterations": 2}, 0, shadowed(iterations=2), linear=False),
-    Method("oplora_proj", oplora_proj, {}, 2, shadowed(iterations=2, momentum_rank=0), False),
+    Method("oplora_proj", oplora_proj, LIGHTER, 2, shadowed(iterations=2, momentum_rank=0), False),
     Method("sds_lora", sds_lora, {"total_steps": 30, "warmup_steps": 2}, 2, frame),
     Method("sds_lora-no-warmup", sds_lora, NO_WARMUP, 2, random_frames),
     Method("scale_by_inverse_sqrt_gram", chained(scale_by_inverse_sqrt_gram), {}, 0),

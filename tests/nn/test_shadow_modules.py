@@ -162,7 +162,7 @@ def test_shadows_are_float32_leaves_beside_unchanged_factors():
     for side in "ab":  # the same key draws the same factors
         np.testing.assert_array_equal(layer[side], plain[side])
     assert not np.any(layer["m_b"])
-    assert not np.any(layer["krylov"])
+    assert not np.any(layer["krylov_b"])
     draws = [*layer["m_a"], *layer["a"]]  # of each expert: all different, or the bases lose rank
     assert not any(np.allclose(x, y) for i, x in enumerate(draws) for y in draws[:i])
 
@@ -171,7 +171,7 @@ def test_shadows_are_float32_leaves_beside_unchanged_factors():
         pure(make(shadows=nn.Shadows(), param_dtype=jnp.bfloat16)),
     )
     assert dtypes.pop("a") == dtypes.pop("b") == "bfloat16"
-    assert dtypes == dict.fromkeys(["m_a", "m_b", "krylov"], "float32")
+    assert dtypes == dict.fromkeys(["m_a", "m_b", "krylov_b", "seal"], "float32")
 
     jacobi = pure(make(shadows=nn.Shadows(iterations=0, momentum_rank=0)))
     assert set(jacobi) == {"a", "b"}
@@ -486,7 +486,7 @@ def test_linen_scan_and_remat_over_layers_equal_the_layers_one_by_one():
     leaves = variables["lora"]["layers"]
     assert not np.allclose(leaves["dense"]["lora_m_a"][0], leaves["dense"]["lora_m_a"][1])
     (grads, updates, skipped), expected, grads_rematted = run(leaves)
-    assert np.all(np.any(grads["dense"]["lora_krylov"], axis=(-2, -1)))
+    assert np.all(np.any(grads["dense"]["lora_krylov_b"], axis=(-2, -1)))
     assert skipped == expected[-1] == 0
     assert_close((unstack(grads), unstack(updates)), expected[:2], 1e-3)
     assert_close(grads_rematted, grads)
@@ -584,7 +584,7 @@ def test_initializers_that_box_factors_with_sharding_names_work_with_shadows():
     grads = jax.grad(lambda lora: model.apply({**variables, "lora": lora}, X).sum())(
         variables["lora"]
     )
-    assert np.any(grads["lora_krylov"])
+    assert np.any(grads["lora_krylov_b"])
 
 
 def test_equal_shadows_give_equal_graphs_so_that_jit_does_not_retrace():

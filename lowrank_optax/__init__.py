@@ -1,6 +1,16 @@
 """LoRA-aware optimizers for JAX: optax gradient transformations over (a, b) factor pairs."""
 
-from lowrank_optax import adapters, diagnostics, factors, frames, linalg, nn, pairwise, shadows
+from lowrank_optax import (
+    adapters,
+    diagnostics,
+    factors,
+    frames,
+    linalg,
+    nn,
+    pairwise,
+    shadows,
+    sharding,
+)
 from lowrank_optax.factors import (
     DEFAULT_SPECS,
     FramedPair,
@@ -70,5 +80,6 @@ __all__ = [
     "sds_lora",
     "shadow",
     "shadows",
+    "sharding",
     "svd_lora",
 ]

@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax import meshes
+
 
 class LoRAPair(NamedTuple):
     """The two factors of one LoRA adapter, ``ΔK = scale · a · b``.
@@ -119,6 +121,15 @@ AUXILIARY = (*ShadowedPair._fields[2:], *FramedPair._fields[2:])
 """Names of all leaves that a pair may have beside its factors."""
 
 
+LONG_AXES: Mapping[str, tuple[str, int]] = {
+    **dict.fromkeys(["a", "m_a", "krylov_a", "f_in"], ("in", -2)),
+    **dict.fromkeys(["b", "m_b", "krylov_b", "f_out"], ("out", -1)),
+    "d_in": ("in", -1),
+    "d_out": ("out", -1),
+}
+"""Which canonical leaves of pairs have an in or an out axis, and where."""
+
+
 def make_node(leaves: Mapping[str, Any], nodes: Sequence[Any] = NODES) -> Any:
     """Makes the first kind of pair that has such leaves.
 
@@ -184,6 +195,12 @@ class PairSpec:
     a_rank: int = -1
     b_rank: int = -2
     b_out: tuple[int, ...] = (-1,)
+
+    def axes(self, role: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the axes of a factor's leaf that are its canonical rows, and columns."""
+        if role == "a":
+            return self.a_in, (self.a_rank,)
+        return (self.b_rank,), self.b_out
 
     def match(self, path: str) -> "Member | None":
         """Says which role the leaf at ``path`` plays, or None if it plays none."""
@@ -299,13 +316,31 @@ class PairLeaves:
             )
         return node
 
+    def shapes(self, leaves: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the shapes of the canonical factors, (batch..., in, r) and (batch..., r, out)."""
+        spec, shape = self.spec, lambda role: tuple(leaves[self.leaves[role]].shape)
+        batch, n_in, rank = _matrix_shape(self.path, shape("a"), *spec.axes("a"))
+        *_, n_out = _matrix_shape(self.path, shape("b"), *spec.axes("b"))
+        return (*batch, n_in, rank), (*batch, rank, n_out)
+
+    def partition(self, role: str, ndim: int, batch: Sequence[Any], long: Any) -> jax.P:
+        """Returns the partition of a factor's leaf from those of its canonical axes."""
+        rows, columns = self.spec.axes(role)
+        order = _axes(self.path, ndim, rows, columns)
+        along = self.spec.a_in if role == "a" else self.spec.b_out
+        entries: list[Any] = [None] * ndim
+        for axis, entry in zip(order, batch, strict=False):
+            entries[axis] = entry
+        entries[along[0]] = long  # several axes that are one canonical axis: the major one
+        return jax.P(*entries)
+
     def take(self, leaves: Sequence[Any], node: Any = None) -> Any:
         """Takes this pair out of a flat list with canonical factors, as its or another node."""
         spec = self.spec
         values = {role: leaves[index] for role, index in self.leaves.items()}
         values = {role: None if _is_masked(x) else x for role, x in values.items()}
-        values["a"] = _to_matrix(values["a"], spec.a_in, (spec.a_rank,))
-        values["b"] = _to_matrix(values["b"], (spec.b_rank,), spec.b_out)
+        for role in ("a", "b"):
+            values[role] = _to_matrix(values[role], *spec.axes(role))
         return (node or self.node)(**values)
 
     def put(self, leaves: list[Any], pair: Any, like: Sequence[Any]) -> None:
@@ -316,10 +351,8 @@ class PairLeaves:
         spec = self.spec
         for role, index in self.leaves.items():
             value = getattr(pair, role)
-            if role == "a":
-                value = _from_matrix(value, spec.a_in, (spec.a_rank,), like[index].shape)
-            elif role == "b":
-                value = _from_matrix(value, (spec.b_rank,), spec.b_out, like[index].shape)
+            if role in ("a", "b"):
+                value = _from_matrix(value, *spec.axes(role), like[index].shape)
             leaves[index] = optax.MaskedNode() if value is None else value
 
 
@@ -428,6 +461,7 @@ def find_pairs(tree: Any, specs: Sequence[PairMatcher] = DEFAULT_SPECS) -> Pairi
     pairs = tuple(PairLeaves(name, spec, idx) for (name, _), (spec, idx) in found.items())
     for pair in pairs:
         _check(pair, paths, leaves)
+        _check_types(pair, paths, leaves)
     if not pairs and any("lora" in path.lower() for path in paths):
         suspects = [path for path in paths if "lora" in path.lower()]
         warnings.warn(
@@ -480,6 +514,68 @@ def scales(pairing: Pairing, scale: Any) -> list[Any]:
     return values
 
 
+def cuts(pairing: Pairing, params: Any, param_specs: Any) -> list[dict[str, tuple[str, ...]]]:
+    """Reads over which mesh axes every pair's factors are cut up.
+
+    Args:
+        pairing: the pairs.
+        params: the parameters.
+        param_specs: a ``PartitionSpec`` for each of them: a tree, or a prefix of one.
+
+    Returns:
+        For each pair, the mesh axes of the long axes by side, and of the batch axes.
+
+    Raises:
+        ValueError: specs that do not fit, or that cut up a rank axis.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> tree = {"q": LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4)))}
+        >>> specs = {"q": LoRAPair(jax.P("model"), jax.P())}
+        >>> cuts(find_pairs(tree), tree, specs)
+        [{'a': ('model',), 'b': (), 'batch': ()}]
+    """
+    by_leaf = pairing.by_leaf(param_specs, "param_specs")
+    leaves = pairing.treedef.flatten_up_to(params)
+
+    def names(pair: PairLeaves, role: str, axes: tuple[int, ...]) -> tuple[str, ...]:
+        index = pair.leaves[role]
+        spec, ndim = by_leaf[index], leaves[index].ndim
+        if not isinstance(spec, jax.P) or len(spec) > ndim:
+            raise ValueError(
+                f"{pairing.paths[index]}: `param_specs` must give a PartitionSpec of at most {ndim}"
+                f" entries, got {spec!r}."
+            )
+        entries = [*spec, *[None] * (ndim - len(spec))]
+        found = [entries[axis] for axis in axes if entries[axis] is not None]
+        return tuple(name for entry in found for name in jax.tree.leaves(entry))
+
+    result = []
+    for pair in pairing.pairs:
+        spec = pair.spec
+        for role, axis in (("a", spec.a_rank), ("b", spec.b_rank)):
+            check_rank_axis(pairing.paths[pair.leaves[role]], names(pair, role, (axis,)))
+        cut = {"a": names(pair, "a", spec.a_in), "b": names(pair, "b", spec.b_out)}
+        index = pair.leaves["a"]
+        rest = set(range(-leaves[index].ndim, 0)) - {spec.a_rank, *spec.a_in}
+        result.append({**cut, "batch": names(pair, "a", tuple(sorted(rest)))})
+    return result
+
+
+def check_rank_axis(path: str, names: Any) -> None:
+    """Raises if mesh axes cut up a rank axis.
+
+    Example:
+        >>> check_rank_axis("q/lora_a", ())
+    """
+    if names:
+        raise ValueError(
+            f"{path}: its rank axis is sharded over {names!r}. Replicate it: the r×r algebra needs"
+            " all of it on every device, and it is too short to gain by sharding. Shard the in axis"
+            " of a and the out axis of b."
+        )
+
+
 def _is_by_path(scale: Any, names: Sequence[str]) -> bool:
     by_path = isinstance(scale, Mapping) and set(names) <= set(scale)
     return by_path and jax.tree_util.all_leaves([scale[name] for name in names])
@@ -528,8 +624,8 @@ def _check(pair: PairLeaves, paths: Sequence[str], leaves: Sequence[Any]) -> Non
     shape_a, shape_b = tuple(leaves[index["a"]].shape), tuple(leaves[index["b"]].shape)
     both = f"{path_a} {shape_a} and {path_b} {shape_b}"
     remedy = "If their axes are laid out differently, declare them with a PairSpec (`specs`)."
-    batch_a, n_in, rank = _matrix_shape(path_a, shape_a, spec.a_in, (spec.a_rank,))
-    batch_b, rank_b, n_out = _matrix_shape(path_b, shape_b, (spec.b_rank,), spec.b_out)
+    batch_a, n_in, rank = _matrix_shape(path_a, shape_a, *spec.axes("a"))
+    batch_b, rank_b, n_out = _matrix_shape(path_b, shape_b, *spec.axes("b"))
     if rank != rank_b:
         raise ValueError(f"{both} do not multiply: ranks {rank} and {rank_b}. {remedy}")
     if batch_a != batch_b:
@@ -539,6 +635,14 @@ def _check(pair: PairLeaves, paths: Sequence[str], leaves: Sequence[Any]) -> Non
             f"{both}: the rank {rank} must lie between 1 and min(in, out) = {min(n_in, n_out)};"
             f" choose a smaller LoRA rank for this layer. {remedy}"
         )
+
+
+def _check_types(pair: PairLeaves, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Raises if a factor's type says that its rank axis is sharded."""
+    for role, axis in (("a", pair.spec.a_rank), ("b", pair.spec.b_rank)):
+        leaf = leaves[pair.leaves[role]]
+        if isinstance(leaf, jax.Array) and (spec := meshes.spec_of(leaf)) is not None:
+            check_rank_axis(paths[pair.leaves[role]], spec[axis])
 
 
 def _axes(path: str, ndim: int, rows: tuple[int, ...], cols: tuple[int, ...]) -> tuple[int, ...]:

@@ -14,6 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax import meshes
+
 Side = Literal["a", "b"]
 
 SIDES: tuple[Side, Side] = ("a", "b")
@@ -46,6 +48,8 @@ def compute_dtype(*arrays: Any) -> jnp.dtype:
 def cross(side: Side, x: jax.Array, y: jax.Array) -> jax.Array:
     """Computes the r×r product of two factors of one side: ``xᵀy`` for a, ``x yᵀ`` for b.
 
+    It is that of the whole factors, wherever their long axis lies.
+
     Args:
         side: which factor ``x`` and ``y`` are.
         x: (..., in, r) or (..., r, out).
@@ -59,7 +63,7 @@ def cross(side: Side, x: jax.Array, y: jax.Array) -> jax.Array:
         >>> cross("b", jnp.ones((2, 5)), jnp.ones((2, 5))).tolist()
         [[5.0, 5.0], [5.0, 5.0]]
     """
-    return _einsum(_CROSS[side], x, y)
+    return meshes.summed(side, _einsum(_CROSS[side], x, y))
 
 
 def gram(side: Side, x: jax.Array) -> jax.Array:
@@ -71,6 +75,26 @@ def gram(side: Side, x: jax.Array) -> jax.Array:
         [[1.0, 0.0], [0.0, 1.0]]
     """
     return cross(side, x, x)
+
+
+def dots(side: Side, x: jax.Array, y: jax.Array) -> jax.Array:
+    """Computes the diagonal of :func:`cross`: inner products of the rank components.
+
+    Args:
+        side: which factor ``x`` and ``y`` are.
+        x: (..., in, r) or (..., r, out).
+        y: as ``x``.
+
+    Returns:
+        (..., 1, r) or (..., r, 1).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> dots("a", jnp.ones((3, 2)), jnp.ones((3, 2))).tolist()
+        [[3.0, 3.0]]
+    """
+    long_axis = -2 if side == "a" else -1
+    return meshes.summed(side, jnp.sum(x * y, axis=long_axis, keepdims=True))
 
 
 def mix(side: Side, x: jax.Array, m: jax.Array) -> jax.Array:
@@ -305,5 +329,9 @@ def _eigh(matrix: jax.Array) -> Any:
 def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:
     dtype = compute_dtype(x, y)
     return jnp.einsum(
-        subscripts, x.astype(dtype), y.astype(dtype), precision=jax.lax.Precision.HIGHEST
+        subscripts,
+        x.astype(dtype),
+        y.astype(dtype),
+        precision=jax.lax.Precision.HIGHEST,
+        out_sharding=meshes.contraction(subscripts, x, y),
     )

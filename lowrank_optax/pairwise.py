@@ -19,14 +19,14 @@ import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax import factors
+from lowrank_optax import factors, meshes
 
 
 class Batched:
@@ -47,6 +47,7 @@ class Batched:
     def __init__(self, function: Callable[..., Any], *matrices: jax.Array) -> None:
         self.function = function
         self.matrices = matrices
+        self.layers_over = meshes.cut_axes("batch")  # a rule makes its requests under its cut
 
 
 class Step(NamedTuple):
@@ -166,7 +167,12 @@ def lift(
         )
 
     def update_fn(
-        updates: Any, state: PairwiseState, params: Any = None, **extra_args: Any
+        updates: Any,
+        state: PairwiseState,
+        params: Any = None,
+        *,
+        param_specs: Any = None,
+        **extra_args: Any,
     ) -> tuple[Any, PairwiseState]:
         if params is None:
             raise ValueError(f"{name} needs the parameters: call `update(grads, state, params)`.")
@@ -182,11 +188,13 @@ def lift(
         grads, pairs = pairing.take(updates, node), pairing.take(params, node)
         pair_states = _to_pairs(pairing, small, node, state.pairs)
         pair_scales = factors.scales(pairing, scale)
+        cuts = None if param_specs is None else factors.cuts(pairing, params, param_specs)
         decay = _decay_by_pair(pairing, decay_mask, params)
 
         def run(rule: Rule, grads: Any, pair_states: Any, pairs: Any) -> Any:
             inputs = zip(decay, grads, pair_states, pairs, pair_scales, strict=True)
-            results, failures = lockstep([rule(Step(state.count, d), *args) for d, *args in inputs])
+            runs = [rule(Step(state.count, d), *args) for d, *args in inputs]
+            results, failures = lockstep(runs, cuts)
             moves = [_cast(move, like) for (move, _), like in zip(results, grads, strict=True)]
             states = [_cast(new, old) for (_, new), old in zip(results, pair_states, strict=True)]
             return moves, states, failures
@@ -276,12 +284,17 @@ def answer(requests: Sequence[Batched]) -> tuple[list[Any], jax.Array]:
         ([[0.5, 0.0], [0.0, 0.5]], [[0.0, 0.0], [0.0, 0.0]], 1)
     """
     groups: dict[Any, list[int]] = defaultdict(list)
-    for index, request in enumerate(requests):
-        kind = tuple((m.shape[-2:], m.dtype) for m in request.matrices)
-        groups[request.function, kind].append(index)
     answers: dict[int, Any] = {}
     failures = jnp.zeros([], jnp.int32)
-    for (function, _), indices in groups.items():
+    for index, request in enumerate(requests):
+        spec = meshes.spec_of(request.matrices[0])
+        if spec is not None and any(spec):
+            answers[index], failed = _call_on_shards(request, spec)
+            failures += failed
+            continue
+        kind = tuple((m.shape[-2:], m.dtype) for m in request.matrices)
+        groups[request.function, kind, request.layers_over].append(index)
+    for (function, *_, layers_over), indices in groups.items():
         # A stack of n results is taken apart by n slices at n offsets, each a program of its own
         # for the compiler. Stacks of √n repeat the same √n offsets, which it compiles once.
         size = math.isqrt(len(indices) - 1) + 1
@@ -289,7 +302,7 @@ def answer(requests: Sequence[Batched]) -> tuple[list[Any], jax.Array]:
             chunk = indices[start : start + size]
             results, failed = _call(function, [requests[i] for i in chunk])
             answers.update(zip(chunk, results, strict=True))
-            failures += failed
+            failures += jax.lax.psum(failed, layers_over) if layers_over else failed
     return [answers[i] for i in range(len(requests))], failures
 
 
@@ -299,18 +312,13 @@ def _call(function: Callable[..., Any], requests: Sequence[Batched]) -> tuple[li
         jnp.concatenate([m.reshape(-1, *m.shape[-2:]) for m in column])
         for column in zip(*(request.matrices for request in requests), strict=True)
     ]
-    result = function(*stacks)
-    flat = [x.reshape(len(x), -1) for x in jax.tree.leaves(result)]
-    finite = jnp.isfinite(sum(jnp.sum(x, axis=1) for x in flat))
+    guarded, finite = _guarded(function, stacks)
     batches = [request.matrices[0].shape[:-2] for request in requests]
     stops = list(itertools.accumulate(math.prod(batch) for batch in batches))
 
     def part(x: jax.Array, stop: int, batch: tuple[int, ...]) -> jax.Array:
         return x[stop - math.prod(batch) : stop].reshape(*batch, *x.shape[1:])
 
-    guarded = jax.tree.map(
-        lambda x: jnp.where(finite.reshape(-1, *[1] * (x.ndim - 1)), x, 0), result
-    )
     results = [
         jax.tree.map(functools.partial(part, stop=stop, batch=batch), guarded)
         for stop, batch in zip(stops, batches, strict=True)
@@ -318,13 +326,39 @@ def _call(function: Callable[..., Any], requests: Sequence[Batched]) -> tuple[li
     return results, jnp.sum(~finite, dtype=jnp.int32)
 
 
+def _call_on_shards(request: Batched, spec: jax.P) -> tuple[Any, jax.Array]:
+    """Answers a request whose batch axes are cut up on an Explicit mesh where its matrices lie."""
+    batch = jax.P(*spec[:-2])
+
+    def on_shard(*matrices: jax.Array) -> Any:
+        shape = matrices[0].shape[:-2]
+        stacks = [m.reshape(-1, *m.shape[-2:]) for m in matrices]
+        both = _guarded(request.function, stacks)
+        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), both)
+
+    run = jax.shard_map(on_shard, in_specs=batch, out_specs=batch, check_vma=False)
+    result, finite = run(*request.matrices)
+    return result, jnp.sum(~finite, dtype=jnp.int32)
+
+
+def _guarded(function: Callable[..., Any], stacks: Sequence[jax.Array]) -> tuple[Any, jax.Array]:
+    """Calls a function on stacks; zeros where a result is not finite, and where it is."""
+    result = function(*stacks)
+    flat = [x.reshape(len(x), -1) for x in jax.tree.leaves(result)]
+    finite = jnp.isfinite(sum(jnp.sum(x, axis=1) for x in flat))
+    keep = lambda x: jnp.where(finite.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
+    return jax.tree.map(keep, result), finite
+
+
 def lockstep(
     runs: Sequence[Generator[list[Batched], list[Any], Any]],
+    cuts: Sequence[Mapping[str, tuple[str, ...]]] | None = None,
 ) -> tuple[list[Any], jax.Array]:
     """Runs all rules to their end, one round of requests at a time.
 
     Args:
         runs: the started rules.
+        cuts: for each, the mesh axes that cut up its factors (``meshes.cut``).
 
     Returns:
         Their results, and how many requests failed.
@@ -344,7 +378,8 @@ def lockstep(
         requests: dict[int, list[Batched]] = {}
         for index, reply in replies.items():
             try:
-                requests[index] = runs[index].send(reply)
+                with meshes.cut(cuts[index] if cuts else {}):
+                    requests[index] = runs[index].send(reply)
             except StopIteration as stop:
                 results[index] = stop.value
         answers, failed = answer([request for asked in requests.values() for request in asked])

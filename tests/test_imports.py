@@ -14,10 +14,11 @@ PACKAGE = ROOT / "lowrank_optax"
 
 # What each part may import of this package; a folder stands for its files.
 ALLOWED = {
-    "factors": set(),
-    "linalg": set(),
+    "factors": {"meshes"},
+    "linalg": {"meshes"},
+    "meshes": set(),
     "arguments": set(),
-    "pairwise": {"factors", "linalg"},
+    "pairwise": {"factors", "linalg", "meshes"},
     "projection": {"arguments", "factors", "linalg", "pairwise"},
     "shadows": {"arguments", "factors", "linalg"},
     "frames": {"factors", "linalg", "pairwise"},
@@ -28,11 +29,12 @@ ALLOWED = {
         "frames",
         "linalg",
         "lorsum",
+        "meshes",
         "pairwise",
         "projection",
         "shadows",
     },
-    "nn": {"adapters", "factors", "frames", "linalg", "nn", "shadows"},
+    "nn": {"adapters", "factors", "frames", "linalg", "meshes", "nn", "shadows"},
     "sharding": {"factors", "linalg"},
     "diagnostics": {"factors", "linalg"},
     "adapters": {"factors", "frames", "linalg"},

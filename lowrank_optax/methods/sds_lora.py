@@ -38,6 +38,7 @@ from lowrank_optax.linalg import (
     Side,
     compute_dtype,
     cross,
+    dots,
     gram,
     inverse_square_root,
     mix,
@@ -316,9 +317,8 @@ def _moved_factors(pair: FramedPair, moves: FramedPair) -> LoRAPair:
 def _new_frame(side: Side, x: jax.Array, old: jax.Array) -> Any:
     """Yields the frame of a factor, signs as in the old one."""
     new = yield from orthonormalize(side, x)
-    along = -2 if side == "a" else -1
-    same_sign = jnp.sum(new * old, axis=along, keepdims=True) >= 0
-    is_empty = jnp.sum(new**2, axis=along, keepdims=True) < 0.5  # of a component of zeros
+    same_sign = dots(side, new, old) >= 0
+    is_empty = dots(side, new, new) < 0.5  # of a component of zeros
     return jnp.where(is_empty, old, jnp.where(same_sign, new, -new))
 
 

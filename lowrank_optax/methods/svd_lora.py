@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from lowrank_optax import meshes
 from lowrank_optax.factors import LoRAPair, path_name
 from lowrank_optax.linalg import compute_dtype, product, svd
 
@@ -160,4 +161,10 @@ def _check(name: str, matrix: jax.Array, rank: int, remedy: str = "") -> None:
         raise ValueError(
             f"{name}: the rank must lie between 1 and min(in, out) of {shape}, got {rank}: choose"
             f" another rank.{remedy}"
+        )
+    if any((meshes.spec_of(matrix) or ())[-2:]):
+        raise ValueError(
+            f"{name}: a singular value decomposition needs whole matrices on an Explicit mesh, but"
+            f" this one lies as {meshes.spec_of(matrix)}; replicate its last two axes, or use an"
+            f" Auto mesh.{remedy}"
         )

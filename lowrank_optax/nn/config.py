@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lowrank_optax.factors import FramedPair, LoRAPair, ShadowedPair
+from lowrank_optax.factors import LONG_AXES, FramedPair, LoRAPair, ShadowedPair
 from lowrank_optax.frames import frame
 from lowrank_optax.shadows import Metric, shadow
 
@@ -34,6 +34,7 @@ class Shadows:
       momentum_rank: rank of the momentum, at most min(in, out) of every adapted kernel; 0 for none,
         None for the rank of the adapter.
       metric: ``Metric()`` for ``scaled_oplora``, with the numbers that it is given.
+      axis_name: see `lora_apply`; for ``pmap`` and ``shard_map`` only.
 
     Raises:
       ValueError: if a number is negative.
@@ -51,6 +52,7 @@ class Shadows:
     iterations: int = 1
     momentum_rank: int | None = None
     metric: Metric | None = None
+    axis_name: str | tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.iterations < 0:
@@ -134,6 +136,11 @@ class LoRAConfig:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
     @property
+    def axis_name(self) -> str | tuple[str, ...] | None:
+        """The axes over which `lora_apply` sums what is not linear in the gradient."""
+        return None if self.shadows is None else self.shadows.axis_name
+
+    @property
     def scale(self) -> float:
         """The forward scale s."""
         by_root = self.rslora or self.frames is not None
@@ -196,22 +203,21 @@ class LoRAConfig:
             a=jax.ShapeDtypeStruct((*batch, n_in, self.rank), self.param_dtype),
             b=jax.ShapeDtypeStruct((*batch, self.rank, n_out), self.param_dtype),
         )
-        settings = {x.name: getattr(self.shadows, x.name) for x in dataclasses.fields(Shadows)}
-        return shadow(shapes, jax.random.fold_in(key, 2), **settings)._replace(a=pair.a, b=pair.b)
+        node = shadow(
+            shapes,
+            jax.random.fold_in(key, 2),
+            iterations=self.shadows.iterations,
+            momentum_rank=self.shadows.momentum_rank,
+            metric=self.shadows.metric,
+        )
+        return _boxed(node._replace(a=pair.a, b=pair.b), pair)
 
     def _framed(self, pair: LoRAPair, key: jax.Array) -> FramedPair:
-        """Adds frames to factors that may be boxed with sharding names, which they get too."""
+        """Adds frames to factors that may be boxed with sharding names."""
         assert self.frames is not None
         [a], [b] = jax.tree.leaves(pair.a), jax.tree.leaves(pair.b)
         node = frame(LoRAPair(a, b), None if self.frames.warmup else key)
-        box = lambda like, leaf: jax.tree.unflatten(jax.tree.structure(like), [leaf])
-        return FramedPair(
-            a=box(pair.a, node.a),
-            b=box(pair.b, node.b),
-            f_in=box(pair.a, node.f_in),
-            f_out=box(pair.b, node.f_out),
-            warm=node.warm,
-        )
+        return _boxed(node._replace(a=pair.a, b=pair.b), pair)
 
     def _draw(
         self, init: Initializer, key: jax.Array, batch: tuple[int, ...], shape: tuple[int, int]
@@ -222,3 +228,18 @@ class LoRAConfig:
         keys = jax.random.split(key, math.prod(batch))
         stacked = jax.vmap(lambda one: init(one, shape, self.param_dtype))(keys)
         return jax.tree.map(lambda leaf: leaf.reshape(*batch, *shape), stacked)
+
+
+def _boxed(node: Any, pair: LoRAPair) -> Any:
+    """Gives auxiliary leaves that lie as a factor the sharding names that the factor is boxed with.
+
+    Those of a factor's vectors are not known to the box, so diagonals of a metric stay without.
+    """
+    like = {"in": pair.a, "out": pair.b}
+    box = lambda side, leaf: jax.tree.unflatten(jax.tree.structure(like[side]), [leaf])
+    boxed = {
+        name: box(LONG_AXES[name][0], leaf)
+        for name, leaf in node._asdict().items()
+        if name in LONG_AXES and name not in ("a", "b", "d_in", "d_out") and leaf is not None
+    }
+    return node._replace(**boxed)

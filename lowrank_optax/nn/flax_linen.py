@@ -201,7 +201,9 @@ def adapter_output(
     if config.dropout and not deterministic:
         keep = jax.random.bernoulli(layer.make_rng("dropout"), 1 - config.dropout, x.shape)
         x = jnp.where(keep, x / (1 - config.dropout), jnp.zeros_like(x))
-    flat = lora_apply(contraction.flatten_input(x), pair, config.scale, config.dtype)
+    flat = lora_apply(
+        contraction.flatten_input(x), pair, config.scale, config.dtype, config.axis_name
+    )
     return contraction.unflatten_output(flat, inputs.shape, kernel_shape)
 
 

@@ -139,7 +139,13 @@ class LoRALayer(nnx.Module):
         if self.dropout is not None:
             x = self.dropout(x)
         delta = contraction.unflatten_output(
-            lora_apply(contraction.flatten_input(x), self.pair, self.scale, self.lora.dtype),
+            lora_apply(
+                contraction.flatten_input(x),
+                self.pair,
+                self.scale,
+                self.lora.dtype,
+                self.lora.axis_name,
+            ),
             inputs.shape,
             self.base.kernel.shape,
         )

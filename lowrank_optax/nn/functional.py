@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lowrank_optax import adapters, frames
+from lowrank_optax import adapters, frames, meshes
 from lowrank_optax.factors import FramedPair, LoRAPair, ShadowedPair
 from lowrank_optax.nn.contraction import KernelAxes
-from lowrank_optax.nn.shadowed import apply_shadowed
+from lowrank_optax.nn.shadowed import AxisName, apply_shadowed
 
 
 def lora_apply(
@@ -15,6 +15,7 @@ def lora_apply(
     pair: LoRAPair | ShadowedPair | FramedPair,
     scale: float = 1.0,
     dtype: DTypeLike | None = None,
+    axis_name: AxisName = None,
 ) -> jax.Array:
     r"""Applies a LoRA pair to an input without forming the dense kernel.
 
@@ -31,6 +32,11 @@ def lora_apply(
         frames, the gradients of the factors flow through these, as SDS-LoRA has it.
       scale: forward scale s.
       dtype: dtype of the two products' operands; None means the dtype of ``x``.
+      axis_name: for pairs with shadows inside ``pmap``, or ``shard_map`` with ``check_vma=False``:
+        the axes over which the tokens are spread, each device's loss being the mean over its own.
+        The gradients of the pair are then those of the mean loss on every device. Where
+        ``shard_map`` checks, it is not needed; other pairs ignore it, as their gradients are linear
+        and can be averaged afterwards.
 
     Returns:
       y, (..., out), in the dtype of ``x``.
@@ -48,16 +54,14 @@ def lora_apply(
         x = x.astype(pair.a.dtype)  # casting the factors to an integer dtype would zero them
     operand = x.dtype if dtype is None else jnp.dtype(dtype)
     if isinstance(pair, ShadowedPair):
-        return apply_shadowed(x.astype(operand), pair, scale).astype(x.dtype)
+        return apply_shadowed(x.astype(operand), pair, scale, axis_name).astype(x.dtype)
     if isinstance(pair, FramedPair):
         constant = jax.lax.stop_gradient(pair)
         pair = frames.plain(constant._replace(a=pair.a, b=pair.b))
     accumulate = jnp.promote_types(operand, jnp.float32)
-    narrow = jnp.matmul(
-        x.astype(operand), pair.a.astype(operand), preferred_element_type=accumulate
-    )
+    narrow = meshes.matmul(x.astype(operand), pair.a.astype(operand), accumulate)
     narrow = (scale * narrow).astype(operand)
-    y = jnp.matmul(narrow, pair.b.astype(operand), preferred_element_type=accumulate)
+    y = meshes.matmul(narrow, pair.b.astype(operand), accumulate)
     return y.astype(x.dtype)
 
 

@@ -3,31 +3,39 @@
 import functools
 import math
 import string
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import shadows
+from lowrank_optax import meshes, shadows
 from lowrank_optax.factors import ShadowedPair
+
+AxisName = str | Sequence[str] | None
 
 # Width of the blocks of the kernel's gradient that Shampoo's statistics are summed over.
 _BLOCK = 128
 
 
-def apply_shadowed(x: jax.Array, node: ShadowedPair, scale: Any) -> jax.Array:
+def apply_shadowed(
+    x: jax.Array, node: ShadowedPair, scale: Any, axis_name: AxisName = None
+) -> jax.Array:
     r"""Applies a shadowed pair: forward $y = s (x a) b$, backward the block-Krylov bases.
 
     Args:
       x: input: any leading axes if the factors have no batch axes, else (batch..., tokens, in).
       node: the pair with its shadows.
       scale: forward scale s.
+      axis_name: axes of ``pmap``, or of ``shard_map`` without ``check_vma``, over which the tokens
+        are spread, where each device's loss is the mean over its own.
 
     Returns:
       y, (..., out), in at least float32.
 
     Raises:
-      ValueError: if the input's leading axes do not fit the factors' batch axes.
+      ValueError: if the input's leading axes do not fit the factors' batch axes, or the factors
+        differ between devices.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -43,25 +51,36 @@ def apply_shadowed(x: jax.Array, node: ShadowedPair, scale: Any) -> jax.Array:
             f"an input of shape {x.shape} does not fit factors with batch axes {batch}: give"
             f" (*{batch}, tokens, in), so that each batch entry sees its own tokens."
         )
-    return _apply(x, node, scale)
+    if axes := meshes.varying(node.a) | meshes.varying(node.b):
+        raise ValueError(
+            f"the factors of a shadowed pair differ along the mesh axes {sorted(axes)}; inside"
+            " `shard_map` they must be replicated. Shard them by `jit` on a mesh instead."
+        )
+    return _apply(axis_name, x, node, scale)
 
 
-@jax.custom_vjp
-def _apply(x: jax.Array, node: ShadowedPair, scale: Any) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _apply(axis_name: AxisName, x: jax.Array, node: ShadowedPair, scale: Any) -> jax.Array:
     narrow = scale * _matmul(x, node.a, like=x)
     return _matmul(narrow, node.b, like=x)
 
 
-def _forward(x: jax.Array, node: ShadowedPair, scale: Any) -> tuple[jax.Array, Any]:
-    return _apply(x, node, scale), (x, node, scale)
+def _forward(
+    axis_name: AxisName, x: jax.Array, node: ShadowedPair, scale: Any
+) -> tuple[jax.Array, Any]:
+    return _apply(axis_name, x, node, scale), (x, node, scale)
 
 
-def _backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, ShadowedPair, jax.Array]:
+def _backward(
+    axis_name: AxisName, residuals: Any, dy: jax.Array
+) -> tuple[jax.Array, ShadowedPair, jax.Array]:
     x, node, scale = residuals
+    tokens = _Tokens.of(axis_name, x, dy)
+    local, dy = dy, dy * jnp.asarray(tokens.share, dy.dtype)
     matmul = functools.partial(_matmul, like=x)
-    over_tokens = functools.partial(_over_tokens, like=x)
+    over_tokens = functools.partial(_over_tokens, like=x, tokens=tokens)
 
-    statistics = node._replace(**_statistics(x, dy, node))
+    statistics = node._replace(**_statistics(x, dy, node, tokens))
     metric = shadows.scaling(node, statistics)
     element = shadows.start(node, metric)
     products: shadows.Basis = {"a": [], "b": []}
@@ -92,41 +111,76 @@ def _backward(residuals: Any, dy: jax.Array) -> tuple[jax.Array, ShadowedPair, j
     if q:
         m_a, m_b = products["a"][0][..., last - q :], products["b"][0][..., last - q :, :]
         grads = grads._replace(m_a=m_a, m_b=m_b)
-    grads = jax.tree.map(lambda g, leaf: g.astype(leaf.dtype), grads, node)
+    grads = jax.tree.map(lambda g, leaf: meshes.laid_as(g.astype(leaf.dtype), leaf), grads, node)
 
     a = _after(node.a, (products, statistics.d_in, statistics.d_out))
-    dx = scale * matmul(low[0], _transposed(a))  # the first is dy bᵀ
-    d_scale = jnp.sum(matmul(scale * matmul(x, node.a), node.b) * dy) / scale
-    return dx.astype(x.dtype), grads, d_scale
+    dx = scale / tokens.share * matmul(low[0], _transposed(a))  # the first is dy bᵀ
+    d_scale = jnp.sum(matmul(scale * matmul(x, node.a), node.b) * local) / scale
+    return meshes.laid_as(dx.astype(x.dtype), x), grads, d_scale
 
 
 _apply.defvjp(_forward, _backward)
 
 
-def _statistics(x: jax.Array, dy: jax.Array, node: ShadowedPair) -> dict[str, jax.Array]:
+class _Tokens(NamedTuple):
+    """Over which devices of ``pmap`` or ``shard_map`` the tokens are spread.
+
+    Args:
+        axes: the mesh axes.
+        devices: how many devices share the tokens.
+        share: what to multiply a device's gradient by, so that their sum is the whole gradient.
+    """
+
+    axes: tuple[str, ...]
+    devices: int
+    share: float
+
+    @classmethod
+    def of(cls, axis_name: AxisName, x: jax.Array, dy: jax.Array) -> "_Tokens":
+        # Where shard_map tracks what differs, JAX sums gradients of replicated parameters itself.
+        known = tuple(sorted(meshes.varying(x) | meshes.varying(dy)))
+        named = (axis_name,) if isinstance(axis_name, str) else tuple(axis_name or ())
+        devices = math.prod(jax.lax.axis_size(name) for name in known or named)
+        return cls(known or named, devices, 1.0 if known else 1.0 / devices)
+
+    def total(self, part: jax.Array) -> jax.Array:
+        """Sums what each device has of its own tokens."""
+        return jax.lax.psum(part, self.axes) if self.axes else part
+
+
+def _statistics(
+    x: jax.Array, dy: jax.Array, node: ShadowedPair, tokens: _Tokens
+) -> dict[str, jax.Array]:
     """Computes what the metric averages, by field of the node."""
     over = tuple(range(node.a.ndim - 2, x.ndim - 1))
-    tokens = math.prod(x.shape[axis] for axis in over)
+    number = tokens.devices * math.prod(x.shape[axis] for axis in over)
     if node.kfac is not None:
-        square = lambda y: jnp.sum(jnp.square(_wide(y)), axis=over)
-        return {"d_in": square(x) / tokens, "d_out": tokens * square(dy)}
+        square = lambda y: tokens.total(jnp.sum(jnp.square(_wide(y)), axis=over))
+        return {"d_in": square(x) / number, "d_out": number * square(dy)}
     if node.shampoo is not None:
-        rows, columns = _squared_norms(x, dy, node)
-        return {"d_in": tokens * rows, "d_out": tokens * columns}
+        rows, columns = _squared_norms(x, dy, node, tokens)
+        return {"d_in": number * rows, "d_out": number * columns}
     return {}
 
 
-def _squared_norms(x: jax.Array, dy: jax.Array, node: ShadowedPair) -> tuple[jax.Array, jax.Array]:
+def _squared_norms(
+    x: jax.Array, dy: jax.Array, node: ShadowedPair, tokens: _Tokens
+) -> tuple[jax.Array, jax.Array]:
     """Computes squared row and column norms of ``xᵀ dy``, which never exists as a whole."""
+    if (spec := meshes.spec_of(dy)) is not None and spec[-1] is not None:
+        raise ValueError(
+            f"Shampoo's metric goes through blocks of output features, which lie as {spec} on an"
+            " Explicit mesh; use an Auto mesh, replicate the features, or take K-FAC's metric."
+        )
 
     def of_block(rows: jax.Array, start: Any, width: int) -> tuple[jax.Array, jax.Array]:
         block = jax.lax.dynamic_slice_in_dim(dy, start, width, axis=-1)
-        square = jnp.square(_over_tokens(x, block, node.a, like=x))
+        square = jnp.square(_over_tokens(x, block, node.a, like=x, tokens=tokens))
         return rows + jnp.sum(square, axis=-1), jnp.sum(square, axis=-2)
 
     batch = node.a.shape[:-2]
     number, remainder = divmod(dy.shape[-1], _BLOCK)
-    rows = jnp.zeros((*batch, x.shape[-1]), _wide(x).dtype)
+    rows = jnp.zeros_like(node.d_in, _wide(x).dtype)
     rows, columns = jax.lax.scan(
         lambda rows, i: of_block(rows, i * _BLOCK, _BLOCK), rows, jnp.arange(number)
     )
@@ -166,26 +220,26 @@ def _wide(x: jax.Array) -> jax.Array:
 
 def _matmul(x: jax.Array, y: jax.Array, like: jax.Array) -> jax.Array:
     """Multiplies in the dtype of ``like``, accumulating in at least float32."""
-    return jnp.matmul(
-        x.astype(like.dtype),
-        y.astype(like.dtype),
-        preferred_element_type=jnp.promote_types(like.dtype, jnp.float32),
-    )
+    accumulate = jnp.promote_types(like.dtype, jnp.float32)
+    return meshes.matmul(x.astype(like.dtype), y.astype(like.dtype), accumulate)
 
 
-def _over_tokens(x: jax.Array, y: jax.Array, leaf: jax.Array, like: jax.Array) -> jax.Array:
-    """Computes ``xᵀ y`` over all token axes as :func:`_matmul` would, sharded as the leaf is."""
+def _over_tokens(
+    x: jax.Array, y: jax.Array, leaf: jax.Array, like: jax.Array, tokens: _Tokens
+) -> jax.Array:
+    """Computes ``xᵀ y`` over all tokens as :func:`_matmul` would, sharded as the leaf is."""
     batch = string.ascii_lowercase[: leaf.ndim - 2]
-    tokens = string.ascii_uppercase[: x.ndim - 1 - len(batch)]
+    axes = string.ascii_uppercase[: x.ndim - 1 - len(batch)]
     mesh, sharding = jax.typeof(x).sharding.mesh, jax.typeof(leaf).sharding
     is_explicit = jax.sharding.AxisType.Explicit in mesh.axis_types
     if sharding.mesh.empty:
         sharding = jax.sharding.NamedSharding(mesh, jax.P())
     # Without a transposed operand: XLA fuses it into bfloat16 dots that its CPU backend lacks.
-    return jnp.einsum(
-        f"{batch}{tokens}y,{batch}{tokens}z->{batch}yz",
+    part = jnp.einsum(
+        f"{batch}{axes}y,{batch}{axes}z->{batch}yz",
         x.astype(like.dtype),
         y.astype(like.dtype),
         preferred_element_type=jnp.promote_types(like.dtype, jnp.float32),
         out_sharding=sharding if is_explicit else None,
     )
+    return tokens.total(part)

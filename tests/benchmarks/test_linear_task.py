@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.linear_task import METHODS, run
 
-RECORD = pathlib.Path(__file__).parent.parent / "benchmarks" / "results" / "linear_task.json"
+RECORD = pathlib.Path(__file__).parents[2] / "benchmarks" / "results" / "linear_task.json"
 EPOCHS = (1, 5, 10, 100)
 
 # Relative excess loss after EPOCHS: smallest and largest of seeds 0 and 1, by the released code

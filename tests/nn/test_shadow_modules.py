@@ -221,7 +221,7 @@ def functional_run(weights, begin, config, tx, steps):
 
     def start(leaves):
         pair = LoRAPair(jnp.array(leaves["a"]), jnp.array(leaves["b"]))
-        node = shadow(pair, KEY, **dataclasses.asdict(config))
+        node = shadow(pair, KEY, iterations=config.iterations, momentum_rank=config.momentum_rank)
         return node if node.m_a is None else node._replace(m_a=jnp.array(leaves["m_a"]))
 
     def loss(params):

@@ -1,0 +1,172 @@
+"""Where arrays lie: what their types say of explicit meshes, and long axes cut up by ``shard_map``.
+
+Three ways to many devices ask three things of the r×r algebra. On an Auto mesh the compiler places
+everything and nothing is asked. On an Explicit mesh shardings are part of the types, and a product
+that contracts a sharded axis must say how its result lies. Inside ``shard_map`` a product over a
+long axis that is cut up is one device's part of a sum; :func:`cut` says for the code under it which
+axes to sum over.
+"""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding
+
+_CUT: ContextVar[Mapping[str, tuple[str, ...]] | None] = ContextVar("cut", default=None)
+
+
+@contextlib.contextmanager
+def cut(axes: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
+    """Declares over which mesh axes the factors of a pair are cut up.
+
+    Args:
+        axes: names of mesh axes: of the long axis by side, and those that share out the pairs of a
+            stack as ``"batch"``; ``{"a": ("model",), "b": (), "batch": ()}``.
+
+    Example:
+        >>> with cut({"a": ("model",), "b": ()}):
+        ...     cut_axes("a")
+        ('model',)
+    """
+    token = _CUT.set(axes)
+    try:
+        yield
+    finally:
+        _CUT.reset(token)
+
+
+def cut_axes(what: str) -> tuple[str, ...]:
+    """Returns the axes that :func:`cut` declares for a side or the batch; none outside of it.
+
+    Example:
+        >>> cut_axes("b")
+        ()
+    """
+    return (_CUT.get() or {}).get(what, ())
+
+
+def summed(side: str, part: jax.Array) -> jax.Array:
+    """Sums one device's part of a sum over a factor's long axis over the devices that share it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> summed("a", jnp.ones(2)).tolist()
+        [1.0, 1.0]
+    """
+    axes = cut_axes(side)
+    return jax.lax.psum(part, axes) if axes else part
+
+
+def spec_of(x: Any) -> jax.P | None:
+    """Reads how an array lies on the explicit axes of its mesh.
+
+    Args:
+        x: an array, concrete or traced.
+
+    Returns:
+        One entry for each axis, or None where no mesh has explicit axes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> spec_of(jnp.ones(2)) is None
+        True
+    """
+    sharding = jax.typeof(x).sharding
+    if AxisType.Explicit not in sharding.mesh.axis_types:
+        return None
+    return jax.P(*sharding.spec, *[None] * (x.ndim - len(sharding.spec)))
+
+
+def contraction(subscripts: str, x: jax.Array, y: jax.Array) -> NamedSharding | None:
+    """Says how a product lies on an Explicit mesh: each of its axes as the operand has it.
+
+    Args:
+        subscripts: of ``jnp.einsum``, for two operands that begin with ``...``.
+        x: first operand.
+        y: second operand.
+
+    Returns:
+        The sharding to give to ``jnp.einsum`` as ``out_sharding``.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> contraction("...ni,...nj->...ij", jnp.ones((4, 2)), jnp.ones((4, 2))) is None
+        True
+    """
+    specs = spec_of(x), spec_of(y)
+    if specs == (None, None):
+        return None
+    operands, _, result = subscripts.partition("->")
+    labels = [part.removeprefix("...") for part in operands.split(",")]
+    entries = [
+        (None,) * operand.ndim if spec is None else tuple(spec)
+        for operand, spec in zip((x, y), specs, strict=True)
+    ]
+    leading = [entry[:-2] for entry in entries]
+    batch = max(leading, key=lambda axes: (len(axes), sum(axis is not None for axis in axes)))
+    named = dict(zip(labels[1], entries[1][-2:], strict=True))
+    for label, axis in zip(labels[0], entries[0][-2:], strict=True):
+        named[label] = axis or named.get(label)
+    mesh = jax.typeof(y if specs[0] is None else x).sharding.mesh
+    return NamedSharding(mesh, jax.P(*batch, *(named[label] for label in result[3:])))
+
+
+def matmul(x: jax.Array, y: jax.Array, preferred_element_type: Any) -> jax.Array:
+    """Multiplies an input by a weight, on an Explicit mesh as a layer means it.
+
+    The result keeps the input's leading axes and takes the weight's last one. A weight that lies
+    otherwise than its input needs, as under FSDP, is brought there for the product.
+
+    Args:
+        x: (..., k).
+        y: (..., k, n).
+        preferred_element_type: dtype to accumulate in.
+
+    Returns:
+        (..., n).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> matmul(jnp.ones((2, 3)), jnp.ones((3, 1)), jnp.float32).tolist()
+        [[3.0], [3.0]]
+    """
+    specs = spec_of(x), spec_of(y)
+    out_sharding = None
+    if specs != (None, None):
+        mesh = jax.typeof(y if specs[0] is None else x).sharding.mesh
+        spec_x, spec_y = (
+            (None,) * v.ndim if s is None else s for v, s in zip((x, y), specs, strict=True)
+        )
+        taken = set(jax.tree.leaves(tuple(spec_x)))
+        last = None if taken & set(jax.tree.leaves(spec_y[-1])) else spec_y[-1]
+        y = jax.sharding.reshard(y, NamedSharding(mesh, jax.P(*spec_y[:-2], spec_x[-1], last)))
+        out_sharding = NamedSharding(mesh, jax.P(*spec_x[:-1], last))
+    return jnp.matmul(
+        x, y, preferred_element_type=preferred_element_type, out_sharding=out_sharding
+    )
+
+
+def laid_as(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Brings an array to where another of its shape lies on an Explicit mesh.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> laid_as(jnp.ones(2), jnp.zeros(2)).tolist()
+        [1.0, 1.0]
+    """
+    return x if spec_of(like) is None else jax.sharding.reshard(x, jax.typeof(like).sharding)
+
+
+def varying(x: Any) -> frozenset[str]:
+    """Returns the mesh axes along which ``shard_map`` knows a value to differ.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> varying(jnp.ones(2))
+        frozenset()
+    """
+    return frozenset(jax.typeof(x).manual_axis_type.varying)

@@ -34,6 +34,7 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.timing import environment
+from experiments.adapters import LowRank
 from experiments.schema import Plan
 from experiments.tasks.digits import Digits, DigitsOptions
 from experiments.trainer import warmup_cosine
@@ -114,7 +115,7 @@ def take_apart(task: Digits, seed: int) -> Adapted:
     Returns:
         The parts.
     """
-    model = task.build_model(seed)
+    model = task.build_model(seed, LowRank())
     [scale] = set(nn.lora_scales(model).values())
     factors = nnx.to_flat_state(nnx.as_pure(nnx.state(model, nnx.LoRAParam)))
     leaves = dict(factors)

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from experiments.errors import ExperimentError
 
-SCHEMA_VERSION: Literal[1] = 1
+SCHEMA_VERSION: Literal[2] = 2
 Status = Literal["finished", "diverged", "failed"]
 
 
@@ -28,13 +28,15 @@ class Plan(Record):
     """How long to train and by which schedule: the same for every method of a study.
 
     The learning rate rises linearly over `warmup_fraction` of the steps and falls to zero by a
-    cosine. The task's head, where it has one, is trained by AdamW at `head_learning_rate` on the
-    same schedule, whatever the method of the adapters, so that only the adapters differ.
+    cosine; with `decay="none"` it is constant. The task's head, where it has one, is trained by
+    AdamW at `head_learning_rate` on the same schedule, whatever the method of the adapters, so that
+    only the adapters differ.
     """
 
     steps: int = Field(gt=0)
     eval_every: int = Field(gt=0)
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
+    decay: Literal["cosine", "none"] = "cosine"
     head_learning_rate: float = Field(gt=0)
 
 
@@ -57,10 +59,11 @@ class RunConfig(Record):
 
 
 class Scores(Record):
-    """Mean loss and accuracy over one split."""
+    """Means over one split: the loss, and what the task's answers can be scored by."""
 
     loss: float
-    accuracy: float
+    accuracy: float | None = None
+    matthews: float | None = None
 
 
 class CurvePoint(Record):
@@ -85,20 +88,26 @@ class Environment(Record):
 
 
 class RunResult(Record):
-    """One run, as stored in one JSON file."""
+    """One run, as stored in one JSON file.
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    `trainable_parameters` counts what gradients train, `trained_bytes` the shadows and frames too.
+    `train_losses` are means of `losses_every` successive steps.
+    """
+
+    schema_version: Literal[2] = SCHEMA_VERSION
     config: RunConfig
     status: Status
     error: str | None = None
     environment: Environment
     trainable_parameters: int
+    trained_bytes: int
     optimizer_state_bytes: int
     step_temporary_bytes: int | None
     compile_seconds: float
     wall_seconds: float
     median_step_seconds: float | None
     steps_done: int
+    losses_every: int
     train_losses: list[float]
     curve: list[CurvePoint]
     best: CurvePoint | None

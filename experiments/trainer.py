@@ -3,17 +3,18 @@
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 
 from experiments.errors import ExperimentError
-from experiments.methods import get_method
+from experiments.methods import Setting, get_method
 from experiments.schema import (
     CurvePoint,
     Plan,
@@ -25,6 +26,7 @@ from experiments.schema import (
 )
 from experiments.tasks.base import Batch, OnStep, Task, ignore_steps
 from lowrank_optax import nn
+from lowrank_optax.factors import AUXILIARY
 
 EXPLODED = 10.0
 """A run has diverged when its validation loss is this many times the loss before training."""
@@ -33,8 +35,14 @@ Trained = dict[str, Any]
 """The trained leaves: `adapters` (what the method moves) and `head` (what AdamW moves)."""
 
 
+KEPT_LOSSES = 50
+"""At most so many means of successive training losses are kept of a run."""
+
+
 def warmup_cosine(plan: Plan) -> optax.Schedule:
     """Returns the plan's schedule with peak 1. No step is wasted on a rate of zero."""
+    if plan.decay == "none":
+        return optax.constant_schedule(1.0)
     shape = optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=1.0,
@@ -59,7 +67,7 @@ class _Parts(NamedTuple):
     frozen: Any
 
     def merge(self, trained: Trained, frozen: Any) -> Any:
-        return nnx.merge(self.graph, trained["adapters"], trained["head"], frozen)
+        return nnx.merge(self.graph, trained["head"], trained["adapters"], frozen)
 
 
 class _Compiled(NamedTuple):
@@ -91,12 +99,20 @@ class Trainer:
         task: What to train.
         method: Name of a method of `experiments.methods.METHODS`.
         plan: Steps and schedule.
+        method_options: What differs from the method's own options.
     """
 
-    def __init__(self, task: Task[Any], method: str, plan: Plan) -> None:
+    def __init__(
+        self,
+        task: Task[Any],
+        method: str,
+        plan: Plan,
+        method_options: Mapping[str, Any] | None = None,
+    ) -> None:
         self.task = task
         self.method_name = method
         self.method = get_method(method)
+        self.method_options = {**self.method.options, **(method_options or {})}
         self.plan = plan
 
     def config(self, learning_rate: float, seed: int) -> RunConfig:
@@ -106,7 +122,7 @@ class Trainer:
             task_options=self.task.options.model_dump(mode="json"),
             data=self.task.data,
             method=self.method_name,
-            method_options=dict(self.method.options),
+            method_options=self.method_options,
             learning_rate=learning_rate,
             plan=self.plan,
             seed=seed,
@@ -132,7 +148,7 @@ class Trainer:
             The result, and the model as trained.
         """
         begin = time.perf_counter()
-        parts = self._split(self.task.build_model(seed))
+        parts = self._split(self.task.build_model(seed, self.method.adapters))
         # Copies: the compiled step donates its arguments, and the task may share its arrays.
         log = _Log(trained=jax.tree.map(jnp.copy, parts.trained))
         peak = jnp.float32(learning_rate)
@@ -148,14 +164,16 @@ class Trainer:
             status=status,
             error=error,
             environment=current_environment(),
-            trainable_parameters=sum(x.size for x in jax.tree.leaves(parts.trained)),
-            optimizer_state_bytes=sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state)),
+            trainable_parameters=_count_parameters(parts.trained),
+            trained_bytes=_bytes(parts.trained),
+            optimizer_state_bytes=_bytes(state),
             step_temporary_bytes=None if status == "failed" else self._compiled.temporary_bytes,
             compile_seconds=0.0 if status == "failed" else self._compiled.seconds,
             wall_seconds=time.perf_counter() - begin,
             median_step_seconds=_median(log.step_seconds),
             steps_done=len(log.losses),
-            train_losses=log.losses,
+            losses_every=math.ceil(self.plan.steps / KEPT_LOSSES),
+            train_losses=_block_means(log.losses, math.ceil(self.plan.steps / KEPT_LOSSES)),
             curve=log.curve,
             best=min(finite, key=lambda point: point.validation.loss) if finite else None,
             final=log.final,
@@ -199,18 +217,20 @@ class Trainer:
         return "finished"
 
     def _score(self, trained: Trained, frozen: Any, split: str) -> Scores:
-        loss = correct = weight = 0.0
-        for batch in self.task.eval_batches(split):
-            totals = self._compiled.totals(trained, frozen, batch)
-            loss += float(totals.loss)
-            correct += float(totals.correct)
-            weight += float(totals.weight)
-        return Scores(loss=loss / weight, accuracy=correct / weight)
+        batches = self.task.eval_batches(split)
+        parts = [self._compiled.totals(trained, frozen, batch) for batch in batches]
+        sums = jax.tree.map(lambda *values: np.sum(values, axis=0, dtype=np.float64), *parts)
+        return Scores(
+            loss=float(sums.loss / sums.weight),
+            accuracy=None if sums.correct is None else float(sums.correct / sums.weight),
+            matthews=None if sums.confusion is None else _matthews(sums.confusion),
+        )
 
     def _split(self, model: nnx.Module) -> _Parts:
-        wanted = (self.method.trains, self.task.head, nnx.RngState, ...)
+        # The head first: a method that trains the whole model leaves it to AdamW too.
+        wanted = (self.task.head, self.method.adapters.trained, nnx.RngState, ...)
         graph, *states = nnx.split(model, *wanted)
-        adapters, head, random, frozen = states
+        head, adapters, random, frozen = states
         if not jax.tree.leaves(adapters):
             raise ExperimentError(
                 f"method {self.method_name!r} finds nothing to train in task {self.task.name!r}"
@@ -226,7 +246,13 @@ class Trainer:
     def _optimizers(self, peak: jax.Array) -> dict[str, optax.GradientTransformationExtraArgs]:
         plan = self.plan
         shape = warmup_cosine(plan)
-        adapters = self.method.build(lambda count: peak * shape(count), self._scale)
+        setting = Setting(
+            schedule=lambda count: peak * shape(count),
+            total_steps=plan.steps,
+            scale=self._scale,
+            rank=self.task.options.rank,
+        )
+        adapters = self.method.make(setting, **self.method_options)
         head = optax.adamw(lambda count: plan.head_learning_rate * shape(count), weight_decay=0.0)
         return {
             "adapters": optax.with_extra_args_support(adapters),
@@ -238,11 +264,11 @@ class Trainer:
 
     @functools.cached_property
     def _scale(self) -> Callable[[str], float]:
-        return nn.lora_scales(self.task.build_model(0)).__getitem__
+        return nn.lora_scales(self.task.build_model(0, self.method.adapters)).__getitem__
 
     @functools.cached_property
     def _compiled(self) -> _Compiled:
-        parts = self._split(self.task.build_model(0))
+        parts = self._split(self.task.build_model(0, self.method.adapters))
 
         def totals(trained: Trained, frozen: Any, batch: Batch) -> Any:
             return self.task.totals(parts.merge(trained, frozen), batch)
@@ -279,6 +305,29 @@ class Trainer:
             seconds=time.perf_counter() - begin,
             temporary_bytes=None if memory is None else memory.temp_size_in_bytes,
         )
+
+
+def _count_parameters(trained: Trained) -> int:
+    """Counts what gradients train: neither shadows nor frames."""
+    auxiliary = {f"lora_{name}" for name in AUXILIARY}
+    leaves = jax.tree_util.tree_leaves_with_path(trained)
+    return sum(leaf.size for path, leaf in leaves if path[-1].key not in auxiliary)
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _block_means(values: list[float], size: int) -> list[float]:
+    blocks = (values[start : start + size] for start in range(0, len(values), size))
+    return [float(f"{np.mean(block):.6g}") for block in blocks]
+
+
+def _matthews(confusion: np.ndarray) -> float:
+    """Matthews' correlation of two classes; 0 where only one is ever answered."""
+    (tn, fp), (fn, tp) = confusion
+    margins = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    return float((tp * tn - fp * fn) / margins) if margins else 0.0
 
 
 def _median(values: list[float]) -> float | None:

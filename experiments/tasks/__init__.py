@@ -7,10 +7,10 @@ from pydantic import ValidationError
 
 from experiments.errors import ExperimentError
 from experiments.tasks.base import OnStep, Task, TaskOptions
-from experiments.tasks.digits import Digits, DigitsOptions
-from experiments.tasks.sst2 import SST2, SST2Options
+from experiments.tasks.digits import Digits
+from experiments.tasks.sst2 import SST2
 
-OPTIONS: dict[str, type[TaskOptions]] = {"digits": DigitsOptions, "sst2": SST2Options}
+TASKS: dict[str, type[Task[Any]]] = {task.name: task for task in (Digits, SST2)}
 
 
 def parse_options(name: str, options: dict[str, Any]) -> TaskOptions:
@@ -19,16 +19,16 @@ def parse_options(name: str, options: dict[str, Any]) -> TaskOptions:
     Raises:
         ExperimentError: There is no such task or option, or a value does not fit.
     """
-    if name not in OPTIONS:
-        raise ExperimentError(f"unknown task {name!r}; there are: {', '.join(OPTIONS)}")
+    if name not in TASKS:
+        raise ExperimentError(f"unknown task {name!r}; there are: {', '.join(TASKS)}")
+    kind = TASKS[name].options_type
     try:
-        return OPTIONS[name].model_validate(options)
+        return kind.model_validate(options)
     except ValidationError as error:
         first = error.errors()[0]
-        known = ", ".join(OPTIONS[name].model_fields)
         raise ExperimentError(
             f"task_options.{'.'.join(map(str, first['loc']))}: {first['msg']} "
-            f"(options of task {name!r}: {known})"
+            f"(options of task {name!r}: {', '.join(kind.model_fields)})"
         ) from error
 
 
@@ -40,7 +40,7 @@ def load_task(
     Args:
         name: Name of the task.
         options: Its options; the rest keep their defaults.
-        data_dir: Folder with the data, for tasks whose data does not come with a package.
+        data_dir: Folder that holds the data sets as `sst2`, `mnist`, …, or the task's data itself.
         on_step: Called after each step of a pretraining.
 
     Returns:
@@ -49,10 +49,4 @@ def load_task(
     Raises:
         ExperimentError: Unknown task or option, or data or weights that are not there.
     """
-    parsed = parse_options(name, options)
-    if isinstance(parsed, SST2Options):
-        return SST2(parsed, data_dir)
-    if data_dir is not None:
-        raise ExperimentError(f"task {name!r} takes no --data-dir: its data come with scikit-learn")
-    assert isinstance(parsed, DigitsOptions)
-    return Digits(parsed, on_step)
+    return TASKS[name](parse_options(name, options), data_dir, on_step)

@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import jax
@@ -10,6 +11,7 @@ import optax
 from flax import nnx
 from pydantic import BaseModel, ConfigDict
 
+from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
 
 Batch = dict[str, np.ndarray]
@@ -22,37 +24,61 @@ def ignore_steps(done: int, total: int) -> None:
 
 
 class TaskOptions(BaseModel):
-    """Base of a task's options: unknown names are errors."""
+    """Base of a task's options, with those of the adapters: unknown names are errors."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str
 
 
 OptionsT = TypeVar("OptionsT", bound=TaskOptions)
 
 
 class Totals(NamedTuple):
-    """Sums over a batch. Divided by `weight` they are the mean loss and the accuracy."""
+    """Sums over a batch.
+
+    Attributes:
+        loss: Of the examples that count; divided by `weight` it is the mean loss.
+        correct: How many were right, or None where nothing is right or wrong.
+        weight: How many examples (or tokens) count.
+        confusion: How often each class (row) was taken for each (column), where the task's score
+            needs it.
+    """
 
     loss: jax.Array
-    correct: jax.Array
+    correct: jax.Array | None
     weight: jax.Array
+    confusion: jax.Array | None = None
 
 
 class Task(ABC, Generic[OptionsT]):
     """A model to adapt and the data to adapt it to.
 
-    Subclasses set `name` and say which options they take. The expensive things (weights, data)
-    belong in the constructor, so that all runs of a study share them.
+    Subclasses set `name` and `options_type`. The expensive things (weights, data) belong in the
+    constructor, so that all runs of a study share them. All constructors take the same arguments.
+
+    Args:
+        options: Sizes.
+        data_dir: Folder with the data, see `data_folder`; None where the task gets them itself.
+        on_step: Called after each step of a pretraining.
     """
 
     name: ClassVar[str]
+    options_type: ClassVar[type[TaskOptions]]
 
-    def __init__(self, options: OptionsT) -> None:
+    def __init__(
+        self, options: OptionsT, data_dir: Path | None = None, on_step: OnStep = ignore_steps
+    ) -> None:
         self.options = options
 
     @abstractmethod
-    def build_model(self, seed: int) -> nnx.Module:
-        """Returns the pretrained model with fresh adapters and a fresh head from `seed`."""
+    def build_model(self, seed: int, adapters: Adapters) -> nnx.Module:
+        """Returns the pretrained model with fresh adapters and a fresh head from `seed`.
+
+        The random draws of the head do not depend on the kind of adapters.
+        """
 
     @property
     @abstractmethod
@@ -80,6 +106,11 @@ class Task(ABC, Generic[OptionsT]):
     @abstractmethod
     def totals(self, model: Any, batch: Batch) -> Totals:
         """Returns loss and correct answers of one batch, summed over the examples that count."""
+
+
+def data_folder(data_dir: Path, name: str) -> Path:
+    """Returns the folder of one data set: `data_dir/name` where that is there, else `data_dir`."""
+    return data_dir / name if (data_dir / name).is_dir() else data_dir
 
 
 def classification_totals(logits: jax.Array, batch: Batch) -> Totals:

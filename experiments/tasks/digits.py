@@ -4,6 +4,7 @@ Real data without a download: the 1,797 handwritten 8x8 digits that scikit-learn
 """
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -11,6 +12,7 @@ from flax import nnx
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
+from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
 from experiments.models.vit import ViT
 from experiments.schema import Plan
@@ -26,7 +28,6 @@ from experiments.tasks.base import (
     shuffled_batches,
 )
 from experiments.trainer import Trainer
-from lowrank_optax import nn
 
 SPLIT_SEED = 0
 EVAL_BATCH = 256
@@ -51,9 +52,19 @@ class PretrainDigits(Task[DigitsOptions]):
     """All weights of a fresh ViT on the digits 0-4."""
 
     name: ClassVar[str] = "digits-pretrain"
+    options_type = DigitsOptions
 
-    def __init__(self, options: DigitsOptions) -> None:
+    def __init__(
+        self,
+        options: DigitsOptions,
+        data_dir: Path | None = None,
+        on_step: OnStep = ignore_steps,
+    ) -> None:
         super().__init__(options)
+        if data_dir is not None:
+            raise ExperimentError(
+                "the digits take no --data-dir: their data come with scikit-learn"
+            )
         self._examples = _digits(range(5))
 
     @property
@@ -71,8 +82,8 @@ class PretrainDigits(Task[DigitsOptions]):
         """Name of the data."""
         return {"source": "scikit-learn digits, classes 0-4"}
 
-    def build_model(self, seed: int) -> ViT:
-        """Returns a fresh ViT."""
+    def build_model(self, seed: int, adapters: Adapters) -> ViT:
+        """Returns a fresh ViT, without adapters."""
         options = self.options
         return ViT(
             image_size=8,
@@ -102,16 +113,17 @@ class Digits(PretrainDigits):
 
     60 % of the digits 5-9 are for training, 20 % for validation and 20 % for the test; the split
     is the same for all seeds.
-
-    Args:
-        options: Sizes.
-        on_step: Called after each step of the pretraining.
     """
 
     name: ClassVar[str] = "digits"
 
-    def __init__(self, options: DigitsOptions, on_step: OnStep = ignore_steps) -> None:
-        super().__init__(options)
+    def __init__(
+        self,
+        options: DigitsOptions,
+        data_dir: Path | None = None,
+        on_step: OnStep = ignore_steps,
+    ) -> None:
+        super().__init__(options, data_dir)
         self._examples = _digits(range(5, 10))
         self._base = nnx.split(_pretrain(options, on_step))
 
@@ -130,13 +142,13 @@ class Digits(PretrainDigits):
         """Name of the data."""
         return {"source": "scikit-learn digits, classes 5-9"}
 
-    def build_model(self, seed: int) -> ViT:
+    def build_model(self, seed: int, adapters: Adapters) -> ViT:
         """Returns the pretrained ViT with a fresh head and fresh adapters."""
         options = self.options
         rngs = nnx.Rngs(seed)
         model = nnx.merge(*self._base)
         model.head = nnx.Linear(options.width, 5, rngs=rngs)
-        nn.add_lora(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
+        adapters.add_to(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
         return model
 
 

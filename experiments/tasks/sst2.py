@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 from flax import nnx
 
+from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
 from experiments.models.minilm import (
     MiniLMShape,
@@ -25,14 +26,16 @@ from experiments.models.minilm import (
 )
 from experiments.tasks.base import (
     Batch,
+    OnStep,
     Task,
     TaskOptions,
     Totals,
     classification_totals,
+    data_folder,
+    ignore_steps,
     padded_batches,
     shuffled_batches,
 )
-from lowrank_optax import nn
 
 HUB_NAME = "stanfordnlp/sst2"
 FILES = {"train": "train.tsv", "validation": "dev.tsv", "test": "test_labeled.tsv"}
@@ -61,22 +64,23 @@ class SST2(Task[SST2Options]):
 
     Args:
         options: Sizes.
-        data_dir: Folder with `train.tsv`, `dev.tsv` and perhaps `test_labeled.tsv`; the Hugging
-            Face hub is asked when it is None.
-        model_dir: Folder with MiniLM's files; the installed package's by default.
+        data_dir: Folder with `train.tsv`, `dev.tsv` and perhaps `test_labeled.tsv`, or one that
+            holds it as `sst2`; the Hugging Face hub is asked when it is None.
+        on_step: Not called.
     """
 
     name: ClassVar[str] = "sst2"
+    options_type = SST2Options
 
     def __init__(
         self,
         options: SST2Options,
         data_dir: Path | None = None,
-        model_dir: Path | None = None,
+        on_step: OnStep = ignore_steps,
     ) -> None:
         super().__init__(options)
-        model_dir = model_dir or find_model_dir()
-        splits = read_tsv_folder(data_dir) if data_dir else read_hub()
+        model_dir = find_model_dir()
+        splits = read_tsv_folder(data_folder(data_dir, "sst2")) if data_dir else read_hub()
         self._data = {"source": "tsv" if data_dir else HUB_NAME} | {
             name: f"{len(labels)} sentences, sha256 {_digest(sentences, labels)}"
             for name, (sentences, labels) in splits.items()
@@ -104,12 +108,12 @@ class SST2(Task[SST2Options]):
         """Where the data came from, with sizes and digests."""
         return self._data
 
-    def build_model(self, seed: int) -> SentenceClassifier:
+    def build_model(self, seed: int, adapters: Adapters) -> SentenceClassifier:
         """Returns the pretrained encoder with a fresh head and fresh adapters."""
         options = self.options
         rngs = nnx.Rngs(seed)
         model = SentenceClassifier(nnx.merge(*self._base), self._shape.width, 2, rngs=rngs)
-        nn.add_lora(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
+        adapters.add_to(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
         return model
 
     def train_batches(self, seed: int) -> Iterator[Batch]:

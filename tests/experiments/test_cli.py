@@ -58,7 +58,7 @@ def test_run_writes_results_and_figure_then_reuses_them(tmp_path, tiny_digits, m
     ("arguments", "message"),
     [
         (["run", "nonsense"], "unknown study 'nonsense'; there are: digits, minilm-sst2"),
-        (["run", "digits", "--method=sgd"], "unknown method 'sgd'; there are: adamw, altlora"),
+        (["run", "digits", "--method=adam"], "unknown method 'adam'; there are: adamw, altlora"),
         (["run", "digits", "--method=altlora-sequential"], "pass --learning-rate"),
         (["run", "digits", "--override=plan.stops=3"], "unknown override 'plan.stops'"),
         (["run", "digits", "--override=task_options.size=3"], "task_options.rank"),

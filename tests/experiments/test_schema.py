@@ -47,13 +47,13 @@ def test_a_failed_write_leaves_nothing_behind(step, tmp_path, monkeypatch):
 def test_a_corrupted_result_is_an_error(tmp_path):
     path = make_result().write(tmp_path)
     path.write_text(path.read_text()[:200])
-    with pytest.raises(ExperimentError, match=r"adamw.*not a result of schema 1"):
+    with pytest.raises(ExperimentError, match=r"adamw.*not a result of schema 2"):
         read_result(path)
 
 
 def test_a_result_of_another_schema_is_an_error(tmp_path):
     path = make_result().write(tmp_path)
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 0'))
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 0'))
     with pytest.raises(ExperimentError, match="schema_version"):
         read_result(path)
 

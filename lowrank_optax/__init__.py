@@ -2,6 +2,7 @@
 
 from lowrank_optax import (
     adapters,
+    collectives,
     diagnostics,
     factors,
     frames,
@@ -61,6 +62,7 @@ __all__ = [
     "adapters",
     "altlora",
     "altlora_plus",
+    "collectives",
     "diagnostics",
     "factors",
     "find_pairs",

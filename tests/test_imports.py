@@ -18,6 +18,7 @@ ALLOWED = {
     "linalg": {"meshes"},
     "meshes": set(),
     "arguments": set(),
+    "collectives": set(),
     "pairwise": {"factors", "linalg", "meshes"},
     "projection": {"arguments", "factors", "linalg", "pairwise"},
     "shadows": {"arguments", "factors", "linalg"},

@@ -20,17 +20,9 @@ from rich.progress import (
 from experiments.errors import ExperimentError
 from experiments.methods import METHODS
 from experiments.report import draw_figure, make_table, summarize
-from experiments.study import (
-    Study,
-    StudyFile,
-    load_study,
-    override,
-    parse_overrides,
-    select,
-    study_names,
-)
-from experiments.sweep import run_study
-from experiments.tasks import load_task
+from experiments.schema import RunResult
+from experiments.study import expand, load_study, parse_overrides, select, study_names
+from experiments.sweep import Job, plan_jobs, run_jobs
 
 app = typer.Typer(
     help="Fine-tuning experiments with LoRA optimizers.",
@@ -40,7 +32,12 @@ app = typer.Typer(
 console = Console()
 
 OutOption = Annotated[Path | None, typer.Option(help="Folder for results and figure.")]
-FreshOption = Annotated[bool, typer.Option("--fresh", help="Overwrite results that are there.")]
+ResumeOption = Annotated[
+    bool, typer.Option("--resume", help="Go on from the results that are there.")
+]
+FreshOption = Annotated[
+    bool, typer.Option("--fresh", help="Delete the results that are there, and begin anew.")
+]
 
 
 @contextmanager
@@ -57,13 +54,16 @@ def _clear_errors() -> Iterator[None]:
 def demo(
     out: OutOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="A short version, for CI.")] = False,
+    resume: ResumeOption = False,
     fresh: FreshOption = False,
 ) -> None:
     """Adapts a small ViT to new digits: AdamW against AltLoRA and AltLoRA+."""
     with _clear_errors():
         file = load_study("digits")
-        study = override(file.study, file.smoke) if quick else file.study
-        _run(file, study, None, out or Path("outputs/demo"), fresh=fresh)
+        parts = expand(file.study, file.smoke if quick else {}, [])
+        folder = out or Path("outputs/demo")
+        jobs = plan_jobs(file.name, parts, None, folder, resume=resume, fresh=fresh)
+        _run(file.name, jobs, folder, workers=1)
 
 
 @app.command(name="list")
@@ -82,9 +82,15 @@ def list_all() -> None:
 def run(
     study: Annotated[str, typer.Argument(help="Name of a study; `list` shows them.")],
     *,
-    data_dir: Annotated[Path | None, typer.Option(help="Folder with the task's data.")] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(help="Folder that holds the data sets: `mnist`, `sst2`, …")
+    ] = None,
     out: OutOption = None,
     smoke: Annotated[bool, typer.Option("--smoke", help="A few steps, to see it work.")] = False,
+    jobs: Annotated[int, typer.Option(min=1, help="Processes that work side by side.")] = 1,
+    resume: ResumeOption = False,
+    fresh: FreshOption = False,
+    variant: Annotated[list[str] | None, typer.Option(help="Only this; repeatable.")] = None,
     method: Annotated[list[str] | None, typer.Option(help="Only this; repeatable.")] = None,
     learning_rate: Annotated[
         list[float] | None, typer.Option(help="In place of the sweep; repeatable.")
@@ -95,9 +101,8 @@ def run(
         list[str] | None,
         typer.Option("--override", help="key=value, e.g. task_options.rank=4; repeatable."),
     ] = None,
-    fresh: FreshOption = False,
 ) -> None:
-    """Runs a study; runs whose results are in the output folder are not repeated."""
+    """Runs a study, one JSON file a run, and shows what came out."""
     with _clear_errors():
         file = load_study(study)
         changes: dict[str, Any] = dict(file.smoke) if smoke else {}
@@ -106,37 +111,35 @@ def run(
             changes["plan.steps"] = steps
         if seed:
             changes["seeds"] = seed
-        chosen = select(override(file.study, changes), method or [], learning_rate or [])
-        _run(file, chosen, data_dir, out or Path("outputs") / study, fresh=fresh)
+        parts = expand(file.study, changes, variant or [])
+        chosen = {
+            name: select(part, method or [], learning_rate or []) for name, part in parts.items()
+        }
+        folder = out or Path("outputs") / study
+        planned = plan_jobs(study, chosen, data_dir, folder, resume=resume, fresh=fresh)
+        _run(study, planned, folder, workers=jobs)
 
 
-def _run(file: StudyFile, study: Study, data_dir: Path | None, out: Path, *, fresh: bool) -> None:
+def _run(name: str, jobs: list[Job], out: Path, *, workers: int) -> None:
     begin = time.perf_counter()
     columns = (
-        TextColumn("{task.description:32}"),
+        TextColumn("{task.description:40}"),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=console) as progress:
-        preparing = progress.add_task(f"preparing {study.task}", total=None)
-        task = load_task(
-            study.task,
-            study.task_options,
-            data_dir,
-            lambda done, total: progress.update(preparing, completed=done, total=total),
-        )
-        progress.update(preparing, completed=1, total=1)
-        results = run_study(study, task, out, fresh=fresh, progress=progress)
-    summaries = summarize(results)
-    title = f"{file.name}: {study.plan.steps} steps"
-    console.print(make_table(summaries, title))
-    if any(summary.at_edge for summary in summaries):
-        console.print("* an end of the sweep: learning rates beyond it may be better.")
-    figure = out / f"{file.name}.png"
-    draw_figure(summaries, title, figure)
-    console.print(f"{len(results)} results and {figure} in {time.perf_counter() - begin:.0f} s")
+        results = run_jobs(jobs, workers, progress)
+    by_variant: dict[str, list[RunResult]] = {}
+    for result in results:
+        by_variant.setdefault(result.config.variant, []).append(result)
+    for variant, runs in by_variant.items():
+        summaries = summarize(runs)
+        title = f"{name} {variant}".strip() + f": {runs[0].config.plan.steps} steps"
+        console.print(make_table(summaries, title))
+        draw_figure(summaries, title, out / f"{variant or name}.png")
+    console.print(f"{len(results)} results in {out} after {time.perf_counter() - begin:.0f} s")
 
 
 if __name__ == "__main__":

@@ -85,10 +85,15 @@ def _cells(summary: MethodSummary, splits: list[str]) -> list[str]:
     return [
         f"{runs[0].config.learning_rate:g}" + ("*" if summary.at_edge else ""),
         _spread([run.final["validation"].loss for run in runs], ".3f"),
-        *(_spread([100 * run.final[split].accuracy for run in runs], ".1f") for split in splits),
+        *(_accuracy(runs, split) for split in splits),
         f"{1e3 * statistics.median(run.median_step_seconds or 0.0 for run in runs):.1f}",
         f"{runs[0].optimizer_state_bytes / 1e3:.0f}",
     ]
+
+
+def _accuracy(runs: list[RunResult], split: str) -> str:
+    values = [run.final[split].accuracy for run in runs]
+    return _spread([100 * value for value in values if value is not None], ".1f")
 
 
 def _lost(summary: MethodSummary) -> str:
@@ -97,6 +102,8 @@ def _lost(summary: MethodSummary) -> str:
 
 
 def _spread(values: list[float], form: str) -> str:
+    if not values:
+        return "-"
     mean = format(statistics.mean(values), form)
     return mean if len(values) < 2 else f"{mean} ± {format(statistics.stdev(values), form)}"
 

@@ -41,8 +41,13 @@ class Plan(Record):
 
 
 class RunConfig(Record):
-    """Everything that determines a run's numbers, apart from code and machine."""
+    """Everything that determines a run's numbers, apart from code and machine.
 
+    `study` and `variant` say which comparison it belongs to.
+    """
+
+    study: str
+    variant: str
     task: str
     task_options: dict[str, Any]
     data: dict[str, str]
@@ -55,7 +60,8 @@ class RunConfig(Record):
     def file_name(self) -> str:
         """Returns a readable file name that differs whenever the configuration does."""
         digest = hashlib.sha256(self.model_dump_json().encode()).hexdigest()[:8]
-        return f"{self.task}-{self.method}-lr{self.learning_rate:g}-seed{self.seed}-{digest}.json"
+        name = f"{self.variant or self.task}-{self.method}"
+        return f"{name}-lr{self.learning_rate:g}-seed{self.seed}-{digest}.json"
 
 
 class Scores(Record):
@@ -91,6 +97,7 @@ class RunResult(Record):
     """One run, as stored in one JSON file.
 
     `trainable_parameters` counts what gradients train, `trained_bytes` the shadows and frames too.
+    `step_ratio` is the time of a step in units of the baseline's, measured in the same process.
     `train_losses` are means of `losses_every` successive steps.
     """
 
@@ -106,6 +113,7 @@ class RunResult(Record):
     compile_seconds: float
     wall_seconds: float
     median_step_seconds: float | None
+    step_ratio: float | None = None
     steps_done: int
     losses_every: int
     train_losses: list[float]
@@ -118,28 +126,28 @@ class RunResult(Record):
         """Final validation loss; infinite when the run did not finish."""
         return self.final["validation"].loss if self.status == "finished" else float("inf")
 
-    def write(self, folder: Path, *, replace: bool = False) -> Path:
+    def write(self, folder: Path) -> Path:
         """Writes the result into `folder`, in one atomic step.
 
         Args:
             folder: Where to write; made if it does not exist.
-            replace: Whether a result of the same configuration may be overwritten.
 
         Returns:
             The file written.
 
         Raises:
-            ExperimentError: The file exists and `replace` is False, or the disk is full or
-                not writable. No partly written result is left in either case.
+            ExperimentError: There is a result of the same configuration, and not of a failed run,
+                or the disk is full or not writable. No partly written result is left in either
+                case.
         """
         path = folder / self.config.file_name()
-        if path.exists() and not replace:
-            raise ExperimentError(f"{path} exists; pass --fresh to overwrite, or another --out")
+        if path.exists() and read_result(path).status != "failed":
+            raise ExperimentError(f"{path} exists; pass --fresh to delete it, or another --out")
         temporary = folder / f".{path.name}.{os.getpid()}.tmp"
         try:
             folder.mkdir(parents=True, exist_ok=True)
             try:
-                temporary.write_text(self.model_dump_json(indent=1) + "\n")
+                temporary.write_text(self.model_dump_json() + "\n")
                 os.replace(temporary, path)
             finally:
                 temporary.unlink(missing_ok=True)
@@ -163,7 +171,7 @@ def read_result(path: Path) -> RunResult:
         where = ".".join(map(str, first["loc"])) or "the file"
         raise ExperimentError(
             f"{path} is not a result of schema {SCHEMA_VERSION} ({where}: {first['msg']}); "
-            "move it away, pass --fresh to overwrite it, or choose another --out"
+            "move it away, or choose another --out"
         ) from error
 
 
@@ -172,7 +180,8 @@ def current_environment() -> Environment:
     """Describes this process's machine, versions and commit."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "lowrank-optax")
     commit = _git("rev-parse", "HEAD")
-    changes = _git("status", "--porcelain", "--", ".") if commit else None
+    code = ("--untracked-files=no", "--", "lowrank_optax", "experiments")
+    changes = _git("status", "--porcelain", *code) if commit else None
     return Environment(
         python=platform.python_version(),
         packages={name: version(name) for name in packages},

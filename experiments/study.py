@@ -23,15 +23,22 @@ class Study(Record):
         task_options: Options of the task that differ from its defaults.
         plan: Steps and schedule, the same for all methods.
         learning_rates: The methods and the peak learning rates that each is swept over.
+        method_options: What differs from the methods' own options, by method.
         seeds: The sweep runs with the first; the best learning rate of each method, by final
             validation loss, then runs with the others.
+        extensions: By how many rates a sweep may grow whose best is an end of it.
+        variants: Under which further changes (see `override`) all this is repeated, by name; none
+            for one comparison without a name.
     """
 
     task: str
     task_options: dict[str, Any] = Field(default_factory=dict)
     plan: Plan
     learning_rates: dict[str, tuple[float, ...]] = Field(min_length=1)
+    method_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    extensions: int = Field(default=4, ge=0)
+    variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
 
     @field_validator("learning_rates")
     @classmethod
@@ -39,10 +46,10 @@ class Study(Record):
         for method, rates in value.items():
             if not rates or any(not rate > 0 for rate in rates):
                 raise ValueError(f"{method} needs positive learning rates, got {rates}")
-        return value
+        return {method: tuple(sorted(rates)) for method, rates in value.items()}
 
     def runs(self) -> int:
-        """Returns how many runs the study takes."""
+        """Returns how many runs one variant takes if no sweep grows."""
         sweep = sum(map(len, self.learning_rates.values()))
         return sweep + len(self.learning_rates) * (len(self.seeds) - 1)
 
@@ -88,9 +95,9 @@ def override(study: Study, changes: Mapping[str, Any]) -> Study:
     known = [
         *(f"plan.{key}" for key in values["plan"]),
         *(f"learning_rates.{key}" for key in values["learning_rates"]),
+        *(f"method_options.{key}" for key in values["learning_rates"]),
         *(f"task_options.{key}" for key in task_options),
-        "learning_rates",
-        "seeds",
+        *("learning_rates", "seeds", "extensions"),
     ]
     for key, value in changes.items():
         if key not in known:
@@ -109,6 +116,34 @@ def override(study: Study, changes: Mapping[str, Any]) -> Study:
         get_method(method)
     parse_options(changed.task, changed.task_options)
     return changed
+
+
+def expand(study: Study, changes: Mapping[str, Any], chosen: list[str]) -> dict[str, Study]:
+    """Takes a study apart into its variants.
+
+    Args:
+        study: The study.
+        changes: Changes to all variants; they go before a variant's own.
+        chosen: Names of the variants wanted; empty for all.
+
+    Returns:
+        One study without variants for each of the variants, by name.
+
+    Raises:
+        ExperimentError: There is no such variant, or a change does not fit.
+    """
+    plain = study.model_copy(update={"variants": {}})
+    variants = study.variants or {"": {}}
+    for name in chosen:
+        if name not in variants:
+            raise ExperimentError(
+                f"unknown variant {name!r}; there are: {', '.join(variants) or 'none'}"
+            )
+    return {
+        name: override(plain, {**own, **changes})
+        for name, own in variants.items()
+        if not chosen or name in chosen
+    }
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:
@@ -145,4 +180,5 @@ def select(study: Study, methods: list[str], learning_rates: list[float]) -> Stu
                 f"{', '.join(study.learning_rates)}); pass --learning-rate"
             )
         chosen[method] = rates
-    return override(study, {"learning_rates": chosen})
+    extensions = 0 if learning_rates else study.extensions
+    return override(study, {"learning_rates": chosen, "extensions": extensions})

@@ -2,8 +2,9 @@
 
 import functools
 import math
+import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -38,6 +39,9 @@ Trained = dict[str, Any]
 KEPT_LOSSES = 50
 """At most so many means of successive training losses are kept of a run."""
 
+TIMED_STEPS = 11
+"""How many steps are timed for a ratio."""
+
 
 def warmup_cosine(plan: Plan) -> optax.Schedule:
     """Returns the plan's schedule with peak 1. No step is wasted on a rate of zero."""
@@ -50,6 +54,16 @@ def warmup_cosine(plan: Plan) -> optax.Schedule:
         decay_steps=plan.steps + 1,
     )
     return lambda count: shape(count + 1)
+
+
+def step_ratio(trainer: "Trainer", baseline: "Trainer") -> float:
+    """Measures a trainer's step in units of another's, by the medians of steps made in turn."""
+    if trainer is baseline:
+        return 1.0
+    clocks = [trainer.stopwatch(), baseline.stopwatch()]
+    times = [[next(clock) for clock in clocks] for _ in range(TIMED_STEPS)]
+    own, base = (statistics.median(column) for column in zip(*times, strict=True))
+    return own / base
 
 
 class Run(NamedTuple):
@@ -100,6 +114,8 @@ class Trainer:
         method: Name of a method of `experiments.methods.METHODS`.
         plan: Steps and schedule.
         method_options: What differs from the method's own options.
+        study: Name of the study, for the record.
+        variant: Name of its variant, for the record.
     """
 
     def __init__(
@@ -108,16 +124,23 @@ class Trainer:
         method: str,
         plan: Plan,
         method_options: Mapping[str, Any] | None = None,
+        *,
+        study: str = "",
+        variant: str = "",
     ) -> None:
         self.task = task
         self.method_name = method
         self.method = get_method(method)
         self.method_options = {**self.method.options, **(method_options or {})}
         self.plan = plan
+        self.study = study
+        self.variant = variant
 
     def config(self, learning_rate: float, seed: int) -> RunConfig:
         """Returns the full configuration of one run."""
         return RunConfig(
+            study=self.study,
+            variant=self.variant,
             task=self.task.name,
             task_options=self.task.options.model_dump(mode="json"),
             data=self.task.data,
@@ -170,7 +193,7 @@ class Trainer:
             step_temporary_bytes=None if status == "failed" else self._compiled.temporary_bytes,
             compile_seconds=0.0 if status == "failed" else self._compiled.seconds,
             wall_seconds=time.perf_counter() - begin,
-            median_step_seconds=_median(log.step_seconds),
+            median_step_seconds=statistics.median(log.step_seconds) if log.step_seconds else None,
             steps_done=len(log.losses),
             losses_every=math.ceil(self.plan.steps / KEPT_LOSSES),
             train_losses=_block_means(log.losses, math.ceil(self.plan.steps / KEPT_LOSSES)),
@@ -180,6 +203,18 @@ class Trainer:
         )
         model = None if status == "failed" else parts.merge(log.trained, parts.frozen)
         return Run(result, model)
+
+    def stopwatch(self) -> Iterator[float]:
+        """Yields the seconds of one step after the other, at a learning rate near zero."""
+        parts = self._split(self.task.build_model(0, self.method.adapters))
+        trained, peak = jax.tree.map(jnp.copy, parts.trained), jnp.float32(1e-8)
+        state = self._init(trained, peak)
+        batch = next(self.task.train_batches(0))
+        while True:
+            begin = time.perf_counter()
+            trained, state, loss = self._compiled.step(trained, state, parts.frozen, batch, peak)
+            loss.block_until_ready()
+            yield time.perf_counter() - begin
 
     def _loop(
         self,
@@ -328,7 +363,3 @@ def _matthews(confusion: np.ndarray) -> float:
     (tn, fp), (fn, tp) = confusion
     margins = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     return float((tp * tn - fp * fn) / margins) if margins else 0.0
-
-
-def _median(values: list[float]) -> float | None:
-    return sorted(values)[len(values) // 2] if values else None

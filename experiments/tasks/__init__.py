@@ -8,9 +8,10 @@ from pydantic import ValidationError
 from experiments.errors import ExperimentError
 from experiments.tasks.base import OnStep, Task, TaskOptions
 from experiments.tasks.digits import Digits
+from experiments.tasks.linear import Linear
 from experiments.tasks.sst2 import SST2
 
-TASKS: dict[str, type[Task[Any]]] = {task.name: task for task in (Digits, SST2)}
+TASKS: dict[str, type[Task[Any]]] = {task.name: task for task in (Digits, Linear, SST2)}
 
 
 def parse_options(name: str, options: dict[str, Any]) -> TaskOptions:

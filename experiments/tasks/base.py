@@ -1,7 +1,7 @@
 """What the trainer asks of a task."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -113,7 +113,7 @@ def data_folder(data_dir: Path, name: str) -> Path:
     return data_dir / name if (data_dir / name).is_dir() else data_dir
 
 
-def classification_totals(logits: jax.Array, batch: Batch) -> Totals:
+def classification_totals(logits: jax.Array, batch: Mapping[str, Any]) -> Totals:
     """Cross entropy and accuracy of `batch["label"]`, weighted by `batch["weight"]`."""
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     hits = (logits.argmax(axis=-1) == batch["label"]).astype(losses.dtype)

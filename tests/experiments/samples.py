@@ -29,6 +29,7 @@ def make_result(
     loss: float = 0.5,
     status: Status = "finished",
     method: str = "adamw",
+    variant: str = "",
 ) -> RunResult:
     """Returns a result as if a run of two steps had been made."""
     scores = Scores(loss=loss, accuracy=0.75)
@@ -36,6 +37,8 @@ def make_result(
     end = CurvePoint(step=2, seconds=0.1, validation=scores)
     return RunResult(
         config=RunConfig(
+            study="digits",
+            variant=variant,
             task="digits",
             task_options={"rank": 4},
             data={"source": "made up"},

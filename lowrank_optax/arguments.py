@@ -4,6 +4,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 
 
@@ -22,8 +23,32 @@ def check(name: str, value: Any, ok: Callable[[Any], bool], remedy: str) -> None
     Example:
         >>> check("damping", 1e-6, lambda v: v > 0, "must be positive")
     """
-    if isinstance(value, int | float) and not ok(value):
+    if isinstance(value, int | float | np.number) and not ok(value):
         raise ValueError(f"`{name}` {remedy}, got {value}.")
+
+
+def check_integer(name: str, value: Any, least: int) -> None:
+    """Raises unless a value is an integer that is large enough; shapes and loops depend on it.
+
+    Args:
+        name: the argument's name.
+        value: its value.
+        least: the smallest value that is allowed.
+
+    Raises:
+        TypeError: it is not an integer.
+        ValueError: it is too small.
+
+    Example:
+        >>> check_integer("iterations", 1, least=0)
+    """
+    if not isinstance(value, int | np.integer):
+        raise TypeError(
+            f"`{name}` must be an integer, got {value!r}; under `optax.inject_hyperparams` name it"
+            " in `static_args`."
+        )
+    if value < least:
+        raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 
 
 def check_positive(name: str, value: Any) -> None:

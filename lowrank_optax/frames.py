@@ -55,8 +55,9 @@ def frame(pair: LoRAPair, key: jax.Array | None = None) -> FramedPair:
     dtype = compute_dtype(pair.a, pair.b)
     *batch, n_in, rank = pair.a.shape
     if key is None:
-        warm = jnp.ones(batch, dtype)
-        return FramedPair(pair.a, pair.b, pair.a.astype(dtype), pair.b.astype(dtype), warm)
+        # Copies, for a buffer that two leaves share cannot be donated.
+        f_in, f_out = (jnp.copy(x).astype(dtype) for x in pair)
+        return FramedPair(pair.a, pair.b, f_in, f_out, jnp.ones(batch, dtype))
     n_out = pair.b.shape[-1]
     if rank > min(n_in, n_out):
         raise ValueError(

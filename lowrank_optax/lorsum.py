@@ -22,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.arguments import check
+from lowrank_optax.arguments import check, check_integer
 from lowrank_optax.factors import LoRAPair
 from lowrank_optax.linalg import (
     SIDES,
@@ -70,6 +70,7 @@ def lorsum(
 
     Raises:
         ValueError: shapes that do not fit, a rank of 0, a number out of range.
+        TypeError: iterations that are not an integer.
 
     Example:
         >>> import jax.numpy as jnp
@@ -83,7 +84,7 @@ def lorsum(
     """
     check("ridge", ridge, lambda v: v >= 0, "must not be negative")
     check("damping", damping, lambda v: v >= 0, "must not be negative")
-    check("iterations", iterations, lambda k: k >= 0 and k == int(k), "must be a whole number")
+    check_integer("iterations", iterations, least=0)
     if len(terms) != len(coefficients):
         raise ValueError(f"{len(terms)} terms but {len(coefficients)} coefficients; give as many.")
     for name, pair in [("start", start), *((f"terms[{i}]", t) for i, t in enumerate(terms))]:

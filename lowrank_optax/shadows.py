@@ -32,7 +32,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax.arguments import check, check_choice, check_decay, check_positive
+from lowrank_optax.arguments import (
+    check,
+    check_choice,
+    check_decay,
+    check_integer,
+    check_positive,
+)
 from lowrank_optax.factors import (
     DEFAULT_SPECS,
     LoRAPair,
@@ -92,6 +98,7 @@ def shadow(
 
     Raises:
         ValueError: a number out of range.
+        TypeError: iterations or a rank that is not an integer.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -105,9 +112,10 @@ def shadow(
     *batch, n_in, rank = pair.a.shape
     n_out = pair.b.shape[-1]
     q = rank if momentum_rank is None else momentum_rank
-    check("iterations", iterations, lambda k: k >= 0 and k == int(k), "must be a whole number")
+    check_integer("iterations", iterations, least=0)
+    check_integer("momentum_rank", q, least=0)
     fits = f"must lie between 0 and min(in, out) = {min(n_in, n_out)}"
-    check("momentum_rank", q, lambda q: 0 <= q <= min(n_in, n_out), fits)
+    check("momentum_rank", q, lambda q: q <= min(n_in, n_out), fits)
     dtype = compute_dtype(pair.a, pair.b)
     node = ShadowedPair(pair.a, pair.b)
     if q:
@@ -388,8 +396,10 @@ def scale_gradients(grads: Any, factor: Any, specs: Sequence[PairMatcher] = DEFA
     pairing = find_pairs(grads, specs)
     times = lambda tree: jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
 
-    def scale(pair: ShadowedPair) -> ShadowedPair:
+    def scale(pair: Any) -> Any:
         scaled = times(pair)
+        if not isinstance(pair, ShadowedPair):
+            return scaled
         powers = {
             side: factor ** jnp.repeat(jnp.array(degrees), _width(pair))
             for side, degrees in _degrees(pair, iterations_of(pair)).items()
@@ -406,9 +416,9 @@ def scale_gradients(grads: Any, factor: Any, specs: Sequence[PairMatcher] = DEFA
             scaled = scaled._replace(d_in=of_inputs, d_out=factor**2 * pair.d_out)
         return scaled
 
-    pairs = pairing.take(grads, ShadowedPair)
+    pairs = pairing.take(grads)
     for leaves, pair in zip(pairing.pairs, pairs, strict=True):
-        if has_metric(pair) and iterations_of(pair):
+        if isinstance(pair, ShadowedPair) and has_metric(pair) and iterations_of(pair):
             raise ValueError(
                 f"{leaves.path}: the products of a pair with a metric cannot be scaled afterwards,"
                 " for they hold the metric of the unscaled gradient. Scale the loss instead, or use"
@@ -448,7 +458,7 @@ def clip_by_global_norm(
     def update(updates: Any, state: optax.EmptyState, params: Any = None) -> Any:
         del params
         pairing = find_pairs(updates, specs)
-        trained = [(pair.a, pair.b) for pair in pairing.take(updates, ShadowedPair)]
+        trained = [(pair.a, pair.b) for pair in pairing.take(updates)]
         norm = optax.tree.norm((trained, pairing.rest(updates)))
         factor = max_norm / jnp.maximum(norm, max_norm)
         return scale_gradients(updates, factor, specs), state

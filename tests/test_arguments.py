@@ -1,6 +1,7 @@
 """Hyperparameters out of range are refused where they are plain numbers, with the remedy."""
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
@@ -16,6 +17,7 @@ IDENTITY = optax.identity()
     [
         ({"learning_rate": 0.0}, "`learning_rate` must be positive, got 0.0"),
         ({"learning_rate": -1}, "`learning_rate` must be positive, got -1"),
+        ({"learning_rate": np.float32(0)}, "`learning_rate` must be positive, got 0.0"),
         ({"damping": 0.0}, "`damping` must be positive"),
         ({"damping": -1e-6}, "`damping` must be positive"),
         ({"b1": 1.0}, r"`b1` must lie in \[0, 1\), got 1.0"),

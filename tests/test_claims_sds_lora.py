@@ -256,6 +256,16 @@ def test_frames_stay_orthonormal_over_a_thousand_steps(refresh, warmup_steps):
     assert jnp.linalg.norm(delta(node) - target) < jnp.linalg.norm(target)
 
 
+@pytest.mark.parametrize("key", [None, jax.random.key(0)], ids=["warm-up", "no warm-up"])
+def test_a_new_framed_pair_can_be_donated(key):
+    """In the warm-up the frames are the factors in value, but a buffer is donated once only."""
+    node = frame(jax.tree.map(lambda x: x.astype(jnp.float32), random_pair()), key)
+    expected = jax.tree.map(lambda x: 2 * np.asarray(x), node)
+    doubled = jax.jit(lambda node: jax.tree.map(lambda x: 2 * x, node), donate_argnums=0)(node)
+    assert all(leaf.is_deleted() for leaf in jax.tree.leaves(node))
+    jax.tree.map(np.testing.assert_array_equal, doubled, expected)
+
+
 # The inner optimizer
 
 
@@ -421,7 +431,8 @@ def test_a_batch_on_eight_devices_trains_as_on_one():
         ({"total_steps": 10}, "`total_steps` must be above warmup_steps = 10, got 10"),
         ({"total_steps": 0, "warmup_steps": 0}, "`total_steps` must be above"),
         ({"total_steps": 20, "phases": 0}, "`phases` must be at least 1, got 0"),
-        ({"total_steps": 20, "warmup_steps": -1}, "`warmup_steps` must not be negative, got -1"),
+        ({"total_steps": np.int64(10)}, "`total_steps` must be above warmup_steps = 10, got 10"),
+        ({"total_steps": 20, "warmup_steps": -1}, "`warmup_steps` must be at least 0, got -1"),
         ({"total_steps": 20, "refresh": "never"}, "`refresh` must be one of frames, preserving"),
     ],
 )
@@ -462,6 +473,13 @@ def test_pairs_of_other_optimizers_are_refused():
     for tx in (altlora(0.1), oplora(0.1), scale_by_inverse_sqrt_gram()):
         with pytest.raises(ValueError, match="Pair, but this is a FramedPair"):
             tx.init(frame(pair))
+
+
+def test_an_inner_optimizer_of_pairs_is_refused():
+    """It would take what flows through frames for gradients of a pair."""
+    for inner in (altlora(0.1), optax.chain(scale_by_inverse_sqrt_gram(), optax.sgd(0.1))):
+        with pytest.raises(ValueError, match=r"works on LoRA pairs itself.*such as `optax.adamw`"):
+            sds_lora(inner, total_steps=20).init({"q": frame(random_pair())})
 
 
 def test_pairs_of_the_other_start_are_refused():

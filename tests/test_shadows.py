@@ -8,6 +8,7 @@ import pytest
 
 from lowrank_optax import (
     LoRAPair,
+    frame,
     lorsum,
     nn,
     oplora,
@@ -327,6 +328,18 @@ def test_clipping_is_the_gradient_of_a_smaller_loss():
     assert_close(after["q"], update(oplora(0.1, iterations=2), params, of(0.25))[0]["q"], 1e-10)
 
 
+@pytest.mark.usefixtures("x64")
+def test_clipping_takes_every_kind_of_pair():
+    """Frames are constants, whose gradients are zero; the factors are clipped with the others."""
+    params = {"shadowed": make_node(), "plain": make_pair(20), "framed": frame(make_pair(30), KEY)}
+    x = normal(9, TOKENS, N_IN)
+    of = lambda factor: jax.grad(lambda p: factor * sum(loss(n, x) for n in p.values()))(params)
+    grads = of(1.0)
+    norm = optax.tree.norm([(g.a, g.b) for g in grads.values()])
+    clip = shadows.clip_by_global_norm(0.25 * norm)
+    assert_close(clip.update(grads, clip.init(params))[0], of(0.25), rtol=1e-12)
+
+
 def test_clipping_by_optax_is_found():
     node, x = make_node(iterations=1), normal(9, TOKENS, N_IN)
     tx = optax.chain(optax.clip_by_global_norm(1e-3), oplora(0.1))
@@ -352,8 +365,10 @@ def test_errors_of_shadow():
     pair = LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4)))
     with pytest.raises(ValueError, match=r"momentum_rank.*between 0 and min\(in, out\) = 4"):
         shadow(pair, KEY, momentum_rank=5)
-    with pytest.raises(ValueError, match="iterations"):
+    with pytest.raises(ValueError, match="`iterations` must be at least 0, got -1"):
         shadow(pair, KEY, iterations=-1)
+    with pytest.raises(TypeError, match=r"`momentum_rank` must be an integer, got 1\.0"):
+        shadow(pair, KEY, momentum_rank=1.0)
     with pytest.raises(ValueError, match=r"metric\.kind"):
         shadow(pair, KEY, metric=shadows.Metric("newton"))
     with pytest.raises(ValueError, match=r"metric\.damping"):
@@ -373,8 +388,8 @@ def test_errors_of_lorsum():
         run(LoRAPair(jnp.ones((6, 0)), jnp.ones((0, 4))))
     with pytest.raises(ValueError, match="`ridge` must not be negative"):
         run(start, ridge=-1.0)
-    with pytest.raises(ValueError, match="`iterations` must be a whole number"):
-        run(start, iterations=0.5)
+    with pytest.raises(TypeError, match=r"`iterations` must be an integer, got 1\.0"):
+        run(start, iterations=1.0)
     with pytest.raises(ValueError, match="1 terms but 2 coefficients"):
         lorsum([start], [1.0, 2.0], start, iterations=1, ridge=0.1)
 
@@ -389,6 +404,7 @@ def test_errors_of_lorsum():
         (oplora(0.1), make_node(metric=shadows.Metric()), "It has a metric"),
         (oplora_proj(0.1), make_node(), r"iterations=2, momentum_rank=0\)"),
         (scaled_oplora(0.1), make_node(), r"metric=shadows.Metric\(\)\)"),
+        (oplora(0.1), jax.tree.map(jnp.bfloat16, make_node()), "in bfloat16.*cast the factors al"),
     ],
 )
 def test_pairs_without_the_right_shadows_are_named_with_the_remedy(tx, node, remedy):
@@ -400,6 +416,19 @@ def test_a_node_without_momentum_leaves_is_an_error():
     node = make_node()
     with pytest.raises(ValueError, match=r"q: .*shadow"):
         oplora(0.1).init({"q": node._replace(m_a=None, m_b=None)})
+
+
+@pytest.mark.parametrize("method", [oplora, oplora_proj, scaled_oplora])
+def test_injected_iterations_must_be_static(method):
+    """Shapes depend on them; as traced numbers they would fail somewhere inside."""
+    metric = METRICS[1] if method is scaled_oplora else None
+    params = {"q": make_node(iterations=2, metric=metric)}
+    with pytest.raises(TypeError, match=r"`iterations` must be an integer.*`static_args`"):
+        optax.inject_hyperparams(method)(0.1).init(params)
+    tx = optax.inject_hyperparams(method, static_args=("iterations",))(0.1)
+    grads = {"q": jax.grad(loss)(params["q"], normal(9, TOKENS, N_IN))}
+    after, _ = update(tx, params, grads)
+    assert_close(after, update(method(0.1), params, grads)[0], rtol=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from lowrank_optax import LoRAPair, frame
 from lowrank_optax.methods.svd_lora import pair_of_delta, svd_lora, truncated_svd
 
 RANK = 2
@@ -215,6 +216,13 @@ def test_leaves_that_cannot_be_projected_are_named(leaf, rank, error, message):
         tx.update(params, state, params)
     with pytest.raises(error, match=message.split(".*")[0].replace("block/w", "delta")):
         pair_of_delta(leaf, rank)
+
+
+@pytest.mark.parametrize("node", [lambda p: p, lambda p: frame(p, jax.random.key(0))])
+def test_pairs_are_no_dense_updates(node):
+    pair = node(LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 5))))
+    with pytest.raises(ValueError, match=r"block: svd_lora works on the dense ΔK.*Pair"):
+        svd_lora(optax.sgd(0.1), 1).init({"block": pair})
 
 
 def test_update_needs_the_parameters():

@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import factors, pairwise, shadows
-from lowrank_optax.arguments import check, check_decay, check_positive
+from lowrank_optax.arguments import check, check_decay, check_integer, check_positive
 from lowrank_optax.factors import ShadowedPair
 from lowrank_optax.linalg import (
     SIDES,
@@ -107,13 +107,15 @@ def oplora(
         The transformation, to be the last link of a chain. With ``iterations`` from 1 it needs the
         gradient of one backward pass. A pair whose quadratic products are not of its gradient is
         not moved and counted in ``state.skipped``: the mean over micro-batches
-        (``optax.MultiSteps``; use ``iterations=0``), an adapter used twice in a forward pass, or
-        clipping other than by ``shadows.clip_by_global_norm``. State: none beside counters; the
-        shadows are one copy of the factors.
+        (``optax.MultiSteps``; use ``iterations=0``), an adapter used twice in a forward pass,
+        gradients rounded to bfloat16, or clipping other than by ``shadows.clip_by_global_norm``.
+        State: none beside counters. Of the leaves among the parameters the momentum is one copy of
+        the factors; the zeros that stand for further products are 4 k - 3 copies where in = out.
 
     Raises:
         ValueError: an argument out of range; from ``init`` and ``update``, pairs that do not fit or
             have no shadows for this momentum and these iterations.
+        TypeError: iterations that are not an integer.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -227,11 +229,13 @@ def scaled_oplora(
         also says whether the statistics are K-FAC's or Shampoo's. The backward pass reads β₂,
         damping and power from a leaf: this optimizer writes its own there with each update, so a
         first step in other numbers is avoided by giving them to ``Metric`` too. State: none beside
-        counters; the shadows are one copy of the factors and two diagonals.
+        counters. Of the leaves among the parameters the momentum is one copy of the factors, the
+        zeros that stand for products are 6 k - 1.5 where in = out, and the metric two diagonals.
 
     Raises:
         ValueError: an argument out of range; from ``init`` and ``update``, pairs that do not fit or
             have no metric or shadows for this momentum and these iterations.
+        TypeError: iterations that are not an integer.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -345,6 +349,7 @@ def oplora_proj(
     Raises:
         ValueError: an argument out of range; from ``init`` and ``update``, pairs that do not fit or
             whose shadows do not suffice.
+        TypeError: iterations that are not an integer.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -422,7 +427,7 @@ def oplora_proj(
 def _check(learning_rate: Any, momentum: Any, iterations: Any, lmbd: Any) -> None:
     check_positive("learning_rate", learning_rate)
     check("momentum", momentum, lambda v: 0 <= v < 1, "must lie in [0, 1)")
-    check("iterations", iterations, lambda k: k >= 0 and k == int(k), "must be a whole number")
+    check_integer("iterations", iterations, least=0)
     check("lmbd", lmbd, lambda v: v >= 0, "must not be negative")
 
 
@@ -460,6 +465,11 @@ def _shadows_for(
     settings += ", metric=shadows.Metric()" if with_metric else ""
 
     def lacks(pair: ShadowedPair) -> str:
+        if pair.seal is not None and jnp.finfo(pair.seal.dtype).bits < 32:
+            return (
+                f"finds shadows in {pair.seal.dtype}, in which products cannot be told from sums:"
+                " cast the factors alone, and keep their shadows in float32."
+            )
         enough = shadows.iterations_of(pair) >= iterations
         has_all = enough and (pair.m_a is not None or not with_momentum)
         if has_all and shadows.has_metric(pair) == with_metric:

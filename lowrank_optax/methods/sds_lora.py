@@ -27,11 +27,10 @@ from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from lowrank_optax import factors, pairwise
-from lowrank_optax.arguments import check, check_choice, check_positive
+from lowrank_optax.arguments import check, check_choice, check_integer, check_positive
 from lowrank_optax.factors import FramedPair, LoRAPair
 from lowrank_optax.frames import decompose, orthonormalize
 from lowrank_optax.linalg import (
@@ -83,7 +82,8 @@ def sds_lora(
     .. math:: \Delta K = s\,(a\,F + E\,b) \qquad g_a = s\,G\,F^\top \qquad g_b = s\,E^\top G
 
     Args:
-        inner: the optimizer of the factors, or a learning rate or schedule for ``optax.adamw``.
+        inner: the optimizer of the factors, or a learning rate or schedule for ``optax.adamw``. It
+            must not be one that works on pairs, such as ``altlora``.
         total_steps: T, the number of updates the run will make.
         warmup_steps: W, below T; 0 for pairs made by ``frame(pair, key)``.
         phases: P, at least 1.
@@ -103,7 +103,8 @@ def sds_lora(
 
     Raises:
         ValueError: an argument out of range; from ``init`` and ``update``, pairs that do not fit,
-            without frames, or of the other start; from ``update``, the state of another schedule.
+            without frames, or of the other start; from ``init``, an inner optimizer of pairs; from
+            ``update``, the state of another schedule.
         TypeError: numbers of the schedule that are not integers; an inner state whose
             moments cannot be found.
 
@@ -125,15 +126,9 @@ def sds_lora(
     """
     schedule = {"warmup_steps": warmup_steps, "total_steps": total_steps, "phases": phases}
     for name, value in schedule.items():
-        if not isinstance(value, int | np.integer):
-            raise TypeError(
-                f"`{name}` must be an integer, got {value!r}; under `optax.inject_hyperparams` name"
-                " it in `static_args`."
-            )
-    check("warmup_steps", warmup_steps, lambda v: v >= 0, "must not be negative")
+        check_integer(name, value, least=1 if name == "phases" else 0)
     above = f"must be above warmup_steps = {warmup_steps}"
     check("total_steps", total_steps, lambda v: v > warmup_steps, above)
-    check("phases", phases, lambda v: v >= 1, "must be at least 1")
     check_choice("refresh", refresh, ("frames", "preserving"))
     key = ", ".join(f"{name}={value}" for name, value in schedule.items())
     if isinstance(inner, optax.MultiSteps):
@@ -167,9 +162,13 @@ def sds_lora(
     def init(params: Any) -> SDSLoRAState:
         frames = framing.init(params)
         pairing = pairwise.find_nodes(params, **what)
-        return SDSLoRAState(
-            inner.init(_factors_only(pairing, params)), frames, {key: jnp.zeros([], jnp.int32)}
-        )
+        inner_state = inner.init(_factors_only(pairing, params))
+        if pairing.pairs and _knows_pairs(inner_state):
+            raise ValueError(
+                "the inner optimizer of sds_lora works on LoRA pairs itself, but gradients through"
+                " frames are not those of a pair; give one that does not, such as `optax.adamw`."
+            )
+        return SDSLoRAState(inner_state, frames, {key: jnp.zeros([], jnp.int32)})
 
     def update(
         updates: Any, state: SDSLoRAState, params: Any = None, **extra_args: Any
@@ -338,6 +337,12 @@ def _factors_only(pairing: factors.Pairing, tree: Any) -> Any:
     masked = {name: optax.MaskedNode() for name in FramedPair._fields if name not in ("a", "b")}
     nodes = [FramedPair(pair.a, pair.b, **masked) for pair in pairing.take(tree)]
     return pairing.put(nodes, tree)
+
+
+def _knows_pairs(state: Any) -> bool:
+    """Whether a state is, or holds, that of a method of this library."""
+    is_lifted = lambda x: isinstance(x, PairwiseState)
+    return any(is_lifted(x) for x in jax.tree.leaves(state, is_leaf=is_lifted))
 
 
 def _layout(tree: Any) -> Any:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import meshes
-from lowrank_optax.factors import LoRAPair, path_name
+from lowrank_optax.factors import NODES, LoRAPair, path_name
 from lowrank_optax.linalg import compute_dtype, product, svd
 
 _LEAVE_OUT = (
@@ -51,8 +51,8 @@ def svd_lora(
         where it starts with a higher one. State: the inner optimizer's.
 
     Raises:
-        ValueError: from ``init`` and ``update``, a leaf without two axes or too small for the rank;
-            from ``update``, no ``params``.
+        ValueError: from ``init`` and ``update``, a leaf without two axes or too small for the rank,
+            or a LoRA pair; from ``update``, no ``params``.
         TypeError: a leaf that is not floating.
 
     Example:
@@ -69,7 +69,13 @@ def svd_lora(
     inner = optax.with_extra_args_support(inner)
 
     def check_leaves(params: Any) -> None:
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        is_node = lambda x: isinstance(x, NODES)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node):
+            if is_node(leaf):
+                raise ValueError(
+                    f"{path_name(path)}: svd_lora works on the dense ΔK, but this is a"
+                    f" {type(leaf).__name__}. Use the optimizer made for it.{_LEAVE_OUT}"
+                )
             _check(path_name(path), leaf, rank, _LEAVE_OUT)
 
     def init(params: Any) -> SVDLoRAState:

@@ -1,0 +1,259 @@
+"""The Llama decoder in Flax NNX, with weights in the Hugging Face format.
+
+Written here because no library that is on PyPI serves: `google-tunix` 0.1.7 has such a model, but
+brings tensorflow-datasets, numba, transformers and some twenty packages more, and wants
+safetensors < 0.8; `jax-bonsai` 0.0.1 is an empty placeholder.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax.typing import DTypeLike
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from experiments.models.checkpoint import Shape, fill, open_safetensors, read_shape
+
+
+class RopeScaling(BaseModel):
+    """How Llama 3.1 and later stretch the rotary wavelengths beyond the pretrained context."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position_embeddings: int
+
+    def apply(self, frequencies: jax.Array) -> jax.Array:
+        """Divides slow frequencies by `factor`, keeps fast ones, and blends those between."""
+        turns = self.original_max_position_embeddings * frequencies / (2 * math.pi)
+        low, high = self.low_freq_factor, self.high_freq_factor
+        keep = jnp.clip((turns - low) / (high - low), 0.0, 1.0)
+        return frequencies * (keep + (1.0 - keep) / self.factor)
+
+
+class LlamaShape(Shape):
+    """The sizes of a Llama decoder."""
+
+    model_types: ClassVar[tuple[str, ...]] = ("llama",)
+
+    vocabulary: int = Field(validation_alias="vocab_size")
+    width: int = Field(validation_alias="hidden_size")
+    depth: int = Field(validation_alias="num_hidden_layers")
+    heads: int = Field(validation_alias="num_attention_heads")
+    kv_heads: int = Field(validation_alias="num_key_value_heads")
+    head_width: int = Field(validation_alias="head_dim")
+    mlp_width: int = Field(validation_alias="intermediate_size")
+    norm_eps: float = Field(validation_alias="rms_norm_eps")
+    tied: bool = Field(default=False, validation_alias="tie_word_embeddings")
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    hidden_act: Literal["silu"] = "silu"
+    attention_bias: Literal[False] = False
+    mlp_bias: Literal[False] = False
+
+    @model_validator(mode="before")
+    @classmethod
+    def _complete(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """Fills in what older files leave out, and reads both ways to write the rotary settings."""
+        config = dict(config)
+        rope = config.pop("rope_parameters", None) or config.pop("rope_scaling", None)
+        if rope:
+            config["rope_theta"] = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+            kind = rope.get("rope_type", rope.get("type"))
+            if kind not in ("default", "llama3"):
+                raise ValueError(f"rotary embeddings of type {kind!r} are not supported")
+            config["rope_scaling"] = rope if kind == "llama3" else None
+        if config.get("num_key_value_heads") is None and "num_attention_heads" in config:
+            config["num_key_value_heads"] = config["num_attention_heads"]
+        if config.get("head_dim") is None and {"hidden_size", "num_attention_heads"} <= set(config):
+            config["head_dim"] = config["hidden_size"] // config["num_attention_heads"]
+        return config
+
+
+class Attention(nnx.Module):
+    """Causal self-attention with rotary positions, where several queries share a key and value."""
+
+    def __init__(self, shape: LlamaShape, dtype: DTypeLike, *, rngs: nnx.Rngs) -> None:
+        self.shape = shape
+        queries, keys = (n * shape.head_width for n in (shape.heads, shape.kv_heads))
+        self.query = _linear(shape.width, queries, dtype, rngs)
+        self.key = _linear(shape.width, keys, dtype, rngs)
+        self.value = _linear(shape.width, keys, dtype, rngs)
+        self.out = _linear(queries, shape.width, dtype, rngs)
+
+    def __call__(self, x: jax.Array, angles: jax.Array) -> jax.Array:
+        """Maps tokens (batch, length, width), with their `angles`, to tokens of the same shape."""
+
+        def split(y: jax.Array) -> jax.Array:
+            return y.reshape(*x.shape[:2], -1, self.shape.head_width)
+
+        query = rotate(split(self.query(x)), angles)
+        key = rotate(split(self.key(x)), angles)
+        attended = jax.nn.dot_product_attention(query, key, split(self.value(x)), is_causal=True)
+        return self.out(attended.reshape(*x.shape[:2], -1))
+
+
+class SwiGLU(nnx.Module):
+    r"""The gated perceptron: down(silu(gate(x)) \* up(x))."""
+
+    def __init__(self, shape: LlamaShape, dtype: DTypeLike, *, rngs: nnx.Rngs) -> None:
+        self.gate = _linear(shape.width, shape.mlp_width, dtype, rngs)
+        self.up = _linear(shape.width, shape.mlp_width, dtype, rngs)
+        self.down = _linear(shape.mlp_width, shape.width, dtype, rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps tokens (batch, length, width) to tokens of the same shape."""
+        return self.down(jax.nn.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderLayer(nnx.Module):
+    """One pre-norm layer."""
+
+    def __init__(self, shape: LlamaShape, dtype: DTypeLike, *, rngs: nnx.Rngs) -> None:
+        self.attention_norm = _norm(shape, dtype, rngs)
+        self.attention = Attention(shape, dtype, rngs=rngs)
+        self.mlp_norm = _norm(shape, dtype, rngs)
+        self.mlp = SwiGLU(shape, dtype, rngs=rngs)
+
+    def __call__(self, x: jax.Array, angles: jax.Array) -> jax.Array:
+        """Maps tokens (batch, length, width), with their `angles`, to tokens of the same shape."""
+        x = x + self.attention(self.attention_norm(x), angles)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Llama(nnx.Module):
+    """The decoder: embedding, pre-norm layers and the next token's logits.
+
+    Sequences are padded on the right: by causality what follows a token does not reach it.
+
+    Args:
+        shape: Sizes of the model.
+        dtype: Of the weights and of the activations; norms, rotary angles and the softmax of the
+            attention are in float32 all the same.
+        rngs: Random streams for the initial weights.
+    """
+
+    def __init__(
+        self, shape: LlamaShape, dtype: DTypeLike = jnp.float32, *, rngs: nnx.Rngs
+    ) -> None:
+        self.shape = shape
+        self.embed = nnx.Embed(
+            shape.vocabulary, shape.width, dtype=dtype, param_dtype=dtype, rngs=rngs
+        )
+        self.layers = nnx.List([DecoderLayer(shape, dtype, rngs=rngs) for _ in range(shape.depth)])
+        self.norm = _norm(shape, dtype, rngs)
+        if not shape.tied:
+            self.unembed = _linear(shape.width, shape.vocabulary, dtype, rngs)
+
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        """Maps token ids (batch, length) to logits of the next tokens (batch, length, vocabulary).
+
+        The logits are float32.
+        """
+        angles = rotary_angles(self.shape, tokens.shape[1])
+        x = self.embed(tokens)
+        for layer in self.layers:
+            x = layer(x, angles)
+        x = self.norm(x)
+        logits = self.embed.attend(x) if self.shape.tied else self.unembed(x)
+        return logits.astype(jnp.float32)
+
+
+def rotary_angles(shape: LlamaShape, length: int) -> jax.Array:
+    """Returns position times frequency, (length, head_width / 2), float32."""
+    exponents = jnp.arange(0, shape.head_width, 2, dtype=jnp.float32) / shape.head_width
+    frequencies = shape.rope_theta**-exponents
+    if shape.rope_scaling is not None:
+        frequencies = shape.rope_scaling.apply(frequencies)
+    return jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+
+
+def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
+    """Turns each pair of features (i, i + half) by the angle i of its position.
+
+    Args:
+        x: Queries or keys, (batch, length, heads, head_width).
+        angles: (length, head_width / 2).
+
+    Returns:
+        The rotated features, of `x`'s shape and dtype.
+    """
+    cos, sin = jnp.cos(angles)[:, None, :], jnp.sin(angles)[:, None, :]
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x.dtype)
+
+
+def load_llama(model_dir: Path, dtype: DTypeLike = jnp.float32) -> Llama:
+    """Loads a decoder from a folder with `config.json` and (sharded) safetensors.
+
+    Args:
+        model_dir: The folder.
+        dtype: Of the weights and the activations, whatever the file stores.
+
+    Returns:
+        The decoder.
+
+    Raises:
+        ExperimentError: A file is missing, damaged, or of another architecture.
+    """
+    shape = read_shape(model_dir, LlamaShape)
+    names = dict(tensor_names(shape))
+    return fill(lambda: Llama(shape, dtype, rngs=nnx.Rngs(0)), open_safetensors(model_dir), names)
+
+
+def tensor_names(shape: LlamaShape) -> Iterator[tuple[str, str]]:
+    """Yields (path in the module, Hugging Face tensor name) for every parameter."""
+    yield "embed/embedding", "model.embed_tokens.weight"
+    yield "norm/scale", "model.norm.weight"
+    if not shape.tied:
+        yield "unembed/kernel", "lm_head.weight"
+    for i in range(shape.depth):
+        ours, theirs = f"layers/{i}", f"model.layers.{i}"
+        yield f"{ours}/attention_norm/scale", f"{theirs}.input_layernorm.weight"
+        yield f"{ours}/mlp_norm/scale", f"{theirs}.post_attention_layernorm.weight"
+        for name, short in (("query", "q"), ("key", "k"), ("value", "v"), ("out", "o")):
+            yield f"{ours}/attention/{name}/kernel", f"{theirs}.self_attn.{short}_proj.weight"
+        for name in ("gate", "up", "down"):
+            yield f"{ours}/mlp/{name}/kernel", f"{theirs}.mlp.{name}_proj.weight"
+
+
+@nnx.jit(static_argnames="length")
+def greedy_decode(model: Llama, prompt: jax.Array, length: int) -> jax.Array:
+    """Continues prompts by the likeliest token each time.
+
+    Every step runs the whole sequence: there is no cache of keys and values, which short
+    sequences of small models do not need.
+
+    Args:
+        model: The decoder.
+        prompt: Token ids, (batch, prompt length).
+        length: Length to reach.
+
+    Returns:
+        Token ids, (batch, length), that begin with the prompts.
+    """
+    start = prompt.shape[1]
+    tokens = jnp.pad(prompt, ((0, 0), (0, length - start)))
+
+    def extend(position: jax.Array, tokens: jax.Array) -> jax.Array:
+        logits = model(tokens)[:, position - 1]
+        return tokens.at[:, position].set(logits.argmax(axis=-1).astype(tokens.dtype))
+
+    return jax.lax.fori_loop(start, length, extend, tokens)
+
+
+def _linear(n_in: int, n_out: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:
+    return nnx.Linear(n_in, n_out, use_bias=False, dtype=dtype, param_dtype=dtype, rngs=rngs)
+
+
+def _norm(shape: LlamaShape, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
+    return nnx.RMSNorm(
+        shape.width, epsilon=shape.norm_eps, dtype=dtype, param_dtype=dtype, rngs=rngs
+    )

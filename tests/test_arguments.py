@@ -1,11 +1,22 @@
 """Hyperparameters out of range are refused where they are plain numbers, with the remedy."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from lowrank_optax import LoRAPair, altlora, altlora_plus, scale_by_altlora, scale_by_altlora_plus
+from lowrank_optax import (
+    LoRAPair,
+    altlora,
+    altlora_plus,
+    oplora,
+    oplora_proj,
+    scale_by_altlora,
+    scale_by_altlora_plus,
+    scaled_oplora,
+    sds_lora,
+)
 
 PARAMS = {"q": LoRAPair(jnp.eye(4, 2), jnp.zeros((2, 3))), "bias": jnp.ones(3)}
 IDENTITY = optax.identity()
@@ -70,3 +81,26 @@ def test_mask_tree_covers_pairs_and_the_fallback():
     updates, _ = tx.update(zero, tx.init(params), params)
     assert jnp.allclose(updates["q"].b, -0.05)
     assert not jnp.any(updates["bias"])
+
+
+@pytest.mark.parametrize(
+    ("tx", "expected"),
+    [
+        (altlora(0.1), optax.adamw(0.1, weight_decay=0.0)),
+        (altlora_plus(0.1, 0.8, 0.9, 1e-3), optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0)),
+        (scale_by_altlora(0.8), optax.scale_by_adam(0.8)),
+        (scale_by_altlora_plus(0.8, 0.9, 1e-3), optax.scale_by_adam(0.8, 0.9, 1e-3)),
+        (oplora(0.1), optax.adamw(0.1)),
+        (oplora_proj(0.1), optax.adamw(0.1)),
+        (scaled_oplora(0.1), optax.adamw(0.1)),
+        (sds_lora(0.1, total_steps=20), optax.adamw(0.1)),
+    ],
+)
+def test_other_leaves_go_to_adam_by_default(tx, expected):
+    params = {"bias": jnp.array([1.0, -2.0, 3.0])}
+    state, expected_state = tx.init(params), expected.init(params)
+    for factor in (1.0, -3.0):
+        grads = jax.tree.map(lambda x: factor * x, params)  # noqa: B023
+        updates, state = tx.update(grads, state, params)
+        wanted, expected_state = expected.update(grads, expected_state, params)
+        np.testing.assert_allclose(updates["bias"], wanted["bias"], rtol=1e-6)

@@ -111,6 +111,15 @@ def test_the_backward_pass_returns_products_of_the_dense_gradient(
             np.testing.assert_allclose(element, want, rtol=0, atol=1e-12 * jnp.max(abs(want)))
 
 
+@pytest.mark.parametrize("n_out", [5, 128, 129])
+def test_shampoos_statistics_of_layers_of_any_width(n_out):
+    """They are summed over blocks of 128 output features."""
+    pair = LoRAPair(normal(0, N_IN, RANK), normal(1, RANK, n_out))
+    node, x = shadow(pair, KEY, metric=METRICS[2]), normal(9, TOKENS, N_IN)
+    grads = jax.grad(loss)(node, x)
+    assert_close((grads.d_in, grads.d_out), dense_statistics("shampoo", x, pair), rtol=1e-4)
+
+
 @pytest.mark.parametrize("metric", METRICS, ids=lambda m: m.kind if m else "plain")
 def test_shadows_change_neither_output_nor_ordinary_gradients(metric):
     node, x = make_node(iterations=2, metric=metric), normal(9, TOKENS, N_IN)

@@ -179,14 +179,15 @@ def _squared_norms(
         return rows + jnp.sum(square, axis=-1), jnp.sum(square, axis=-2)
 
     batch = node.a.shape[:-2]
-    number, remainder = divmod(dy.shape[-1], _BLOCK)
+    width = min(_BLOCK, dy.shape[-1])
+    number, remainder = divmod(dy.shape[-1], width)
     rows = jnp.zeros_like(node.d_in, _wide(x).dtype)
     rows, columns = jax.lax.scan(
-        lambda rows, i: of_block(rows, i * _BLOCK, _BLOCK), rows, jnp.arange(number)
+        lambda rows, i: of_block(rows, i * width, width), rows, jnp.arange(number)
     )
-    columns = jnp.moveaxis(columns, 0, -2).reshape(*batch, number * _BLOCK)
+    columns = jnp.moveaxis(columns, 0, -2).reshape(*batch, number * width)
     if remainder:
-        rows, last = of_block(rows, number * _BLOCK, remainder)
+        rows, last = of_block(rows, number * width, remainder)
         columns = jnp.concatenate([columns, last], axis=-1)
     return rows, columns
 

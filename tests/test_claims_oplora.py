@@ -1,0 +1,88 @@
+"""What the OPLoRA methods promise where the released trajectories, all with s = 1, say nothing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from lowrank_optax import LoRAPair, nn, oplora, oplora_proj, scaled_oplora, shadow, shadows
+
+pytestmark = pytest.mark.usefixtures("x64")
+
+TOKENS, N_IN, RANK, N_OUT = 20, 9, 3, 7
+RATE = 0.1
+KEY = jax.random.key(0)
+
+
+def normal(seed, *shape):
+    return np.random.default_rng(seed).standard_normal(shape)
+
+
+X, TARGET = normal(2, TOKENS, N_IN), normal(3, TOKENS, N_OUT)
+PAIR = LoRAPair(normal(0, N_IN, RANK), normal(1, RANK, N_OUT))
+
+
+def train(tx, node, scale=1.0, steps=3):
+    """The nodes after each step, by gradients of the layer's own backward pass."""
+
+    def loss(node):
+        return jnp.mean((nn.lora_apply(X, node, scale) - TARGET) ** 2)
+
+    @jax.jit
+    def step(node, state):
+        updates, state = tx.update(jax.grad(loss)(node), state, node)
+        return optax.apply_updates(node, updates), state
+
+    state, nodes = tx.init(node), []
+    for _ in range(steps):
+        node, state = step(node, state)
+        nodes.append(node)
+    return nodes
+
+
+TINY = {"lmbd": 0.0, "momentum_damping": 1e-14}
+METRIC = shadows.Metric()
+METHODS = {
+    "preconditioned": (lambda s: oplora(RATE, 0.0, iterations=0, lmbd=1e-14, scale=s), None),
+    "oplora": (lambda s: oplora(RATE, scale=s, **TINY), {}),
+    "oplora_proj": (
+        lambda s: oplora_proj(RATE, lmbd=0.0, scale=s),
+        {"iterations": 2, "momentum_rank": 0},
+    ),
+    "scaled_oplora": (lambda s: scaled_oplora(RATE, scale=s, **TINY), {"metric": METRIC}),
+}
+
+
+@pytest.mark.parametrize(("make", "shadowed"), METHODS.values(), ids=METHODS)
+def test_the_scale_is_that_of_the_forward_pass(make, shadowed):
+    """s a b and (√s a)(√s b) are one adapter, and without a ridge they are moved as one."""
+    scale = 4.0
+    deltas = {}
+    for s in (1.0, scale):
+        pair = jax.tree.map(lambda x: np.sqrt(scale / s) * x, PAIR)  # noqa: B023
+        node = pair if shadowed is None else shadow(pair, KEY, **shadowed)
+        deltas[s] = [s * n.a @ n.b for n in train(make(s), node, s)]
+    for one, other in zip(deltas[1.0], deltas[scale], strict=True):
+        # The metric's λ has a floor of 1e-5.
+        np.testing.assert_allclose(other, one, rtol=0, atol=2e-4 if shadowed else 1e-9)
+    assert jnp.max(jnp.abs(deltas[1.0][-1] - scale * PAIR.a @ PAIR.b)) > 0.05
+
+
+def test_dampening_shortens_what_the_gradient_adds():
+    """Of the first step, whose momentum is zero, and of the momentum that it leaves."""
+    node = shadow(PAIR, KEY)
+    [damped] = train(oplora(RATE, dampening=0.75, **TINY), node, steps=1)
+    [shorter] = train(oplora(RATE / 4, **TINY), node, steps=1)
+    np.testing.assert_allclose(damped.a @ damped.b, shorter.a @ shorter.b, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(damped.m_b, shorter.m_b / 4, rtol=1e-9)
+    assert jnp.linalg.norm(damped.m_b) > 1e-3
+
+
+@pytest.mark.parametrize("kind", ["kfac", "shampoo"])
+def test_the_optimizer_hands_its_own_numbers_to_the_backward_pass(kind):
+    """Only the first step is made in the numbers that the node was given."""
+    node = shadow(PAIR, KEY, metric=shadows.Metric(kind, b2=0.5, damping=1.0, power=1.0))
+    tx = scaled_oplora(RATE, b2=0.9, damping=0.01, power=0.25)
+    after = train(tx, node, steps=1)[0]
+    np.testing.assert_allclose(getattr(after, kind), [0.9, 0.01, 0.25], rtol=1e-12)

@@ -1,4 +1,3 @@
-import itertools
 import json
 
 import jax
@@ -43,7 +42,7 @@ def load_classifier(folder, kind):
     head = fill(
         lambda: FirstTokenHead(WIDTH, CLASSES, rngs=nnx.Rngs(0)),
         open_encoder(folder, encoder.shape),
-        dict(itertools.chain(*names)),
+        names,
     )
     return TextClassifier(encoder, head)
 

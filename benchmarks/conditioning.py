@@ -1,12 +1,8 @@
 """Convergence and the condition number of the factors: gradient descent on a matrix problem.
 
-``python -m benchmarks.conditioning --out benchmarks/results/conditioning.json`` minimizes
-``½ ‖ΔK - T‖²`` for a target T of rank 4, near which ΔK = s a b starts. Half of the singular values
-of either factor are 1/κ of the others. Two problems differ in which half:
-
-* ``factorization``: the weak half of ``a`` meets the strong half of ``b``, so that T and ΔK are
-  perfectly conditioned and only their factorization is not;
-* ``adapter``: weak meets weak, as in a balanced factorization of a T of condition number κ².
+``python -m benchmarks.conditioning --out benchmarks/results/conditioning.json`` descends in float64
+on the two problems of ``experiments.tasks.conditioning``, in which half of the singular values of
+either factor are 1/κ of the others.
 
 LoRA descends on the factors, SDS-LoRA through the frames of the same ΔK, as between two refreshes:
 with constant frames the loss of ``ΔK = s (a F + E b)`` is a quadratic, and s² and 2 s² are the only
@@ -24,7 +20,7 @@ the second half of the run, which ends where rounding begins.
 
 import json
 import pathlib
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import Annotated, Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -38,30 +34,14 @@ from rich.progress import track
 from rich.table import Table
 
 from benchmarks.timing import environment
+from experiments.tasks.conditioning import N_IN, SCALE, Kind, Problem, make_problem
 from lowrank_optax import FramedPair, LoRAPair, frame, nn, sds_lora
 
-N_IN, RANK, N_OUT = 16, 4, 12
-SCALE = 2.0
-ANGLE = 0.3
 STEP_SIZES = (0.5, 1.0, 4 / 3, 1.9)
 FLOOR = 1e-24
 CONDITIONS = (1.0, 1e1, 1e2, 1e3, 1e4)
 METHODS = ("LoRA", "SDS-LoRA")
 COLORS = {"LoRA": "C1", "SDS-LoRA": "C0"}
-
-Kind = Literal["factorization", "adapter"]
-
-
-class Problem(NamedTuple):
-    """One problem.
-
-    Args:
-        target: T, (in, out).
-        start: the factors to start at.
-    """
-
-    target: jax.Array
-    start: LoRAPair
 
 
 class Descent(NamedTuple):
@@ -76,32 +56,6 @@ class Descent(NamedTuple):
     step_size: float
     excess: np.ndarray
     rate: float
-
-
-@jax.jit(static_argnames="kind")
-def make_problem(kind: Kind, condition: float, seed: int = 0) -> Problem:
-    """Makes a target and, near it, factors of a condition number.
-
-    Args:
-        kind: which singular values meet.
-        condition: κ of either factor.
-        seed: of the singular vectors.
-
-    Returns:
-        The problem. T and the start have singular vectors that differ by about ``ANGLE``, and the
-        start half of T's singular values.
-    """
-    keys = jax.random.split(jax.random.key(seed), 4)
-    weak = jnp.arange(RANK) >= RANK // 2
-    values_a = jnp.where(weak, 1 / condition, 1.0)
-    values_b = values_a if kind == "adapter" else values_a[::-1] * condition
-    left, left_start = _vectors(N_IN, keys[0], keys[1])
-    right, right_start = _vectors(N_OUT, keys[2], keys[3])
-    balance = condition**0.5 if kind == "factorization" else 1.0
-    a = left_start * values_a * balance
-    b = (right_start * values_b).T / balance
-    target = (left * values_a * values_b) @ right.T
-    return Problem(target, LoRAPair(a, b / (2 * SCALE)))
 
 
 def descend(method: str, problem: Problem, steps: int) -> Descent:
@@ -179,14 +133,6 @@ def _descend(
         return excess / excess[0]
 
     return jax.vmap(run)(rates)
-
-
-def _vectors(size: int, key: jax.Array, other_key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Draws orthonormal columns (size, r), and others near them."""
-    wanted, _ = jnp.linalg.qr(jax.random.normal(key, (size, RANK)))
-    noise = jax.random.normal(other_key, (size, RANK)) / size**0.5
-    near, upper = jnp.linalg.qr(wanted + ANGLE * noise)
-    return wanted, near * jnp.sign(jnp.diag(upper))
 
 
 def _outside(side: str, node: FramedPair, matrix: jax.Array) -> jax.Array:

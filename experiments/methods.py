@@ -75,12 +75,12 @@ def _lora_plus(setting: Setting, ratio: float) -> optax.GradientTransformation:
     )
 
 
-def _altlora(setting: Setting, order: str) -> optax.GradientTransformation:
-    return altlora(setting.schedule, order=order, scale=setting.scale)
+def _altlora(setting: Setting, **options: Any) -> optax.GradientTransformation:
+    return altlora(setting.schedule, scale=setting.scale, **options)
 
 
-def _altlora_plus(setting: Setting, order: str) -> optax.GradientTransformation:
-    return altlora_plus(setting.schedule, order=order, scale=setting.scale)
+def _altlora_plus(setting: Setting, **options: Any) -> optax.GradientTransformation:
+    return altlora_plus(setting.schedule, scale=setting.scale, **options)
 
 
 def _oplora(setting: Setting, **options: Any) -> optax.GradientTransformation:
@@ -106,6 +106,17 @@ def _preconditioned(
 def _sds_lora(setting: Setting, warmup_steps: int) -> optax.GradientTransformation:
     return sds_lora(
         optax.adamw(setting.schedule, weight_decay=0.0),
+        total_steps=setting.total_steps,
+        warmup_steps=warmup_steps,
+        scale=setting.scale,
+    )
+
+
+def _sds_lora_sgd(
+    setting: Setting, warmup_steps: int, momentum: float
+) -> optax.GradientTransformation:
+    return sds_lora(
+        optax.sgd(setting.schedule, momentum),
         total_steps=setting.total_steps,
         warmup_steps=warmup_steps,
         scale=setting.scale,
@@ -163,6 +174,12 @@ METHODS: dict[str, Method] = {
         "SDS-LoRA with AdamW, 10 steps of warm-up",
         _sds_lora,
         {"warmup_steps": 10},
+        LowRank(frames=nn.Frames()),
+    ),
+    "sds-lora-sgd": Method(
+        "SDS-LoRA with momentum SGD, 10 steps of warm-up",
+        _sds_lora_sgd,
+        {"warmup_steps": 10, "momentum": 0.9},
         LowRank(frames=nn.Frames()),
     ),
     "sds-lora-no-warmup": Method(

@@ -8,12 +8,23 @@ from pydantic import ValidationError
 from experiments.errors import ExperimentError
 from experiments.tasks.base import OnStep, Task, TaskOptions
 from experiments.tasks.cifar import Cifar, CifarTransfer
+from experiments.tasks.conditioning import Conditioning
 from experiments.tasks.digits import Digits
 from experiments.tasks.linear import Linear
+from experiments.tasks.lm import LM
 from experiments.tasks.mnist import MNIST
 from experiments.tasks.sst2 import SST2
 
-_ALL: tuple[type[Task[Any]], ...] = (Cifar, CifarTransfer, Digits, Linear, MNIST, SST2)
+_ALL: tuple[type[Task[Any]], ...] = (
+    Cifar,
+    CifarTransfer,
+    Conditioning,
+    Digits,
+    Linear,
+    LM,
+    MNIST,
+    SST2,
+)
 TASKS = {task.name: task for task in _ALL}
 
 

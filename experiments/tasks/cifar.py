@@ -7,6 +7,7 @@ AdamW at the same rate in every method. `cifar-transfer` first trains all weight
 """
 
 import io
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -31,8 +32,9 @@ SOURCE = (
 
 
 class CifarOptions(ImageOptions):
-    """Sizes; those of the paper."""
+    """Sizes; those of the network are the paper's. `train_limit` images are drawn at random."""
 
+    train_limit: int | None = None
     image_size: int = 32
     patch_size: int = 4
     width: int = 256
@@ -61,14 +63,10 @@ class Cifar(ImageTask[Any]):
         self, options: Any, data_dir: Path | None = None, on_step: OnStep = ignore_steps
     ) -> None:
         super().__init__(options)
-        self._use(read_cifar(data_dir), self.classes)
-
-    def _use(self, images: dict[str, Batch], classes: range) -> None:
-        """Takes the examples of some classes."""
-        chosen = {name: _of_classes(split, classes) for name, split in images.items()}
-        size = self.options.validation_size
-        train, validation = split_off(chosen["train"], size, SPLIT_SEED)
-        self.examples = {"train": train, "validation": validation, "test": chosen["test"]}
+        limits = {"train": options.train_limit, "test": options.test_limit}
+        images = read_cifar(data_dir, self.classes, limits)
+        train, validation = split_off(images["train"], self.options.validation_size, SPLIT_SEED)
+        self.examples = {"train": train, "validation": validation, "test": images["test"]}
 
     @property
     def head(self) -> nnx.filterlib.Filter:
@@ -155,8 +153,15 @@ class CifarTransfer(Cifar):
         return model
 
 
-def read_cifar(data_dir: Path | None) -> dict[str, Batch]:
-    """Reads and decodes all images.
+def read_cifar(
+    data_dir: Path | None, classes: range, limits: Mapping[str, int | None]
+) -> dict[str, Batch]:
+    """Reads and decodes images.
+
+    Args:
+        data_dir: As `Task` takes it.
+        classes: Those wanted; the first of them becomes label 0.
+        limits: How many images of a split to draw at random; None for all.
 
     Returns:
         `image` (n, size, size, 3) of uint8 and `label` of the splits "train" and "test".
@@ -167,21 +172,23 @@ def read_cifar(data_dir: Path | None) -> dict[str, Batch]:
     keys = [f"{part}_{what}" for part in ("train", "test") for what in ("jpeg", "len", "label")]
     arrays = read_npz(data_dir, FOLDER, FILE, keys, SOURCE)
     splits = {}
-    for part in ("train", "test"):
-        ends = np.cumsum(arrays[f"{part}_len"].astype(int))
-        data = arrays[f"{part}_jpeg"].tobytes()
-        try:
-            images = [
-                np.asarray(Image.open(io.BytesIO(data[begin:end])).convert("RGB"))
-                for begin, end in zip([0, *ends[:-1]], ends, strict=True)
-            ]
-        except (UnidentifiedImageError, OSError) as error:
-            raise ExperimentError(f"{FILE}, {part}_jpeg is damaged: {error}") from error
-        splits[part] = {"image": np.stack(images), "label": arrays[f"{part}_label"].astype("int32")}
+    for part, limit in limits.items():
+        jpeg, lengths, labels = (arrays[f"{part}_{what}"] for what in ("jpeg", "len", "label"))
+        splits[part] = _decode(jpeg, lengths, labels, classes, limit)
     return splits
 
 
-def _of_classes(examples: Batch, classes: range) -> Batch:
-    rows = np.isin(examples["label"], classes)
-    label = examples["label"][rows] - classes[0]
-    return {"image": examples["image"][rows], "label": label.astype(np.int32)}
+def _decode(
+    data: np.ndarray, lengths: np.ndarray, labels: np.ndarray, classes: range, limit: int | None
+) -> Batch:
+    ends = np.cumsum(lengths.astype(int))
+    wanted = np.flatnonzero(np.isin(labels, classes))
+    rows = np.random.default_rng(SPLIT_SEED).permutation(wanted)[:limit]
+    try:
+        images = [
+            np.asarray(Image.open(io.BytesIO(data[end - length : end].tobytes())).convert("RGB"))
+            for end, length in zip(ends[rows], lengths[rows].astype(int), strict=True)
+        ]
+    except (UnidentifiedImageError, OSError) as error:
+        raise ExperimentError(f"{FILE} is damaged: {error}; fetch it again") from error
+    return {"image": np.stack(images), "label": labels[rows].astype(np.int32) - classes[0]}

@@ -24,7 +24,13 @@ EVAL_BATCH = 500
 
 
 class ImageOptions(TaskOptions):
-    """Sizes of the batches and of the splits."""
+    """Sizes of the batches and of the splits.
+
+    Attributes:
+        batch_size: Images a step.
+        validation_size: Training images split off to choose learning rates on.
+        test_limit: Test images, drawn at random; all of them if None.
+    """
 
     batch_size: int = 64
     validation_size: int = 2000
@@ -119,3 +125,10 @@ def split_off(examples: Batch, size: int, seed: int) -> tuple[Batch, Batch]:
     size = min(size, count // 5)
     pick = lambda rows: {name: values[rows] for name, values in examples.items()}
     return pick(order[size:]), pick(order[:size])
+
+
+def take(examples: Batch, limit: int | None, seed: int) -> Batch:
+    """Draws so many examples at random; all of them if `limit` is None."""
+    count = len(examples["label"])
+    rows = np.random.default_rng(seed).permutation(count)[:limit]
+    return {name: values[rows] for name, values in examples.items()}

@@ -13,7 +13,7 @@ from flax import nnx
 from experiments.adapters import Adapters
 from experiments.models.lenet import LeNet5
 from experiments.tasks.base import OnStep, ignore_steps
-from experiments.tasks.images import ImageOptions, ImageTask, read_npz, split_off
+from experiments.tasks.images import ImageOptions, ImageTask, read_npz, split_off, take
 
 SPLIT_SEED = 0
 SOURCE = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/mnist.npz"
@@ -47,7 +47,8 @@ class MNIST(ImageTask[MNISTOptions]):
             "label": arrays[f"y_{part}"].astype("int32"),
         }
         train, validation = split_off(pack("train"), options.validation_size, SPLIT_SEED)
-        self.examples = {"train": train, "validation": validation, "test": pack("test")}
+        test = take(pack("test"), options.test_limit, SPLIT_SEED)
+        self.examples = {"train": train, "validation": validation, "test": test}
 
     @property
     def head(self) -> nnx.filterlib.Filter:

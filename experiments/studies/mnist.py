@@ -1,0 +1,46 @@
+"""MNIST: LeNet-5 from a random start with rank 8 adapters in its linear layers (OPLoRA's setting).
+
+    python -m experiments run mnist --data-dir ../shared/data
+
+Kernels of the linear layers stay random and adapters learn beside them; convolutions and biases are
+trained by AdamW at 1e-3 in every method. 200 steps of 64 images; learning rates are chosen on 1,000
+training images that were split off, and 2,000 test images are only reported.
+
+Cost: see docs/results/mnist.md.
+"""
+
+from experiments.schema import Plan
+from experiments.study import Study
+
+ADAM = (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
+STEP = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+STUDY = Study(
+    task="mnist",
+    task_options={"validation_size": 1000, "test_limit": 2000},
+    plan=Plan(steps=200, eval_every=25, head_learning_rate=1e-3),
+    learning_rates={
+        "adamw": ADAM,
+        "lora-plus": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        "full-adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+        "svd-lora": STEP,
+        "altlora": STEP,
+        "altlora-plus": ADAM,
+        "preconditioned": STEP,
+        "oplora": STEP,
+        "oplora-2": STEP,
+        "oplora-proj": STEP,
+        "scaled-oplora": STEP,
+        "sds-lora": ADAM,
+        "sds-lora-no-warmup": ADAM,
+    },
+    seeds=(0, 1, 2),
+)
+
+SMOKE = {
+    "plan.steps": 12,
+    "plan.eval_every": 6,
+    "task_options.batch_size": 8,
+    "learning_rates": {"adamw": [1e-2], "full-adamw": [1e-3], "oplora": [0.1]},
+    "seeds": [0],
+}

@@ -494,7 +494,7 @@ def _lying(path: str, leaf: Any) -> NamedSharding:
 def _axis_size(path: str, name: Any, mesh: Mesh) -> int:
     if name not in mesh.shape:
         raise ValueError(
-            f"{path}: the mesh has no axis {name!r}, only {', '.join(map(repr, mesh.shape))}."
+            f"{path}: the mesh has no axis {name!r}; use one of {', '.join(map(repr, mesh.shape))}."
         )
     return mesh.shape[name]
 

@@ -90,6 +90,8 @@ def svd_lora(
                 "svd_lora projects the parameters: call `update(updates, state, params)`."
             )
         check_leaves(params)
+        if "param_specs" in extra_args:
+            _check_uncut(params, extra_args["param_specs"])
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
 
         def project(u: jax.Array, x: jax.Array) -> jax.Array:
@@ -174,3 +176,16 @@ def _check(name: str, matrix: jax.Array, rank: int, remedy: str = "") -> None:
             f" this one lies as {meshes.spec_of(matrix)}; replicate its last two axes, or use an"
             f" Auto mesh.{remedy}"
         )
+
+
+def _check_uncut(params: Any, param_specs: Any) -> None:
+    """Raises if ``shard_map`` gives a device only part of a matrix."""
+    specs = jax.tree.leaves(jax.tree.broadcast(param_specs, params))
+    leaves = jax.tree_util.tree_leaves_with_path(params)
+    for (path, leaf), spec in zip(leaves, specs, strict=True):
+        if any(axis is not None for axis in (*spec, *[None] * (leaf.ndim - len(spec)))[-2:]):
+            raise ValueError(
+                f"{path_name(path)}: a singular value decomposition needs whole matrices, but"
+                f" inside `shard_map` this one lies as {spec}; replicate its last two axes, or use"
+                " `jit` on an Auto mesh."
+            )

@@ -76,7 +76,7 @@ def _backward(
 ) -> tuple[jax.Array, ShadowedPair, jax.Array]:
     x, node, scale = residuals
     tokens = _Tokens.of(axis_name, x, dy)
-    local, dy = dy, dy * jnp.asarray(tokens.share, dy.dtype)
+    dy *= jnp.asarray(tokens.share, dy.dtype)
     matmul = functools.partial(_matmul, like=x)
     over_tokens = functools.partial(_over_tokens, like=x, tokens=tokens)
 
@@ -115,7 +115,7 @@ def _backward(
 
     a = _after(node.a, (products, statistics.d_in, statistics.d_out))
     dx = scale / tokens.share * matmul(low[0], _transposed(a))  # the first is dy bᵀ
-    d_scale = jnp.sum(matmul(scale * matmul(x, node.a), node.b) * local) / scale
+    d_scale = tokens.total(jnp.sum(matmul(scale * matmul(x, node.a), node.b) * dy)) / scale
     return meshes.laid_as(dx.astype(x.dtype), x), grads, d_scale
 
 

@@ -1,0 +1,437 @@
+"""How parameters and states lie, and what is refused, with the leaf's name and a remedy."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding
+
+from lowrank_optax import (
+    LoRAPair,
+    PairSpec,
+    altlora,
+    altlora_plus,
+    factors,
+    frame,
+    nn,
+    shadow,
+    shadows,
+    sharding,
+    svd_lora,
+)
+
+P = jax.P
+KEY = jax.random.key(0)
+
+
+def make_mesh(kind=AxisType.Auto, names=("data", "model")):
+    return jax.make_mesh((4, 2), names, axis_types=(kind, kind))
+
+
+def make_pair(n_in=8, n_out=16, batch=()):
+    return LoRAPair(jnp.ones((*batch, n_in, 2)), jnp.ones((*batch, 2, n_out)))
+
+
+COLUMNS_AND_LAYERS = sharding.stacked(sharding.tensor_parallel(["up"], ["down"]), "data")
+
+
+def lying(recipe, tree, **keywords):
+    return sharding.partition_specs(tree, make_mesh(), recipe, **keywords)
+
+
+# Recipes
+
+
+def test_fsdp_shards_the_first_axis_that_the_mesh_divides():
+    mesh, recipe = make_mesh(), sharding.fsdp(min_size=32)
+    specs = {shape: recipe("w", shape, mesh) for shape in [(8, 6), (6, 8), (6, 6), (4, 4), (64,)]}
+    assert specs == {
+        (8, 6): P("data", None),
+        (6, 8): P(None, "data"),
+        (6, 6): P(),
+        (4, 4): P(),  # too small
+        (64,): P(),
+    }
+
+
+def test_tensor_parallel_lays_biases_of_columns_alone():
+    tree = {
+        "up": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)},
+        "down": {"kernel": jnp.ones((8, 4)), "bias": jnp.ones(4)},
+        "norm": jnp.ones(4),
+    }
+    assert lying(sharding.tensor_parallel(["up"], ["down"]), tree) == {
+        "up": {"kernel": P(None, "model"), "bias": P("model")},
+        "down": {"kernel": P("model", None), "bias": P()},
+        "norm": P(),
+    }
+
+
+def test_both_gives_each_mesh_axis_once():
+    mesh = make_mesh()
+    recipe = sharding.both(sharding.tensor_parallel([], ["down"]), sharding.fsdp(min_size=0))
+    assert recipe("down", (8, 4), mesh) == P("model", None)  # the first recipe has taken its axis
+    assert recipe("other", (8, 4), mesh) == P("data", None)
+    same = sharding.both(sharding.fsdp(min_size=0), sharding.tensor_parallel(["up"], axis="data"))
+    assert same("up", (8, 4), mesh) == P("data", None)
+
+
+def test_kernels_with_many_axes_give_their_pairs_the_sharding_of_the_major_one():
+    mesh = make_mesh()
+    at = lambda *spec: NamedSharding(mesh, P(*spec))
+    kernels = {
+        "q": {"kernel": jax.ShapeDtypeStruct((3, 8, 4, 2), "f4", sharding=at(None, None, "data"))},
+        "o": {"kernel": jax.ShapeDtypeStruct((4, 2, 8), "f4", sharding=at("data", None, "model"))},
+    }
+    recipe = sharding.as_kernels(kernels)
+    assert recipe("q", (3, 8, 8), mesh) == P(None, None, "data")
+    assert recipe("o", (8, 8), mesh) == P("data", "model")
+    assert recipe("q/kernel", (3, 8, 4, 2), mesh) == P(None, None, "data", None)
+
+
+# Specs of pairs, in every layout
+
+
+def test_pairs_lie_as_their_kernels_in_every_layout():
+    n_in, n_out, heads = 8, 16, (4, 4)
+    named = {"lora_a": jnp.ones((n_in, 2)), "lora_b": jnp.ones((2, n_out))}
+    tree = {
+        "up": {
+            "node": make_pair(),
+            "flax": named,
+            "qwix": {"w_lora_a": jnp.ones((n_in, 2)), "w_lora_b": jnp.ones((2, n_out))},
+            "peft": {"lora_A": jnp.ones((2, n_in)), "lora_B": jnp.ones((n_out, 2))},
+            "heads": {"down_a": jnp.ones((n_in, 2)), "down_b": jnp.ones((2, *heads))},
+        },
+        "down": make_pair(),
+    }
+    several = PairSpec("down_a", "down_b", b_rank=-3, b_out=(-2, -1))
+    specs = (several, *factors.DEFAULT_SPECS)
+    found = lying(sharding.tensor_parallel(["up"], ["^down"]), tree, specs=specs)
+    a, b = P(None, None), P(None, "model")
+    assert found == {
+        "up": {
+            "node": LoRAPair(a, b),
+            "flax": {"lora_a": a, "lora_b": b},
+            "qwix": {"w_lora_a": a, "w_lora_b": b},
+            "peft": {"lora_A": a, "lora_B": P("model", None)},
+            "heads": {"down_a": a, "down_b": P(None, "model", None)},
+        },
+        "down": LoRAPair(P("model", None), a),
+    }
+
+
+def test_auxiliary_leaves_lie_as_their_factors():
+    """By each leaf's long axis; what has none is replicated but for its layers."""
+    pair = make_pair(batch=(4,))
+    nodes = {
+        "up": shadow(pair, KEY, iterations=2, metric=shadows.Metric()),
+        "up_framed": frame(pair),
+    }
+    found = lying(COLUMNS_AND_LAYERS, nodes)
+    rest, out = P("data", None, None), P("data", None, "model")
+    up, framed = found["up"], found["up_framed"]
+    assert (up.a, up.m_a, up.krylov_a) == (rest,) * 3
+    assert (up.b, up.m_b, up.krylov_b) == (out,) * 3
+    assert (up.seal, up.kfac) == (rest, P("data", None))
+    assert (up.d_in, up.d_out) == (P("data", None), P("data", "model"))
+    assert (framed.a, framed.f_in, framed.b, framed.f_out) == (rest, rest, out, out)
+    assert framed.warm == P("data")
+
+
+# States
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_states_lie_as_their_parameters(kind):
+    mesh = make_mesh(kind)
+    params = {"up": make_pair(batch=(4,)), "norm": jnp.ones(16)}
+    params = sharding.shard_model(params, mesh, COLUMNS_AND_LAYERS)
+    tx = optax.chain(optax.clip_by_global_norm(1.0), altlora_plus(1e-3))
+    state = sharding.shard_state(tx, params)[1]
+    for moments in (state.pairs.mu, state.pairs.nu):
+        assert moments["up"].b.sharding.spec == P("data", None, "model")
+        assert moments["up"].a.sharding.spec == P("data", None, None)
+    [drift] = state.pairs.drift
+    assert drift.a.sharding.spec == drift.b.sharding.spec == P("data", None, None)
+    assert state.count.sharding.is_fully_replicated
+    moment = jax.tree.leaves(state.fallback)[1]
+    assert moment.sharding.mesh == mesh
+    shapes = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), params
+    )
+    of_shapes = sharding.state_shardings(tx, shapes)  # what restoring a checkpoint has at hand
+    assert of_shapes[1].pairs.mu["up"].b == NamedSharding(mesh, P("data", None, "model"))
+
+
+def test_an_nnx_module_is_placed_and_trains():
+    mesh = make_mesh()
+    model = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
+    holder = nnx.Dict(up=model)
+    nn.add_lora(holder, "up", rank=2, rngs=nnx.Rngs(1))
+    state = sharding.shard_model(nnx.state(holder), mesh, sharding.tensor_parallel(["up"]))
+    nnx.update(holder, state)
+    leaves = {
+        factors.path_name(path): leaf.sharding.spec
+        for path, leaf in jax.tree_util.tree_leaves_with_path(state)
+    }
+    ends = lambda end: [spec for path, spec in leaves.items() if path.endswith(end)]
+    assert ends("kernel") == ends("lora_b") == [P(None, "model")]
+    assert ends("lora_a") == [P(None, None)]
+    assert holder.up(jnp.ones((2, 8))).shape == (2, 16)
+
+
+# The train step
+
+
+def loss(params, kernel, batch):
+    x, y = batch
+    return jnp.mean((x @ kernel + nn.lora_apply(x, params["up"]) - y) ** 2)
+
+
+def make_step(**keywords):
+    mesh = make_mesh()
+    params = {"up": LoRAPair(jax.random.normal(KEY, (8, 2)), jnp.zeros((2, 16)))}
+    params = sharding.shard_model(params, mesh, sharding.tensor_parallel(["up"]))
+    tx = altlora(0.1)
+    step = sharding.train_step(loss, tx, params, **keywords)
+    batch = (jax.random.normal(KEY, (8, 8)), jnp.ones((8, 16)))
+    return step, params, sharding.shard_state(tx, params), jnp.zeros((8, 16)), batch
+
+
+def test_the_train_step_donates_and_keeps_everything_in_place():
+    step, params, state, kernel, batch = make_step()
+    places = jax.tree.map(lambda x: x.sharding, (params, state))
+    old = jax.tree.leaves((params, state))
+    params, state, first = step(params, state, kernel, batch)
+    assert all(leaf.is_deleted() for leaf in old if leaf.ndim)
+    assert jax.tree.map(lambda x: x.sharding, (params, state)) == places
+    _, _, second = step(params, state, kernel, batch)
+    assert second < first
+
+
+def test_the_train_step_may_keep_its_inputs():
+    step, params, state, kernel, batch = make_step(donate=False)
+    once, again = step(params, state, kernel, batch), step(params, state, kernel, batch)
+    assert jax.tree.all(jax.tree.map(lambda x, y: bool((x == y).all()), once, again))
+
+
+def test_the_batch_lies_where_it_is_said():
+    step, params, state, kernel, batch = make_step(batch_spec=P(("data", "model")))
+    compiled = step.lower(params, state, kernel, batch).compile()
+    [_, _, of_kernel, of_batch], _ = compiled.input_shardings
+    assert {x.spec for x in of_batch} == {P(("data", "model"))}
+    assert of_kernel.is_fully_replicated
+    params, state, value = step(params, state, kernel, batch)
+    assert np.isfinite(value)
+
+
+# Bad input
+
+
+def refused(match):
+    return pytest.raises(ValueError, match=match)
+
+
+def test_unknown_mesh_axes():
+    tree = {"up": make_pair()}
+    with refused(r"up: the mesh has no axis 'rows'; use one of 'data', 'model'"):
+        lying(sharding.fsdp("rows", min_size=0), tree)
+    with refused(r"up/b: the mesh has no axis 'tensor'; use one of"):
+        lying(sharding.tensor_parallel(["up"], axis="tensor"), tree)
+    with refused(r"batch_spec: the mesh has no axis 'batch'; use one of"):
+        make_step(batch_spec=P("batch"))
+
+
+@pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
+def test_a_sharded_rank_axis(kind):
+    lies = NamedSharding(make_mesh(kind), P(None, "model"))
+    params = {"up": make_pair()}
+    params = jax.device_put(params, NamedSharding(lies.mesh, P()))
+    params["up"] = params["up"]._replace(a=jax.device_put(params["up"].a, lies))
+    message = r"up/a: its rank axis is sharded over 'model'. Replicate it"
+    with refused(message):
+        sharding.train_step(loss, altlora(0.1), params)
+    if kind == AxisType.Explicit:
+        with jax.set_mesh(lies.mesh), refused(message):
+            altlora(0.1).init(params)
+
+
+def test_a_rank_axis_cut_up_by_shard_map():
+    params = {"up": make_pair()}
+    tx = altlora(0.1)
+    specs = {"up": LoRAPair(P(), P("model", None))}
+    with refused(r"up/b: its rank axis is sharded over \('model',\). Replicate it"):
+        tx.update(params, tx.init(params), params, param_specs=specs)
+    with refused(r"up/a: `param_specs` must give a PartitionSpec of at most 2 entries"):
+        tx.update(params, tx.init(params), params, param_specs=P(None, None, "data"))
+
+
+def test_factors_of_one_pair_on_different_meshes():
+    one, two = make_mesh(), make_mesh(names=("x", "y"))
+    pair = make_pair()
+    params = {
+        "up": LoRAPair(
+            jax.device_put(pair.a, NamedSharding(one, P())),
+            jax.device_put(pair.b, NamedSharding(two, P())),
+        )
+    }
+    for function in (sharding.shard_state, sharding.state_shardings):
+        with refused(r"up/b lies on .*up/a on .*place all parameters on one mesh"):
+            function(altlora(0.1), params)
+    with refused(r"up/a: lies on no mesh .*place it first \(`shard_model`\)"):
+        sharding.train_step(loss, altlora(0.1), {"up": pair})
+    with refused(r"no parameters"):
+        sharding.mesh_of({})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "message"),
+    [
+        (
+            lambda *_: P(("data", "model")),
+            r"up/lora_a: 8 devices along .* do not divide an axis of 4",
+        ),
+        (
+            lambda *_: P(None, "data"),
+            r"up/lora_b: 4 devices along 'data' do not divide",
+        ),
+        (
+            lambda *_: P("model", "model"),
+            r"up/kernel: P\('model', 'model'\) uses a mesh axis twice",
+        ),
+        (lambda *_: P(None, None, "data"), r"up/kernel: .* has more entries than the shape"),
+        (sharding.tensor_parallel(["up"], ["p/k"]), r"up/kernel: fits both `columns` and `rows`"),
+    ],
+)
+def test_specs_that_do_not_fit(recipe, message):
+    """A mesh that does not divide an axis, an axis used twice, too many entries, two roles."""
+    tree = {"up": {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 6))}}
+    if "kernel" in message:
+        tree = {"up": {"kernel": jnp.ones((4, 6))}}
+    with refused(message):
+        lying(recipe, tree)
+
+
+def test_kernels_that_pairs_do_not_belong_to():
+    mesh = make_mesh()
+    lies = NamedSharding(mesh, P(None, None, "model"))
+    recipe = sharding.as_kernels(
+        {"q": {"kernel": jax.ShapeDtypeStruct((8, 2, 4), "f4", sharding=lies)}}
+    )
+    with refused(r"k: no kernel found at k/kernel, .*say where it is by `kernel_of`"):
+        recipe("k", (8, 8), mesh)
+    with refused(r"q: a kernel of shape \(8, 2, 4\) does not make \(8, 6\)"):
+        recipe("q", (8, 6), mesh)
+    with refused(r"q/kernel: lies as .*only the first of them can be sharded"):
+        recipe("q", (8, 8), mesh)
+
+
+def test_a_step_without_a_batch():
+    step, params, state, *_ = make_step()
+    with refused(r"needs a batch: call `step\(params, state, batch\)`"):
+        step(params, state)
+
+
+# Methods that cannot run under a setting
+
+
+def test_shadowed_factors_cut_up_by_shard_map():
+    mesh, node = make_mesh(), shadow(make_pair(), KEY)
+    specs = sharding.partition_specs({"up": node}, mesh, sharding.tensor_parallel(["up"]))["up"]
+    grad = jax.grad(lambda node, x: jnp.sum(nn.lora_apply(x, node)))
+    run = jax.shard_map(grad, mesh=mesh, in_specs=(specs, P("data")), out_specs=specs)
+    with refused(r"differ along the mesh axes \['model'\].*Shard them by `jit` on a mesh instead"):
+        jax.eval_shape(run, node, jnp.ones((4, 8)))
+
+
+def test_shampoo_with_output_features_sharded_on_an_explicit_mesh():
+    mesh = make_mesh(AxisType.Explicit)
+    node = shadow(make_pair(), KEY, metric=shadows.Metric("shampoo"))
+    node = sharding.shard_model({"up": node}, mesh, sharding.tensor_parallel(["up"]))["up"]
+    x = jax.device_put(jnp.ones((4, 8)), NamedSharding(mesh, P()))
+    with (
+        jax.set_mesh(mesh),
+        refused(r"Shampoo's metric goes through blocks of output features.*use an Auto mesh"),
+    ):
+        jax.eval_shape(jax.grad(lambda node: jnp.sum(nn.lora_apply(x, node))), node)
+
+
+def test_svd_lora_with_a_matrix_in_parts():
+    params, tx = {"w": jnp.ones((8, 8))}, svd_lora(optax.sgd(0.1), rank=2)
+    lies = NamedSharding(make_mesh(AxisType.Explicit), P("data"))
+    with jax.set_mesh(lies.mesh), refused(r"w: .* whole matrices on an Explicit mesh"):
+        tx.init(jax.device_put(params, lies))
+    with refused(r"w: .* whole matrices, but inside `shard_map` this one lies as P\(.*'data'"):
+        tx.update(params, tx.init(params), params, param_specs={"w": P(None, "data")})
+
+
+# Data parallel by shard_map and pmap: each device has a part of the batch
+
+NODES = {
+    "plain": lambda pair: pair,
+    "shadowed": functools.partial(shadow, key=KEY, iterations=2),
+    "metric": functools.partial(shadow, key=KEY, metric=shadows.Metric()),
+    "framed": frame,
+}
+
+
+def mean_loss(node, x, axis_name=None):
+    return jnp.mean(jnp.sin(nn.lora_apply(x, node, axis_name=axis_name)))
+
+
+def checked(node, x):
+    """JAX itself sums the gradients of what is replicated."""
+    return jax.grad(lambda node: jax.lax.pmean(mean_loss(node, x), "data"))(node)
+
+
+def unchecked(node, x):
+    """Linear gradients are averaged afterwards, those of shadows in the layer."""
+    if isinstance(node, factors.ShadowedPair):
+        return jax.grad(mean_loss)(node, x, "data")
+    return jax.lax.pmean(jax.grad(mean_loss)(node, x), "data")
+
+
+@pytest.mark.parametrize("kind", NODES)
+def test_data_parallel_gradients_are_those_of_one_device(kind, x64):
+    pair = LoRAPair(jax.random.normal(KEY, (6, 2)), jax.random.normal(KEY, (2, 10)))
+    node, x = NODES[kind](pair), jax.random.normal(KEY, (8, 6))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    keywords = {"mesh": mesh, "in_specs": (P(), P("data")), "out_specs": P()}
+    by_pmap = jax.pmap(unchecked, axis_name="data", in_axes=(None, 0))
+    expected = jax.jit(jax.grad(mean_loss))(node, x)
+    found = {
+        "shard_map": jax.jit(jax.shard_map(checked, **keywords))(node, x),
+        "unchecked": jax.jit(jax.shard_map(unchecked, check_vma=False, **keywords))(node, x),
+        "pmap": jax.tree.map(lambda g: g[1], by_pmap(node, x.reshape(2, 4, 6))),
+    }
+    for setting, grads in found.items():
+        for one, many in zip(jax.tree.leaves(expected), jax.tree.leaves(grads), strict=True):
+            np.testing.assert_allclose(many, one, rtol=1e-10, atol=1e-12, err_msg=setting)
+
+
+@pytest.mark.parametrize("setting", ["checked", "unchecked"])
+def test_the_scale_of_shadowed_pairs_has_the_gradient_of_the_whole_batch(setting):
+    node, x = shadow(make_pair(), KEY), jax.random.normal(KEY, (8, 8))
+    named = None if setting == "checked" else "data"
+    loss = lambda scale, x: jnp.mean(jnp.sin(nn.lora_apply(x, node, scale, axis_name=named)))
+
+    def gradient(scale, x):
+        if setting == "unchecked":
+            return jax.grad(loss)(scale, x)
+        return jax.grad(lambda scale: jax.lax.pmean(loss(scale, x), "data"))(scale)
+
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+    run = jax.shard_map(
+        gradient,
+        mesh=mesh,
+        in_specs=(P(), P("data")),
+        out_specs=P(),
+        check_vma=setting == "checked",
+    )
+    alone = jax.grad(lambda scale: jnp.mean(jnp.sin(nn.lora_apply(x, node, scale))))(1.5)
+    np.testing.assert_allclose(jax.jit(run)(1.5, x), alone, rtol=1e-5)

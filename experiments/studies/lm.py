@@ -1,0 +1,53 @@
+"""LM: stories260K, a real Llama pretrained on children's stories, adapted to Shakespeare.
+
+    python -m experiments run lm --data-dir ../shared/data
+
+In place of the papers' Llama and Gemma models. Rank 8 in all seven linear maps, batches of 8 windows
+of 128 tokens, 150 steps; learning rates are chosen on 64 validation windows, as many test windows
+are only reported. Loss in nats a token (of a vocabulary of 512).
+
+Cost: see docs/results/lm.md.
+"""
+
+from experiments.schema import Plan
+from experiments.study import Study
+
+ADAM = (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
+STEP = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+STUDY = Study(
+    task="lm",
+    task_options={"eval_limit": 64},
+    plan=Plan(steps=150, eval_every=15, head_learning_rate=1e-3),
+    learning_rates={
+        "adamw": ADAM,
+        "altlora": STEP,
+        "oplora": STEP,
+        "sds-lora": ADAM,
+        "altlora-plus": ADAM,
+        "lora-plus": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        "full-adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+        "sds-lora-no-warmup": ADAM,
+        "preconditioned": STEP,
+        "scaled-oplora": STEP,
+        "oplora-2": STEP,
+        "oplora-proj": STEP,
+        "altlora-simultaneous": STEP,
+        "altlora-plus-simultaneous": ADAM,
+        "altlora-sequential": STEP,
+        "altlora-plus-sequential": ADAM,
+        "svd-lora": STEP,
+    },
+    seeds=(0, 1, 2),
+)
+
+SMOKE = {
+    "plan.steps": 12,
+    "plan.eval_every": 6,
+    "task_options.rank": 2,
+    "task_options.batch_size": 2,
+    "task_options.length": 16,
+    "task_options.eval_limit": 4,
+    "learning_rates": {"adamw": [1e-2], "altlora": [0.1], "sds-lora": [1e-2]},
+    "seeds": [0],
+}

@@ -120,23 +120,23 @@ class MeanHead(nnx.Module):
     """A linear classifier of the mean over the tokens that count, as sentence encoders have it."""
 
     def __init__(self, width: int, classes: int, *, rngs: nnx.Rngs) -> None:
-        self.out = nnx.Linear(width, classes, rngs=rngs)
+        self.classifier = nnx.Linear(width, classes, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Maps encoded tokens (batch, length, width) to logits (batch, classes)."""
-        return self.out(mean_over_tokens(x, mask))
+        return self.classifier(mean_over_tokens(x, mask))
 
 
 class FirstTokenHead(nnx.Module):
-    """A classifier of the first token, out(tanh(dense(x))): BERT's pooler, RoBERTa's head."""
+    """Classifies by the first token, classifier(tanh(dense(x))), as BERT and RoBERTa do."""
 
     def __init__(self, width: int, classes: int, *, rngs: nnx.Rngs) -> None:
         self.dense = nnx.Linear(width, width, rngs=rngs)
-        self.out = nnx.Linear(width, classes, rngs=rngs)
+        self.classifier = nnx.Linear(width, classes, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """Maps encoded tokens (batch, length, width) to logits (batch, classes)."""
-        return self.out(jnp.tanh(self.dense(x[:, 0])))
+        return self.classifier(jnp.tanh(self.dense(x[:, 0])))
 
 
 class TextClassifier(nnx.Module):

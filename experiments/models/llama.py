@@ -51,6 +51,7 @@ class LlamaShape(Shape):
     mlp_width: int = Field(validation_alias="intermediate_size")
     norm_eps: float = Field(validation_alias="rms_norm_eps")
     tied: bool = Field(default=False, validation_alias="tie_word_embeddings")
+    eos: int | None = Field(default=None, validation_alias="eos_token_id")
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     hidden_act: Literal["silu"] = "silu"
@@ -69,6 +70,9 @@ class LlamaShape(Shape):
             if kind not in ("default", "llama3"):
                 raise ValueError(f"rotary embeddings of type {kind!r} are not supported")
             config["rope_scaling"] = rope if kind == "llama3" else None
+        # Where several tokens end a text, the first does so for a document.
+        if isinstance(config.get("eos_token_id"), list):
+            config["eos_token_id"] = config["eos_token_id"][0]
         if config.get("num_key_value_heads") is None and "num_attention_heads" in config:
             config["num_key_value_heads"] = config["num_attention_heads"]
         if config.get("head_dim") is None and {"hidden_size", "num_attention_heads"} <= set(config):

@@ -11,6 +11,21 @@ from experiments.errors import ExperimentError
 TOKENIZER_FILE = "tokenizer.json"
 
 
+def read_tokenizer(model_dir: Path) -> Tokenizer:
+    """Reads the tokenizer as it is.
+
+    Raises:
+        ExperimentError: `tokenizer.json` is missing or unreadable.
+    """
+    path = model_dir / TOKENIZER_FILE
+    if not path.is_file():
+        raise ExperimentError(f"{path} does not exist; it belongs beside the model's weights")
+    try:
+        return Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except Exception as error:  # tokenizers raises nothing more precise
+        raise ExperimentError(f"{path} cannot be read as a tokenizer ({error})") from error
+
+
 def load_tokenizer(model_dir: Path, max_length: int, pad: int) -> Tokenizer:
     """Loads the tokenizer, set to truncate and to pad every text on the right to `max_length`.
 
@@ -25,16 +40,12 @@ def load_tokenizer(model_dir: Path, max_length: int, pad: int) -> Tokenizer:
     Raises:
         ExperimentError: `tokenizer.json` is missing or unreadable, or knows no token `pad`.
     """
-    path = model_dir / TOKENIZER_FILE
-    if not path.is_file():
-        raise ExperimentError(f"{path} does not exist; it belongs beside the model's weights")
-    try:
-        tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
-    except Exception as error:  # tokenizers raises nothing more precise
-        raise ExperimentError(f"{path} cannot be read as a tokenizer ({error})") from error
+    tokenizer = read_tokenizer(model_dir)
     pad_token = tokenizer.id_to_token(pad)
     if pad_token is None:
-        raise ExperimentError(f"{path} has no token {pad}, with which the model's texts are padded")
+        raise ExperimentError(
+            f"{model_dir / TOKENIZER_FILE} has no token {pad}, with which config.json pads texts"
+        )
     tokenizer.enable_truncation(max_length=max_length)
     tokenizer.enable_padding(length=max_length, pad_id=pad, pad_token=pad_token)
     return tokenizer

@@ -24,8 +24,8 @@ from tests.experiments.parity import REFERENCE, text_batch
 from tests.experiments.tiny_models import BERT, CLASSES, CONFIGS, WIDTH, write_model
 
 HEADS = {
-    "bert": {"dense": "pooler.dense", "out": "classifier"},
-    "roberta": {"dense": "classifier.dense", "out": "classifier.out_proj"},
+    "bert": {"dense": "pooler.dense", "classifier": "classifier"},
+    "roberta": {"dense": "classifier.dense", "classifier": "classifier.out_proj"},
 }
 
 

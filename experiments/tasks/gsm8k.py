@@ -1,0 +1,150 @@
+"""GSM8K: worked answers to school mathematics, by a Llama decoder.
+
+A text is question, line break, answer and the end-of-text token; the loss is in nats a token of the
+answer, the accuracy that of the answer's next token given those before. Answers are not generated,
+so this is not the share of problems solved. The last tenth of the training problems are for
+validation.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from pydantic import Field
+from tokenizers import Tokenizer
+
+from experiments.adapters import Adapters
+from experiments.errors import ExperimentError
+from experiments.models.llama import Llama, load_llama
+from experiments.models.text import read_tokenizer
+from experiments.tasks.base import Batch, OnStep, Totals, classification_totals, ignore_steps
+from experiments.tasks.hub import (
+    HubData,
+    HubOptions,
+    HubTask,
+    find_model,
+    rows_digest,
+    split_off_last_tenth,
+    weights_digest,
+)
+
+DATA = HubData(
+    folder="gsm8k",
+    name="openai/gsm8k",
+    config="main",
+    splits={"train": ("train",), "test": ("test",)},
+    columns={"question": (), "answer": ()},
+)
+
+
+class GSM8KOptions(HubOptions):
+    """Sizes; see `HubOptions`. The adapters are in all seven linear maps.
+
+    Attributes:
+        max_length: Tokens of question and answer; what is longer is cut.
+        dtype: Of the pretrained weights and the activations; the adapters are float32.
+    """
+
+    targets: str = "query|key|value|out|gate|up|down"
+    batch_size: int = Field(default=8, ge=1)
+    max_length: int = Field(default=384, ge=2)
+    dtype: Literal["float32", "bfloat16"] = "bfloat16"
+
+
+class GSM8K(HubTask[GSM8KOptions]):
+    """A pretrained decoder with adapters on GSM8K.
+
+    Args:
+        options: Sizes.
+        data_dir: Folder of the data, see `experiments.tasks.hub`; the hub is asked if it is None.
+        on_step: Not called.
+    """
+
+    name: ClassVar[str] = "gsm8k"
+    options_type = GSM8KOptions
+    eval_batch: ClassVar[int] = 16
+
+    def __init__(
+        self,
+        options: GSM8KOptions,
+        data_dir: Path | None = None,
+        on_step: OnStep = ignore_steps,
+    ) -> None:
+        super().__init__(options)
+        model_dir = find_model(options.model)
+        model = load_llama(model_dir, jnp.dtype(options.dtype))
+        tokenizer, eos = read_tokenizer(model_dir), model.shape.eos
+        if eos is None:
+            raise ExperimentError(f"{model_dir}/config.json: eos_token_id is missing")
+        columns = DATA.load(data_dir)
+        self.examples = {
+            split: pack_answers(tokenizer, eos, texts["question"], texts["answer"], options)
+            for split, texts in columns.items()
+        }
+        self.examples["train"], self.examples["validation"] = split_off_last_tenth(
+            self.examples["train"]
+        )
+        self.record = {"source": DATA.name, "model": weights_digest(model_dir)}
+        self.record |= {split: rows_digest(texts) for split, texts in columns.items()}
+        self._base = nnx.split(model)
+
+    @property
+    def head(self) -> nnx.filterlib.Filter:
+        """Nothing: the model keeps its vocabulary."""
+        return nnx.Nothing()
+
+    def build_model(self, seed: int, adapters: Adapters) -> Llama:
+        """Returns the pretrained decoder with fresh adapters."""
+        options, rngs = self.options, nnx.Rngs(seed)
+        model = nnx.merge(*self._base)
+        adapters.add_to(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
+        return model
+
+    def totals(self, model: Any, batch: Batch) -> Totals:
+        """Returns cross entropy and correct guesses of the answers' tokens."""
+        weight = batch["weight"][:, None] * batch["in_answer"]
+        return classification_totals(model(batch["tokens"]), batch | {"weight": weight})
+
+
+def pack_answers(
+    tokenizer: Tokenizer,
+    eos: int,
+    questions: Sequence[str],
+    answers: Sequence[str],
+    options: GSM8KOptions,
+) -> Batch:
+    """Turns problems into rows of tokens.
+
+    Args:
+        tokenizer: The model's; what it puts before a text, it puts before the question.
+        eos: Token that ends an answer, and fills the rows.
+        questions: The questions.
+        answers: Their answers.
+        options: `max_length` is used.
+
+    Returns:
+        `tokens`, their successors `label`, and `in_answer`, 1 where the successor is of the
+        answer, all (problems, max_length - 1).
+
+    Raises:
+        ExperimentError: A question leaves no room for its answer.
+    """
+    length = options.max_length
+    prompts = tokenizer.encode_batch([f"{question}\n" for question in questions])
+    replies = tokenizer.encode_batch(list(answers), add_special_tokens=False)
+    rows = np.full((len(questions), length), eos, np.int32)
+    in_answer = np.zeros((len(questions), length), np.float32)
+    for row, (prompt, reply) in enumerate(zip(prompts, replies, strict=True)):
+        begin = len(prompt.ids)
+        if begin >= length:
+            raise ExperimentError(
+                f"task_options.max_length: GSM8K's question {row} has {begin} tokens; "
+                f"{length} leave no room for the answer"
+            )
+        text = [*prompt.ids, *reply.ids, eos][:length]
+        rows[row, : len(text)] = text
+        in_answer[row, begin : len(text)] = 1.0
+    return {"tokens": rows[:, :-1], "label": rows[:, 1:], "in_answer": in_answer[:, 1:]}

@@ -132,6 +132,56 @@ def test_no_recompilation_after_the_first_step():
     assert update._cache_size() == 1
 
 
+def stepper(tx, gradient):
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.tree.map(gradient, params), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    return step
+
+
+def test_a_scan_with_donated_carry_equals_a_loop():
+    params, gradient = problem((3, 6, 5), jnp.float32)
+    tx = svd_lora(optax.adam(0.1), RANK)
+    expected = train(tx, params, gradient, steps=3)[-1]
+    steps = lambda carry: jax.lax.scan(stepper(tx, gradient), carry, length=3)[0]
+    carry = params, jax.jit(tx.init)(params)
+    after, _ = jax.jit(steps, donate_argnums=0)(carry)
+    assert params.is_deleted()
+    np.testing.assert_allclose(after, expected, atol=1e-5)
+
+
+def test_multi_steps_project_the_step_of_the_mean_gradient():
+    params, gradient = problem((6, 5), jnp.float32)
+    tx = optax.MultiSteps(svd_lora(optax.sgd(0.1), RANK), every_k_schedule=2)
+    state, update = tx.init(params), jax.jit(tx.update)
+    nothing, state = update(gradient(params), state, params)
+    assert not jnp.any(nothing)
+    updates, _ = update(3 * gradient(params), state, params)
+    expected = nearest(params - 0.2 * gradient(params), RANK) - params
+    np.testing.assert_allclose(updates, expected, atol=1e-5)
+
+
+def test_a_gradient_that_is_not_finite_spoils_its_own_leaf_alone():
+    params, gradient = problem((2, 6, 5), jnp.float32)
+    tree = {"bad": params[0], "good": params[1]}
+    grads = {"bad": gradient(params)[0].at[1, 2].set(jnp.nan), "good": gradient(params)[1]}
+    tx = svd_lora(optax.sgd(0.1), RANK)
+    updates, _ = jax.jit(tx.update)(grads, tx.init(tree), tree)
+    assert not jnp.any(jnp.isfinite(updates["bad"]))
+    expected = nearest(tree["good"] - 0.1 * grads["good"], RANK) - tree["good"]
+    np.testing.assert_allclose(updates["good"], expected, atol=1e-5)
+
+
+def test_export_for_accelerators():
+    params, gradient = problem((3, 6, 5), jnp.float32)
+    tx = svd_lora(optax.adam(0.1), RANK)
+    step = jax.jit(lambda carry: stepper(tx, gradient)(carry, None)[0])
+    exported = jax.export.export(step, platforms=["tpu", "cuda"])
+    assert exported((params, tx.init(params))).platforms == ("tpu", "cuda")
+
+
 def test_hyperparameters_of_the_inner_optimizer_can_be_injected():
     params, gradient = problem((6, 5), jnp.float32)
     tx = svd_lora(optax.inject_hyperparams(optax.sgd)(learning_rate=0.1), RANK)

@@ -47,31 +47,39 @@ def data_parallel() -> Recipe:
     return lambda path, shape, mesh: jax.P()
 
 
-def fsdp(axis: str = "data", *, min_size: int = 2**14) -> Recipe:
-    """Shards every kernel along its in axis, or out axis where only that divides.
+def fsdp(axis: str = "data", *, within: Recipe | None = None, min_size: int = 2**14) -> Recipe:
+    """Shards every kernel along its in axis, or out axis where only that is free and divides.
 
     Args:
         axis: the mesh axis.
-        min_size: kernels with fewer entries are replicated.
+        within: a recipe for other mesh axes, as :func:`tensor_parallel`, which has the first choice
+            of each kernel's axes.
+        min_size: what has fewer entries is left as ``within`` has it.
 
     Returns:
-        The recipe. Pairs lie as their kernels do, so one of the two factors is sharded.
+        The recipe. Pairs lie as their kernels do: without ``within`` one of the two factors is
+        sharded, with it often both.
 
     Example:
         >>> import jax
-        >>> mesh = jax.make_mesh((1,), ("data",))
+        >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
         >>> fsdp(min_size=0)("q/kernel", (6, 4), mesh)
         P('data', None)
+        >>> fsdp(within=tensor_parallel(["up"], ["down"]), min_size=0)("down/kernel", (8, 6), mesh)
+        P('model', 'data')
     """
 
     def recipe(path: str, shape: tuple[int, ...], mesh: Mesh) -> jax.P:
+        spec = jax.P() if within is None else within(path, shape, mesh)
         if len(shape) < 2 or math.prod(shape) < min_size:
-            return jax.P()
+            return spec
         size = _axis_size(path, axis, mesh)
+        entries = [*spec, *[None] * (len(shape) - len(spec))]
         for position in (-2, -1):
-            if shape[position] % size == 0:
-                return jax.P(*_entries(len(shape), {position: axis}))
-        return jax.P()
+            if entries[position] is None and shape[position] % size == 0:
+                entries[position] = axis
+                return jax.P(*entries)
+        return spec
 
     return recipe
 
@@ -111,27 +119,6 @@ def tensor_parallel(
         if is_row and len(shape) > 1:
             return jax.P(*_entries(len(shape), {-2: axis}))
         return jax.P()
-
-    return recipe
-
-
-def both(first: Recipe, second: Recipe) -> Recipe:
-    """Joins two recipes for two mesh axes: where the first shards nothing of an axis, the second.
-
-    Example:
-        >>> import jax
-        >>> mesh = jax.make_mesh((1, 1), ("data", "model"))
-        >>> recipe = both(tensor_parallel(["up"]), fsdp(min_size=0))
-        >>> recipe("up/kernel", (6, 8), mesh)
-        P('data', 'model')
-    """
-
-    def recipe(path: str, shape: tuple[int, ...], mesh: Mesh) -> jax.P:
-        specs = (first(path, shape, mesh), second(path, shape, mesh))
-        one, two = ([*spec, *[None] * (len(shape) - len(spec))] for spec in specs)
-        used = jax.tree.leaves(one)
-        free = [None if set(jax.tree.leaves(entry)) & set(used) else entry for entry in two]
-        return jax.P(*(x or y for x, y in zip(one, free, strict=True)))
 
     return recipe
 

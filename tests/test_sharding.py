@@ -71,13 +71,14 @@ def test_tensor_parallel_lays_biases_of_columns_alone():
     }
 
 
-def test_both_gives_each_mesh_axis_once():
+def test_fsdp_within_tensor_parallel_takes_the_axis_that_is_left():
     mesh = make_mesh()
-    recipe = sharding.both(sharding.tensor_parallel([], ["down"]), sharding.fsdp(min_size=0))
-    assert recipe("down", (8, 4), mesh) == P("model", None)  # the first recipe has taken its axis
-    assert recipe("other", (8, 4), mesh) == P("data", None)
-    same = sharding.both(sharding.fsdp(min_size=0), sharding.tensor_parallel(["up"], axis="data"))
-    assert same("up", (8, 4), mesh) == P("data", None)
+    recipe = sharding.fsdp(within=sharding.tensor_parallel(["up"], ["down"]), min_size=32)
+    assert recipe("up", (8, 6), mesh) == P("data", "model")
+    assert recipe("down", (8, 4), mesh) == P("model", "data")
+    assert recipe("down", (8, 6), mesh) == P("model", None)  # four devices do not divide 6
+    assert recipe("down", (2, 4), mesh) == P("model", None)  # too small
+    assert recipe("norm", (8,), mesh) == P()
 
 
 def test_kernels_with_many_axes_give_their_pairs_the_sharding_of_the_major_one():

@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments demo | list | run STUDY`."""
+"""The command line: `python -m experiments demo | list | run STUDY | report`."""
 
 import time
 from collections.abc import Iterator
@@ -18,11 +18,14 @@ from rich.progress import (
 )
 
 from experiments.errors import ExperimentError
+from experiments.figures import draw_variant
 from experiments.methods import METHODS
-from experiments.report import draw_figure, make_table, summarize
+from experiments.report import check_pages, draw_pages, make_pages, write_pages
 from experiments.schema import RunResult
 from experiments.study import expand, load_study, parse_overrides, select, study_names
+from experiments.summary import summarize
 from experiments.sweep import Job, plan_jobs, run_jobs
+from experiments.tables import screen_table
 
 app = typer.Typer(
     help="Fine-tuning experiments with LoRA optimizers.",
@@ -120,6 +123,36 @@ def run(
         _run(study, planned, folder, workers=jobs)
 
 
+@app.command()
+def report(
+    *,
+    check: Annotated[
+        bool, typer.Option("--check", help="Write nothing; fail if the pages are not up to date.")
+    ] = False,
+    results: Annotated[
+        Path, typer.Option(help="Folder with one folder of results a study.")
+    ] = Path("experiments/results"),
+    docs: Annotated[Path, typer.Option(help="Folder of the pages.")] = Path("docs/results"),
+    readme: Annotated[Path, typer.Option(help="File with the markers.")] = Path("README.md"),
+) -> None:
+    """Writes tables and figures of the stored results into the documentation."""
+    with _clear_errors():
+        if not results.is_dir():
+            raise ExperimentError(
+                f"{results} does not exist; run a study with --out {results}/STUDY"
+            )
+        pages = make_pages(results, docs, readme)
+        if check:
+            wrong = check_pages(pages)
+            if wrong:
+                raise ExperimentError("; ".join(wrong) + ": run `python -m experiments report`")
+            console.print(f"{len(pages)} pages follow from the results")
+            return
+        changed = write_pages(pages)
+        figures = draw_pages(results, docs)
+        console.print(f"{len(changed)} of {len(pages)} pages changed, {len(figures)} figures drawn")
+
+
 def _run(name: str, jobs: list[Job], out: Path, *, workers: int) -> None:
     begin = time.perf_counter()
     columns = (
@@ -137,8 +170,8 @@ def _run(name: str, jobs: list[Job], out: Path, *, workers: int) -> None:
     for variant, runs in by_variant.items():
         summaries = summarize(runs)
         title = f"{name} {variant}".strip() + f": {runs[0].config.plan.steps} steps"
-        console.print(make_table(summaries, title))
-        draw_figure(summaries, title, out / f"{variant or name}.png")
+        console.print(screen_table(summaries, title))
+        draw_variant(summaries, title, out / f"{variant or name}.png")
     console.print(f"{len(results)} results in {out} after {time.perf_counter() - begin:.0f} s")
 
 

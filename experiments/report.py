@@ -1,176 +1,261 @@
-"""What a study found: a summary by method, a table and a figure, made from results only."""
+"""Pages of the documentation and the README's block, made from the stored results alone.
 
-import statistics
-from collections.abc import Iterable
-from dataclasses import dataclass
+Everything between the markers of a file is generated; what stands around them is kept.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
-from rich.box import SIMPLE
-from rich.table import Table
-
+from experiments.errors import ExperimentError
+from experiments.figures import draw_variant, draw_variants
 from experiments.schema import RunResult
+from experiments.study import Study, StudyFile, expand, load_study, study_names
+from experiments.summary import MethodSummary, difference, summarize
+from experiments.sweep import next_run, read_results
+from experiments.tables import BASELINE, comparison_table, markdown, spread, sweep_table
+
+BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+
+LEGEND = f"""\
+Mean ± standard deviation over seeds at each method's best learning rate (chosen by the final
+validation loss of the first seed; `*`: it is an end of the sweep). A difference from `{BASELINE}`
+is claimed only above twice its pooled standard error. "Steps to AdamW's loss": until the validation
+loss is first at or below AdamW's mean final one, at the resolution of the evaluations; "time to it"
+in units of AdamW's whole run. "Time a step" is measured in turn with AdamW's in the same process;
+"memory" is trained leaves, state and the compiled step's temporaries. "Lost": diverged or failed
+runs of the sweep."""
 
 
-@dataclass(frozen=True)
-class MethodSummary:
-    """One method's sweep and its runs at the best learning rate.
-
-    Attributes:
-        method: Name of the method.
-        sweep: The runs of the first seed, by rising learning rate.
-        best: All finished runs at the learning rate with the lowest final validation loss in the
-            sweep, one a seed; empty if none finished.
-    """
-
-    method: str
-    sweep: list[RunResult]
-    best: list[RunResult]
-
-    @property
-    def at_edge(self) -> bool:
-        """Whether the best learning rate is an end of the sweep, so that it proves little."""
-        ends = {self.sweep[0].config.learning_rate, self.sweep[-1].config.learning_rate}
-        return len(self.sweep) > 1 and any(r.config.learning_rate in ends for r in self.best)
-
-
-def summarize(results: Iterable[RunResult]) -> list[MethodSummary]:
-    """Groups the results of one study by method, in the order in which they ran."""
-    by_method: dict[str, list[RunResult]] = {}
-    for result in results:
-        by_method.setdefault(result.config.method, []).append(result)
-    summaries = []
-    for method, runs in by_method.items():
-        seed = runs[0].config.seed
-        sweep = sorted(
-            (run for run in runs if run.config.seed == seed),
-            key=lambda run: run.config.learning_rate,
-        )
-        chosen = min(sweep, key=lambda run: run.validation_loss).config.learning_rate
-        best = [
-            run for run in runs if run.status == "finished" and run.config.learning_rate == chosen
-        ]
-        summaries.append(MethodSummary(method, sweep, best))
-    return summaries
-
-
-def make_table(summaries: list[MethodSummary], title: str) -> Table:
-    """Returns a table with one row a method, at its best learning rate."""
-    seeds = max(len(summary.best) for summary in summaries)
-    splits = ["validation"]
-    if any("test" in run.final for summary in summaries for run in summary.best):
-        splits.append("test")
-    lost = any(run.status != "finished" for summary in summaries for run in summary.sweep)
-    spread = f"mean ± standard deviation over {seeds} seeds" if seeds > 1 else "one seed"
-    caption = f"{spread}; accuracy in %; kB of optimizer state"
-    caption += "; lost: diverged or failed" * lost
-    table = Table(title=title, caption=caption, box=SIMPLE, padding=(0, 0, 0, 1))
-    table.add_column("method", no_wrap=True)
-    headings = ["lr", "val. loss", "val. acc.", "test acc.", "ms/step", "kB", "lost"]
-    shown = {"test acc.": len(splits) > 1, "lost": lost}
-    for heading in headings:
-        if shown.get(heading, True):
-            table.add_column(heading, justify="right", no_wrap=True)
-    for summary in summaries:
-        table.add_row(summary.method, *_cells(summary, splits), *([_lost(summary)] * lost))
-    return table
-
-
-def _cells(summary: MethodSummary, splits: list[str]) -> list[str]:
-    runs = summary.best
-    if not runs:
-        return ["-"] * (4 + len(splits))
-    return [
-        f"{runs[0].config.learning_rate:g}" + ("*" if summary.at_edge else ""),
-        _spread([run.final["validation"].loss for run in runs], ".3f"),
-        *(_accuracy(runs, split) for split in splits),
-        f"{1e3 * statistics.median(run.median_step_seconds or 0.0 for run in runs):.1f}",
-        f"{runs[0].optimizer_state_bytes / 1e3:.0f}",
-    ]
-
-
-def _accuracy(runs: list[RunResult], split: str) -> str:
-    values = [run.final[split].accuracy for run in runs]
-    return _spread([100 * value for value in values if value is not None], ".1f")
-
-
-def _lost(summary: MethodSummary) -> str:
-    count = sum(run.status != "finished" for run in summary.sweep)
-    return f"{count}/{len(summary.sweep)}"
-
-
-def _spread(values: list[float], form: str) -> str:
-    if not values:
-        return "-"
-    mean = format(statistics.mean(values), form)
-    return mean if len(values) < 2 else f"{mean} ± {format(statistics.stdev(values), form)}"
-
-
-def draw_figure(summaries: list[MethodSummary], title: str, path: Path) -> None:
-    """Draws loss curves at the best learning rates, and loss against learning rate.
+class Variant:
+    """The results of one variant, against its plan.
 
     Args:
-        summaries: What to draw.
-        title: Title of the whole figure.
-        path: The PNG file to write.
+        name: Name of the variant.
+        study: Its plan.
+        results: Its results.
     """
-    figure = Figure(figsize=(11, 4.6), layout="constrained")
-    figure.suptitle(title)
-    curves, sweeps = figure.subplots(1, 2)
-    for index, summary in enumerate(summaries):
-        _draw_curves(curves, summary, f"C{index}")
-        _draw_sweep(sweeps, summary, f"C{index}")
-    curves.set(xlabel="step", ylabel="validation loss", yscale="log")
-    curves.set_title("Each method at its best learning rate")
-    sweeps.set(xlabel="peak learning rate", ylabel="final validation loss")
-    sweeps.set(xscale="log", yscale="log")
-    sweeps.set_title("Sweep (first seed); × = diverged")
-    for axes in (curves, sweeps):
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_locator(NullLocator())
-        axes.grid(alpha=0.2)
-        axes.legend()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+
+    def __init__(self, name: str, study: Study, results: list[RunResult]) -> None:
+        self.name = name
+        order = list(study.learning_rates)
+        self.results = sorted(
+            (r for r in results if r.config.method in order),
+            key=lambda r: (order.index(r.config.method), r.config.learning_rate, r.config.seed),
+        )
+        self.summaries = summarize(self.results)
+        self.missing = list(_missing(study, self.results))
 
 
-def _draw_curves(axes: Axes, summary: MethodSummary, color: str) -> None:
-    """Draws the mean over seeds, and a band from the lowest to the highest."""
-    if not summary.best:
-        return
-    steps = [point.step for point in summary.best[0].curve]
-    losses = [[point.validation.loss for point in run.curve] for run in summary.best]
-    columns = list(zip(*losses, strict=True))
-    rate = summary.best[0].config.learning_rate
-    axes.plot(
-        steps,
-        list(map(statistics.mean, columns)),
-        color=color,
-        label=f"{summary.method}, lr {rate:g}",
+def _missing(study: Study, results: Sequence[RunResult]) -> Iterator[str]:
+    for method in study.learning_rates:
+        mine = [result for result in results if result.config.method == method]
+        coming = next_run(study, method, mine)
+        if coming is not None:
+            runs = f"{len(mine)} runs are there" if mine else "nothing has run"
+            yield f"`{method}` ({runs}; next: learning rate {coming[0]:g}, seed {coming[1]})"
+
+
+def read_variants(file: StudyFile, results: Path) -> list[Variant]:
+    """Reads a study's committed results.
+
+    Raises:
+        ExperimentError: A result cannot be read, or is of other settings than the study's.
+    """
+    found = read_results(results / file.name)
+    variants = []
+    for name, study in expand(file.study, {}, []).items():
+        mine = [result for result in found if result.config.variant == name]
+        for result in mine:
+            if result.config.study != file.name or result.config.plan != study.plan:
+                raise ExperimentError(
+                    f"{results / file.name / result.config.file_name()} was not made by the study "
+                    f"as it is now: move it away, or run the study again"
+                )
+        if mine:
+            variants.append(Variant(name, study, mine))
+    return variants
+
+
+def study_page(file: StudyFile, variants: Sequence[Variant]) -> str:
+    """Writes the generated part of a study's page."""
+    parts = [_provenance(variants), LEGEND]
+    if len(variants) > 2:
+        parts.append(f"![All variants]({file.name}.png)")
+    for variant in variants:
+        if variant.name:
+            parts.append(f"## {variant.name}")
+        if variant.missing:
+            parts.append("**Not complete.** Still to run: " + "; ".join(variant.missing) + ".")
+        parts.append(comparison_table(variant.summaries))
+        parts.append(f"![Loss curves and sweep]({_figure_name(file, variant)})")
+        parts.append("Final validation loss of the first seed by learning rate:")
+        parts.append(sweep_table(variant.summaries))
+    return "\n\n".join(parts)
+
+
+def _figure_name(file: StudyFile, variant: Variant) -> str:
+    return f"{file.name}-{variant.name or 'curves'}.png"
+
+
+def _provenance(variants: Sequence[Variant]) -> str:
+    runs = [result for variant in variants for result in variant.results]
+    seconds = sum(run.wall_seconds for run in runs)
+    machines = Counter(
+        f"{run.environment.device}, {run.environment.cpu_count} cores, Python "
+        f"{run.environment.python}, "
+        + ", ".join(f"{k} {run.environment.packages[k]}" for k in ("jax", "flax", "optax"))
+        for run in runs
     )
-    axes.fill_between(
-        steps, list(map(min, columns)), list(map(max, columns)), color=color, alpha=0.2, lw=0
+    commits = Counter((run.environment.git_commit or "unknown")[:8] for run in runs)
+    states = Counter(run.status for run in runs)
+    return (
+        f"{len(runs)} runs ({', '.join(f'{n} {state}' for state, n in sorted(states.items()))}), "
+        f"{seconds / 60:.0f} minutes of training and evaluation together, "
+        f"compilation and loading apart. Machine: {'; '.join(sorted(machines))}. "
+        f"Code: {', '.join(sorted(commits))}."
     )
 
 
-def _draw_sweep(axes: Axes, summary: MethodSummary, color: str) -> None:
-    """Draws the finished runs as a line, and the diverged ones as crosses at the top edge."""
-    done = [run for run in summary.sweep if run.status == "finished"]
-    lost = [run for run in summary.sweep if run.status != "finished"]
-    axes.plot(
-        [run.config.learning_rate for run in done],
-        [run.validation_loss for run in done],
-        "o-",
-        color=color,
-        label=summary.method,
+def readme_block(studies: Mapping[str, Sequence[Variant]]) -> str:
+    """Writes the README's table: one row for every variant of every study."""
+    rows = []
+    for name, variants in studies.items():
+        for variant in variants:
+            page = f"[{name}](docs/results/{name}.md)"
+            label = f"{page}, {variant.name}" if variant.name else page
+            state = f"{len(variant.missing)} methods incomplete" if variant.missing else "complete"
+            rows.append([label, *_verdicts(variant.summaries), state])
+    headings = ["study", "AdamW's loss", "claimed better", "no difference", "claimed worse", "runs"]
+    text = (
+        "Each method at its own best learning rate, final loss (on the test where there is one) "
+        "against LoRA with AdamW; a difference is claimed above twice its pooled standard error."
     )
-    axes.plot(
-        [run.config.learning_rate for run in lost],
-        [0.98] * len(lost),
-        "x",
-        color=color,
-        transform=axes.get_xaxis_transform(),
-    )
+    return f"{text}\n\n{markdown(headings, rows)}"
+
+
+def _verdicts(summaries: Sequence[MethodSummary]) -> list[str]:
+    base = next((s for s in summaries if s.method == BASELINE and s.best), None)
+    if base is None:
+        return ["not run", "", "", ""]
+    split = base.reported_split
+    groups: dict[str, list[str]] = {"better": [], "same": [], "worse": []}
+    for summary in summaries:
+        if summary is base:
+            continue
+        if not summary.best:
+            groups["worse"].append(f"{summary.method} (none finished)")
+            continue
+        found = difference(summary.losses(split), base.losses(split))
+        if found.error is None:
+            continue
+        side = ("better" if found.value < 0 else "worse") if found.claimed else "same"
+        groups[side].append(summary.method)
+    return [spread(base.losses(split)), *(", ".join(names) for names in groups.values())]
+
+
+def replace_block(text: str, block: str, name: str) -> str:
+    """Puts a generated block between the markers of a text.
+
+    Raises:
+        ExperimentError: The text lacks the markers, or has them more than once.
+    """
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise ExperimentError(f"{name} must hold {BEGIN!r} and {END!r} once each")
+    head, rest = text.split(BEGIN)
+    _, tail = rest.split(END)
+    return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+
+
+def make_pages(results: Path, docs: Path, readme: Path) -> dict[Path, str]:
+    """Writes, in memory, every file that follows from the results.
+
+    Args:
+        results: Folder with one folder of results a study.
+        docs: Folder of the pages.
+        readme: The README.
+
+    Returns:
+        The contents by path.
+
+    Raises:
+        ExperimentError: Results are unreadable or of other settings, or a folder of results is of
+            no study.
+    """
+    pages, studies = {}, {}
+    for folder in sorted(path for path in results.iterdir() if path.is_dir()):
+        if folder.name not in study_names():
+            raise ExperimentError(f"{folder} holds results of no study: move it away")
+    for file, variants in _studies(results):
+        studies[file.name] = variants
+        path = docs / f"{file.name}.md"
+        text = path.read_text() if path.exists() else _new_page(file)
+        pages[path] = replace_block(text, study_page(file, variants), str(path))
+    if readme.exists():
+        pages[readme] = replace_block(readme.read_text(), readme_block(studies), str(readme))
+    return pages
+
+
+def _studies(results: Path) -> Iterator[tuple[StudyFile, list[Variant]]]:
+    for name in study_names():
+        if (results / name).is_dir():
+            file = load_study(name)
+            variants = read_variants(file, results)
+            if variants:
+                yield file, variants
+
+
+def _new_page(file: StudyFile) -> str:
+    return f"# {file.description.splitlines()[0]}\n\n{BEGIN}\n{END}\n"
+
+
+def write_pages(pages: Mapping[Path, str]) -> list[Path]:
+    """Writes the pages that changed, each in one atomic step, and returns their paths."""
+    changed = [
+        path for path, text in pages.items() if not path.exists() or path.read_text() != text
+    ]
+    for path in changed:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        try:
+            temporary.write_text(pages[path])
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+    return changed
+
+
+def draw_pages(results: Path, docs: Path) -> list[Path]:
+    """Draws every figure of the pages, and returns their paths."""
+    drawn: list[Path] = []
+
+    def draw(function: Callable[..., None], found: object, title: str, name: str) -> None:
+        drawn.append(docs / name)
+        function(found, title, drawn[-1])
+
+    for file, variants in _studies(results):
+        if len(variants) > 2:
+            by_variant = {variant.name: variant.summaries for variant in variants}
+            draw(draw_variants, by_variant, file.name, f"{file.name}.png")
+        for variant in variants:
+            steps = variant.results[0].config.plan.steps
+            title = f"{file.name} {variant.name}".strip() + f", {steps} steps"
+            draw(draw_variant, variant.summaries, title, _figure_name(file, variant))
+    return drawn
+
+
+def check_pages(pages: Mapping[Path, str]) -> list[str]:
+    """Says what is not as it follows from the results; figures only have to be there."""
+    wrong = [
+        f"{path} does not follow from the results"
+        for path, text in pages.items()
+        if not path.exists() or path.read_text() != text
+    ]
+    for path, text in pages.items():
+        for line in text.splitlines():
+            if line.startswith("![") and line.endswith(".png)"):
+                figure = path.parent / line[line.index("](") + 2 : -1]
+                if not figure.exists():
+                    wrong.append(f"{figure} is missing")
+    return wrong

@@ -2,9 +2,9 @@
 
     python -m experiments run lm --data-dir ../shared/data
 
-In place of the papers' Llama and Gemma models. Rank 8 in all seven linear maps, batches of 8 windows
-of 128 tokens, 150 steps; learning rates are chosen on 64 validation windows, as many test windows
-are only reported. Loss in nats a token (of a vocabulary of 512).
+In place of the papers' Llama and Gemma models. Rank 8 in all seven linear maps, batches of 8
+windows of 128 tokens, 150 steps; learning rates are chosen on 64 validation windows, as many test
+windows are only reported. Loss in nats a token, of a vocabulary of 512.
 
 Cost: see docs/results/lm.md.
 """

@@ -1,0 +1,124 @@
+"""Figures of a study: loss curves, loss against learning rate, and loss by variant."""
+
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator
+
+from experiments.summary import MethodSummary
+
+COLORS = [f"C{index}" for index in range(10)]
+STYLES = ["-", "--", ":"]
+
+
+def styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """Returns a line style for each method, none used twice up to thirty."""
+    return {
+        method: {"color": COLORS[i % 10], "linestyle": STYLES[i // 10 % 3]}
+        for i, method in enumerate(methods)
+    }
+
+
+def draw_variant(summaries: Sequence[MethodSummary], title: str, path: Path) -> None:
+    """Draws loss curves at the best learning rates, and loss against learning rate.
+
+    Args:
+        summaries: What to draw.
+        title: Title of the whole figure.
+        path: The PNG file to write.
+    """
+    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    figure.suptitle(title)
+    curves, sweeps = figure.subplots(1, 2)
+    looks = styles([summary.method for summary in summaries])
+    for summary in summaries:
+        _draw_curves(curves, summary, looks[summary.method])
+        _draw_sweep(sweeps, summary, looks[summary.method])
+    curves.set(xlabel="step", ylabel="validation loss", yscale="log")
+    curves.set_title("Each method at its best learning rate")
+    sweeps.set(xlabel="peak learning rate", ylabel="final validation loss")
+    sweeps.set(xscale="log", yscale="log")
+    sweeps.set_title("Sweep (first seed); × = diverged or failed")
+    start = [run.curve[0].validation.loss for s in summaries for run in s.best if run.curve]
+    for axes in (curves, sweeps):
+        _log_ticks(axes)
+        axes.grid(alpha=0.2)
+        if start:  # runs that got worse than the start would squeeze the others
+            axes.set_ylim(top=1.3 * max(start))
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    _save(figure, path)
+
+
+def draw_variants(
+    by_variant: Mapping[str, Sequence[MethodSummary]], title: str, path: Path
+) -> None:
+    """Draws the best final validation loss of every method by variant.
+
+    Args:
+        by_variant: The summaries of each variant, in the order of the axis.
+        title: Title of the figure.
+        path: The PNG file to write.
+    """
+    figure = Figure(figsize=(7.5, 5.2), layout="constrained")
+    axes = figure.subplots()
+    names = list(by_variant)
+    methods = list(dict.fromkeys(s.method for found in by_variant.values() for s in found))
+    for method, look in styles(methods).items():
+        points = [
+            (names.index(variant), statistics.mean(summary.losses("validation")))
+            for variant, found in by_variant.items()
+            for summary in found
+            if summary.method == method and summary.best
+        ]
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method, **look)
+    axes.set_xticks(range(len(names)), names)
+    axes.set(yscale="log", ylabel="final validation loss", title=title)
+    axes.grid(alpha=0.2)
+    figure.legend(loc="outside lower center", ncols=4)
+    _save(figure, path)
+
+
+def _log_ticks(axes: Axes) -> None:
+    low, high = axes.get_ylim()
+    if low > 0 and high / low < 50:
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110, metadata={"Software": None})
+
+
+def _draw_curves(axes: Axes, summary: MethodSummary, look: dict[str, Any]) -> None:
+    """Draws the mean over seeds, and a band from the lowest to the highest."""
+    if not summary.best:
+        return
+    steps = [point.step for point in summary.best[0].curve]
+    losses = [[point.validation.loss for point in run.curve] for run in summary.best]
+    values = list(zip(*losses, strict=True))
+    rate = summary.best[0].config.learning_rate
+    label = f"{summary.method}, lr {rate:g}"
+    axes.plot(steps, list(map(statistics.mean, values)), label=label, **look)
+    band = {"color": look["color"], "alpha": 0.15, "lw": 0}
+    axes.fill_between(steps, list(map(min, values)), list(map(max, values)), **band)
+
+
+def _draw_sweep(axes: Axes, summary: MethodSummary, look: dict[str, Any]) -> None:
+    """Draws the finished runs as a line, and the others as crosses at the top edge."""
+    done = [run for run in summary.sweep if run.status == "finished"]
+    lost = [run for run in summary.sweep if run.status != "finished"]
+    rates = [run.config.learning_rate for run in done]
+    axes.plot(rates, [run.validation_loss for run in done], marker="o", markersize=4, **look)
+    axes.plot(
+        [run.config.learning_rate for run in lost],
+        [0.98] * len(lost),
+        "x",
+        color=look["color"],
+        transform=axes.get_xaxis_transform(),
+    )

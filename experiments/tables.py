@@ -1,0 +1,163 @@
+"""Tables of a study: the same cells on the screen and in the documentation."""
+
+import statistics
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from rich.box import SIMPLE
+from rich.table import Table
+
+from experiments.summary import MethodSummary, difference, memory, steps_to
+
+BASELINE = "adamw"
+Cell = Callable[[MethodSummary, MethodSummary | None], str]
+NOTHING = "–"
+
+
+class Column(NamedTuple):
+    """A column: its heading and what stands in the row of a method, given the baseline."""
+
+    heading: str
+    cell: Cell
+    on_screen: bool = False
+
+
+def spread(values: Sequence[float], factor: float = 1.0) -> str:
+    """Writes mean and standard deviation, in four and two digits."""
+    if not values:
+        return NOTHING
+    mean = f"{factor * statistics.mean(values):.4g}"
+    return f"{mean} ± {factor * statistics.stdev(values):.2g}" if len(values) > 1 else mean
+
+
+def columns(summaries: Sequence[MethodSummary]) -> list[Column]:
+    """Returns the columns that these methods fill."""
+    splits = ["validation"]
+    if any("test" in run.final for summary in summaries for run in summary.best):
+        splits.append("test")
+    chosen = [Column("lr", _rate, True)]
+    for split in splits:
+        losses = lambda summary, _, split=split: spread(summary.losses(split))
+        chosen.append(Column(f"{split} loss", losses, split == "validation"))
+    for name, factor, heading in (("accuracy", 100, "accuracy, %"), ("matthews", 1, "Matthews")):
+        for split in splits:
+            if any(summary.scores(split, name) for summary in summaries):
+                scores = lambda summary, _, split=split, name=name, factor=factor: spread(
+                    summary.scores(split, name), factor
+                )
+                chosen.append(Column(f"{split} {heading}", scores, True))
+    chosen += [
+        Column(f"{splits[-1]} loss – AdamW's", _verdict),
+        Column("steps to AdamW's loss", _steps),
+        Column("time to it", _time),
+        Column("time a step", _step_ratio, True),
+        Column("memory", _memory),
+        Column("parameters", _parameters),
+        Column("lost", _lost, True),
+    ]
+    return chosen
+
+
+def cells(summaries: Sequence[MethodSummary]) -> tuple[list[Column], list[list[str]]]:
+    """Returns the columns and the cells of all rows, the method's name excepted."""
+    baseline = next((s for s in summaries if s.method == BASELINE and s.best), None)
+    chosen = columns(summaries)
+    return chosen, [[column.cell(s, baseline) for column in chosen] for s in summaries]
+
+
+def screen_table(summaries: Sequence[MethodSummary], title: str) -> Table:
+    """Makes a table with one row a method, at its best learning rate."""
+    chosen, rows = cells(summaries)
+    caption = "mean ± standard deviation over seeds; * best rate at an end of the sweep"
+    table = Table(title=title, caption=caption, box=SIMPLE, padding=(0, 0, 0, 1))
+    table.add_column("method", no_wrap=True)
+    shown = [index for index, column in enumerate(chosen) if column.on_screen]
+    for index in shown:
+        table.add_column(chosen[index].heading, justify="right")
+    for summary, row in zip(summaries, rows, strict=True):
+        table.add_row(summary.method, *(row[index] for index in shown))
+    return table
+
+
+def markdown(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Writes a table in Markdown."""
+    lines = [headings, ["---"] * len(headings), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def comparison_table(summaries: Sequence[MethodSummary]) -> str:
+    """Writes the whole table in Markdown."""
+    chosen, rows = cells(summaries)
+    named = [[s.method, *row] for s, row in zip(summaries, rows, strict=True)]
+    return markdown(["method", *(column.heading for column in chosen)], named)
+
+
+def sweep_table(summaries: Sequence[MethodSummary]) -> str:
+    """Writes the final validation loss of the first seed at every learning rate."""
+    rates = sorted({run.config.learning_rate for s in summaries for run in s.sweep})
+    rows = []
+    for summary in summaries:
+        losses = {run.config.learning_rate: run for run in summary.sweep}
+        row = []
+        for rate in rates:
+            run = losses.get(rate)
+            done = run is not None and run.status == "finished"
+            row.append(f"{run.validation_loss:.4g}" if done and run else run.status if run else "")
+        rows.append([summary.method, *row])
+    return markdown(["method", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def _rate(summary: MethodSummary, baseline: MethodSummary | None) -> str:
+    if not summary.best:
+        return NOTHING
+    return f"{summary.best[0].config.learning_rate:g}" + "*" * summary.at_edge
+
+
+def _verdict(summary: MethodSummary, baseline: MethodSummary | None) -> str:
+    if baseline is None or summary is baseline or not summary.best:
+        return NOTHING
+    split = summary.reported_split
+    found = difference(summary.losses(split), baseline.losses(split))
+    if found.error is None:
+        return f"{found.value:+.2g} (too few seeds)"
+    word = ("better" if found.value < 0 else "worse") if found.claimed else "no difference"
+    return f"{found.value:+.2g} ± {found.error:.1g}: {word}"
+
+
+def _goal(baseline: MethodSummary) -> float:
+    return statistics.mean(baseline.losses("validation"))
+
+
+def _steps(summary: MethodSummary, baseline: MethodSummary | None) -> str:
+    if baseline is None or not summary.best:
+        return NOTHING
+    steps = steps_to(summary, _goal(baseline))
+    return "not reached" if steps is None else f"{steps:g}"
+
+
+def _time(summary: MethodSummary, baseline: MethodSummary | None) -> str:
+    if baseline is None or not summary.best or summary.best[0].step_ratio is None:
+        return NOTHING
+    steps = steps_to(summary, _goal(baseline))
+    if steps is None:
+        return NOTHING
+    return f"{steps / baseline.best[0].config.plan.steps * summary.best[0].step_ratio:.2f}×"
+
+
+def _step_ratio(summary: MethodSummary, baseline: MethodSummary | None) -> str:
+    ratios = [run.step_ratio for run in summary.sweep if run.step_ratio is not None]
+    return f"{statistics.median(ratios):.2f}×" if ratios else NOTHING
+
+
+def _memory(summary: MethodSummary, baseline: MethodSummary | None) -> str:
+    if baseline is None or not summary.best:
+        return NOTHING
+    return f"{memory(summary.best[0]) / memory(baseline.best[0]):.2f}×"
+
+
+def _parameters(summary: MethodSummary, baseline: MethodSummary | None) -> str:
+    return f"{summary.sweep[0].trainable_parameters:,}"
+
+
+def _lost(summary: MethodSummary, baseline: MethodSummary | None) -> str:
+    return f"{summary.lost}/{len(summary.sweep)}"

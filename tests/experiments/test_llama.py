@@ -203,6 +203,7 @@ def test_a_foreign_or_damaged_gguf_is_refused(tmp_path):
     ("text", "pieces"),
     [
         ("abc", ["▁abc"]),  # by way of "ab", although "▁a" comes first in the text
+        ("ab", ["▁", "ab"]),
         ("bc", ["▁", "bc"]),
         ("aab", ["▁a", "ab"]),
         ("babc", ["▁", "b", "abc"]),

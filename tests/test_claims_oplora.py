@@ -79,6 +79,18 @@ def test_dampening_shortens_what_the_gradient_adds():
     assert jnp.linalg.norm(damped.m_b) > 1e-3
 
 
+@pytest.mark.parametrize("iterations", [0, 1, 2])
+@pytest.mark.parametrize("method", [oplora, scaled_oplora])
+def test_momentum_lives_through_a_rate_of_zero(method, iterations):
+    """Without a ridge its damping would take m_a to zero where m_b still is, and for ever."""
+    node = shadow(
+        PAIR, KEY, iterations=iterations, metric=METRIC if method is scaled_oplora else None
+    )
+    after = train(method(lambda count: 0.0 * count, iterations=iterations), node)[-1]
+    assert jnp.linalg.norm(after.m_a) > 0.5 * jnp.linalg.norm(node.m_a)
+    assert jnp.linalg.norm(after.m_b) > 1e-3
+
+
 @pytest.mark.parametrize("kind", ["kfac", "shampoo"])
 def test_the_optimizer_hands_its_own_numbers_to_the_backward_pass(kind):
     """Only the first step is made in the numbers that the node was given."""

@@ -174,12 +174,16 @@ def test_a_preserving_refresh_keeps_the_adapter_and_the_papers_does_not(x64, ref
     np.testing.assert_allclose(spanned, kept_frames.a, atol=1e-12)
 
 
+BEYOND = 12
+"""How many steps a run goes on after those it was planned for, as in its last part."""
+
+
 def refreshes(warmup_steps, total_steps, phases):
     """The steps after which the main phase, cut in equal parts, refreshes: every p-th of part p."""
     length = Fraction(total_steps - warmup_steps, phases)
     steps, part = [], 1
-    for main in range(1, total_steps - warmup_steps + 1):
-        while main - 1 >= part * length:
+    for main in range(1, total_steps - warmup_steps + BEYOND + 1):
+        while part < phases and main - 1 >= part * length:
             part += 1
         if main % part == 0:
             steps.append(warmup_steps + main)
@@ -204,12 +208,45 @@ def test_steps_of_refreshes(warmup_steps, total_steps, phases):
             moved = jnp.any(after.f_in != before.f_in), jnp.any(after.f_out != before.f_out)
             return (after, state), moved
 
-        return jax.lax.scan(step, (node, tx.init(node)), jnp.arange(total_steps))[1]
+        return jax.lax.scan(step, (node, tx.init(node)), jnp.arange(total_steps + BEYOND))[1]
 
     # In the warm-up the frames follow the factors, and at its end they are made anew.
     expected = [*range(1, warmup_steps + 1), *refreshes(warmup_steps, total_steps, phases)]
     for moved in run(node):
         assert (np.flatnonzero(moved) + 1).tolist() == expected
+
+
+REFRESHED = sds_lora(optax.sgd(0.0), total_steps=9, warmup_steps=0)
+
+
+def refreshed(node):
+    """The node after a refresh, no factor having moved."""
+    return advance(REFRESHED, node, REFRESHED.init(node), jnp.zeros((N_IN, N_OUT)))[0]
+
+
+def test_a_refresh_keeps_the_signs_of_the_frames(x64):
+    """Factors that point against the frames: their QR decomposition would turn the frames over."""
+    node = frame(random_pair(), jax.random.key(0))
+    signs = jnp.array([1.0, -1.0, -2.0])
+    after = refreshed(node._replace(a=node.f_in * signs, b=signs[:, None] * node.f_out))
+    np.testing.assert_allclose(after.f_in, node.f_in, atol=1e-12)
+    np.testing.assert_allclose(after.f_out, node.f_out, atol=1e-12)
+
+
+def test_a_refresh_of_factors_that_are_still_zero_keeps_the_frames(x64):
+    """Zeros span nothing; frames of zeros would stop every further gradient."""
+    node = frame(random_pair(), jax.random.key(0))
+    after = refreshed(node)
+    np.testing.assert_array_equal(after.f_in, node.f_in)
+    np.testing.assert_array_equal(after.f_out, node.f_out)
+
+
+def test_frames_of_high_rank_are_orthonormal_in_float32():
+    """The shift of Cholesky QR grows with the rank; its bias has to be taken out."""
+    wide = LoRAPair(jnp.zeros((256, 128)), jnp.zeros((128, 192)))
+    node = frame(wide, jax.random.key(0))
+    for product in (node.f_in.T @ node.f_in, node.f_out @ node.f_out.T):
+        np.testing.assert_allclose(product, jnp.eye(128), atol=1e-5)
 
 
 @pytest.mark.parametrize("condition", [1e2, 1e6])
@@ -220,8 +257,7 @@ def test_frames_of_ill_conditioned_factors_are_orthonormal_in_float32(condition)
     turned, _ = jnp.linalg.qr(normal(6, RANK, RANK))
     node = node._replace(a=node.f_in * values @ turned, b=turned @ (values[:, None] * node.f_out))
     assert node.a.dtype == jnp.float32
-    tx = sds_lora(optax.sgd(0.0), total_steps=9, warmup_steps=0)
-    after, _ = advance(tx, node, tx.init(node), jnp.zeros((N_IN, N_OUT)))
+    after = refreshed(node)
     for product in (after.f_in.T @ after.f_in, after.f_out @ after.f_out.T):
         np.testing.assert_allclose(product, jnp.eye(RANK), atol=1e-5)
 

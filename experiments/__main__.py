@@ -22,7 +22,7 @@ from experiments.figures import draw_variant
 from experiments.methods import METHODS
 from experiments.report import check_pages, draw_pages, make_pages, write_pages
 from experiments.schema import RunResult
-from experiments.study import expand, load_study, parse_overrides, select, study_names
+from experiments.study import expand, load_study, parse_overrides, select, study_names, with_task
 from experiments.summary import summarize
 from experiments.sweep import Job, plan_jobs, run_jobs
 from experiments.tables import screen_table
@@ -85,6 +85,12 @@ def list_all() -> None:
 def run(
     study: Annotated[str, typer.Argument(help="Name of a study; `list` shows them.")],
     *,
+    task: Annotated[
+        str | None, typer.Option(help="Another task than the study's, with its own defaults.")
+    ] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Name on the Hugging Face hub, or a folder.")
+    ] = None,
     data_dir: Annotated[
         Path | None, typer.Option(help="Folder that holds the data sets: `mnist`, `sst2`, …")
     ] = None,
@@ -108,13 +114,16 @@ def run(
     """Runs a study, one JSON file a run, and shows what came out."""
     with _clear_errors():
         file = load_study(study)
+        base = file.study if task is None else with_task(file.study, task)
         changes: dict[str, Any] = dict(file.smoke) if smoke else {}
         changes |= parse_overrides(overrides or [])
         if steps is not None:
             changes["plan.steps"] = steps
         if seed:
             changes["seeds"] = seed
-        parts = expand(file.study, changes, variant or [])
+        if model is not None:
+            changes["task_options.model"] = model
+        parts = expand(base, changes, variant or [])
         chosen = {
             name: select(part, method or [], learning_rate or []) for name, part in parts.items()
         }

@@ -82,6 +82,40 @@ def draw_variants(
     _save(figure, path)
 
 
+PROBES = {
+    "rank_a": "effective rank of the gradient of a",
+    "rank_b": "effective rank of the gradient of b",
+    "gradient_alignment": "cosine: full gradient, step along the factors' gradients",
+    "step_alignment": "cosine: negative full gradient, the optimizer's step",
+}
+
+
+def draw_probes(summaries: Sequence[MethodSummary], title: str, path: Path) -> None:
+    """Draws the probes of the best runs against the step, means over seeds.
+
+    Args:
+        summaries: What to draw.
+        title: Title of the whole figure.
+        path: The PNG file to write.
+    """
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    figure.suptitle(title)
+    panels = figure.subplots(2, 2, sharex=True)
+    looks = styles([summary.method for summary in summaries])
+    for axes, (name, heading) in zip(panels.flat, PROBES.items(), strict=True):
+        for summary in (s for s in summaries if s.best):
+            steps = [point.step for point in summary.best[0].probes]
+            values = zip(*(run.probes for run in summary.best), strict=True)
+            means = [statistics.mean(getattr(p, name) for p in points) for points in values]
+            axes.plot(steps, means, label=summary.method, **looks[summary.method])
+        axes.set_title(heading)
+        axes.grid(alpha=0.2)
+    for axes in panels[1]:
+        axes.set_xlabel("step")
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    _save(figure, path)
+
+
 def _log_ticks(axes: Axes) -> None:
     low, high = axes.get_ylim()
     if low > 0 and high / low < 50:

@@ -9,12 +9,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from experiments.errors import ExperimentError
-from experiments.figures import draw_variant, draw_variants
+from experiments.figures import draw_probes, draw_variant, draw_variants
 from experiments.schema import RunResult
 from experiments.study import Study, StudyFile, expand, load_study, study_names
 from experiments.summary import MethodSummary, difference, summarize
 from experiments.sweep import next_run, read_results
-from experiments.tables import BASELINE, comparison_table, markdown, spread, sweep_table
+from experiments.tables import (
+    BASELINE,
+    comparison_table,
+    markdown,
+    probe_table,
+    spread,
+    sweep_table,
+)
 
 BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
 
@@ -90,13 +97,19 @@ def study_page(file: StudyFile, variants: Sequence[Variant]) -> str:
             parts.append("**Not complete.** Still to run: " + "; ".join(variant.missing) + ".")
         parts.append(comparison_table(variant.summaries))
         parts.append(f"![Loss curves and sweep]({_figure_name(file, variant)})")
+        if probes := probe_table(variant.summaries):
+            parts += [
+                "Gradients and steps, means over the run and over the adapted layers:",
+                probes,
+            ]
+            parts.append(f"![Gradients and steps]({_figure_name(file, variant, 'probes')})")
         parts.append("Final validation loss of the first seed by learning rate:")
         parts.append(sweep_table(variant.summaries))
     return "\n\n".join(parts)
 
 
-def _figure_name(file: StudyFile, variant: Variant) -> str:
-    return f"{file.name}-{variant.name or 'curves'}.png"
+def _figure_name(file: StudyFile, variant: Variant, what: str = "curves") -> str:
+    return "-".join(part for part in (file.name, variant.name, what) if part) + ".png"
 
 
 def _provenance(variants: Sequence[Variant]) -> str:
@@ -242,6 +255,8 @@ def draw_pages(results: Path, docs: Path) -> list[Path]:
             steps = variant.results[0].config.plan.steps
             title = f"{file.name} {variant.name}".strip() + f", {steps} steps"
             draw(draw_variant, variant.summaries, title, _figure_name(file, variant))
+            if probe_table(variant.summaries):
+                draw(draw_probes, variant.summaries, title, _figure_name(file, variant, "probes"))
     return drawn
 
 

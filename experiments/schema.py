@@ -30,7 +30,7 @@ class Plan(Record):
     The learning rate rises linearly over `warmup_fraction` of the steps and falls to zero by a
     cosine; with `decay="none"` it is constant. The task's head, where it has one, is trained by
     AdamW at `head_learning_rate` on the same schedule, whatever the method of the adapters, so that
-    only the adapters differ.
+    only the adapters differ. Every `probe_every` steps, if at all, the gradients are looked at.
     """
 
     steps: int = Field(gt=0)
@@ -38,6 +38,7 @@ class Plan(Record):
     warmup_fraction: float = Field(default=0.1, ge=0, lt=1)
     decay: Literal["cosine", "none"] = "cosine"
     head_learning_rate: float = Field(gt=0)
+    probe_every: int | None = Field(default=None, gt=0)
 
 
 class RunConfig(Record):
@@ -80,6 +81,24 @@ class CurvePoint(Record):
     validation: Scores
 
 
+class ProbePoint(Record):
+    """How the adapters treat the full gradient G at one step, means over the adapted layers.
+
+    Attributes:
+        step: The step, from 1.
+        rank_a: Effective rank of the gradient of `a`.
+        rank_b: Effective rank of the gradient of `b`.
+        gradient_alignment: Cosine of G and the change of ΔK along the gradients of the factors.
+        step_alignment: Cosine of -G and the change of ΔK that the optimizer made.
+    """
+
+    step: int
+    rank_a: float
+    rank_b: float
+    gradient_alignment: float
+    step_alignment: float
+
+
 class Environment(Record):
     """Where the run was made."""
 
@@ -118,6 +137,7 @@ class RunResult(Record):
     losses_every: int
     train_losses: list[float]
     curve: list[CurvePoint]
+    probes: list[ProbePoint] = Field(default_factory=list)
     best: CurvePoint | None
     final: dict[str, Scores]
 

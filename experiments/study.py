@@ -12,7 +12,7 @@ from experiments import studies
 from experiments.errors import ExperimentError
 from experiments.methods import get_method
 from experiments.schema import Plan, Record
-from experiments.tasks import parse_options
+from experiments.tasks import option_names, parse_options
 
 
 class Study(Record):
@@ -91,12 +91,11 @@ def override(study: Study, changes: Mapping[str, Any]) -> Study:
         ExperimentError: There is no such key, or the value does not fit; the message says which.
     """
     values = study.model_dump()
-    task_options = parse_options(study.task, study.task_options).model_dump()
     known = [
         *(f"plan.{key}" for key in values["plan"]),
         *(f"learning_rates.{key}" for key in values["learning_rates"]),
         *(f"method_options.{key}" for key in values["learning_rates"]),
-        *(f"task_options.{key}" for key in task_options),
+        *(f"task_options.{key}" for key in option_names(study.task)),
         *("learning_rates", "seeds", "extensions"),
     ]
     for key, value in changes.items():
@@ -144,6 +143,11 @@ def expand(study: Study, changes: Mapping[str, Any], chosen: list[str]) -> dict[
         for name, own in variants.items()
         if not chosen or name in chosen
     }
+
+
+def with_task(study: Study, task: str) -> Study:
+    """Returns a study of another task, with the task's own defaults and no variants."""
+    return study.model_copy(update={"task": task, "task_options": {}, "variants": {}})
 
 
 def parse_overrides(texts: Iterable[str]) -> dict[str, Any]:

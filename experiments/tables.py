@@ -7,6 +7,8 @@ from typing import NamedTuple
 from rich.box import SIMPLE
 from rich.table import Table
 
+from experiments.figures import PROBES
+from experiments.schema import RunResult
 from experiments.summary import MethodSummary, difference, memory, steps_to
 
 BASELINE = "adamw"
@@ -107,6 +109,20 @@ def sweep_table(summaries: Sequence[MethodSummary]) -> str:
     return markdown(["method", *(f"{rate:g}" for rate in rates)], rows)
 
 
+def probe_table(summaries: Sequence[MethodSummary]) -> str:
+    """Writes the probes' means over steps and seeds, in Markdown; empty if there are none."""
+    rows = [
+        [s.method, *(_probe_mean(s.best, name) for name in PROBES)]
+        for s in summaries
+        if any(run.probes for run in s.best)
+    ]
+    return markdown(["method", *PROBES.values()], rows) if rows else ""
+
+
+def _probe_mean(runs: Sequence[RunResult], name: str) -> str:
+    return spread([statistics.mean(getattr(p, name) for p in run.probes) for run in runs])
+
+
 def _rate(summary: MethodSummary, baseline: MethodSummary | None) -> str:
     if not summary.best:
         return NOTHING
@@ -131,6 +147,8 @@ def _goal(baseline: MethodSummary) -> float:
 def _steps(summary: MethodSummary, baseline: MethodSummary | None) -> str:
     if baseline is None or not summary.best:
         return NOTHING
+    if summary is baseline:
+        return f"{baseline.best[0].config.plan.steps}"
     steps = steps_to(summary, _goal(baseline))
     return "not reached" if steps is None else f"{steps:g}"
 
@@ -138,6 +156,8 @@ def _steps(summary: MethodSummary, baseline: MethodSummary | None) -> str:
 def _time(summary: MethodSummary, baseline: MethodSummary | None) -> str:
     if baseline is None or not summary.best or summary.best[0].step_ratio is None:
         return NOTHING
+    if summary is baseline:
+        return "1.00×"
     steps = steps_to(summary, _goal(baseline))
     if steps is None:
         return NOTHING

@@ -16,9 +16,11 @@ from flax import nnx
 
 from experiments.errors import ExperimentError
 from experiments.methods import Setting, get_method
+from experiments.probes import Probe, make_probe
 from experiments.schema import (
     CurvePoint,
     Plan,
+    ProbePoint,
     RunConfig,
     RunResult,
     Scores,
@@ -87,6 +89,7 @@ class _Parts(NamedTuple):
 class _Compiled(NamedTuple):
     step: Callable[..., Any]
     totals: Callable[..., Any]
+    probe: Probe
     seconds: float
     temporary_bytes: int | None
 
@@ -100,6 +103,7 @@ class _Log:
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
     final: dict[str, Scores] = field(default_factory=dict)
+    probes: list[ProbePoint] = field(default_factory=list)
 
 
 class Trainer:
@@ -198,6 +202,7 @@ class Trainer:
             losses_every=math.ceil(self.plan.steps / KEPT_LOSSES),
             train_losses=_block_means(log.losses, math.ceil(self.plan.steps / KEPT_LOSSES)),
             curve=log.curve,
+            probes=log.probes,
             best=min(finite, key=lambda point: point.validation.loss) if finite else None,
             final=log.final,
         )
@@ -231,10 +236,16 @@ class Trainer:
         log.curve.append(CurvePoint(step=0, seconds=0.0, validation=start))
         for step in range(1, self.plan.steps + 1):
             batch = next(batches)
+            is_probed = self.plan.probe_every and (step - 1) % self.plan.probe_every == 0
+            before = jax.tree.map(jnp.copy, log.trained) if is_probed else None
             begin = time.perf_counter()
             log.trained, state, loss = compiled.step(log.trained, state, frozen, batch, peak)
             log.losses.append(float(loss))
             log.step_seconds.append(time.perf_counter() - begin)
+            if is_probed:
+                seen = compiled.probe(before, log.trained, frozen, batch)
+                values = {name: float(value) for name, value in seen.items()}
+                log.probes.append(ProbePoint(step=step, **values))
             on_step(step, self.plan.steps)
             broken = not math.isfinite(log.losses[-1])
             if broken or step % self.plan.eval_every == 0 or step == self.plan.steps:
@@ -337,6 +348,7 @@ class Trainer:
         return _Compiled(
             step=compiled_step,
             totals=compiled_totals,
+            probe=make_probe(loss, parts.merge),
             seconds=time.perf_counter() - begin,
             temporary_bytes=None if memory is None else memory.temp_size_in_bytes,
         )

@@ -8,24 +8,41 @@ from pydantic import ValidationError
 from experiments.errors import ExperimentError
 from experiments.tasks.base import OnStep, Task, TaskOptions
 from experiments.tasks.cifar import Cifar, CifarTransfer
+from experiments.tasks.cifar100 import CIFAR100
+from experiments.tasks.cola import CoLA
 from experiments.tasks.conditioning import Conditioning
 from experiments.tasks.digits import Digits
+from experiments.tasks.gsm8k import GSM8K
 from experiments.tasks.linear import Linear
 from experiments.tasks.lm import LM
 from experiments.tasks.mnist import MNIST
+from experiments.tasks.mnli import MNLI
 from experiments.tasks.sst2 import SST2
 
 _ALL: tuple[type[Task[Any]], ...] = (
     Cifar,
+    CIFAR100,
     CifarTransfer,
+    CoLA,
     Conditioning,
     Digits,
+    GSM8K,
     Linear,
     LM,
     MNIST,
+    MNLI,
     SST2,
 )
 TASKS = {task.name: task for task in _ALL}
+
+
+def option_names(name: str) -> list[str]:
+    """Returns the names of a task's options.
+
+    Raises:
+        ExperimentError: There is no such task.
+    """
+    return list(_find(name).options_type.model_fields)
 
 
 def parse_options(name: str, options: dict[str, Any]) -> TaskOptions:
@@ -34,9 +51,7 @@ def parse_options(name: str, options: dict[str, Any]) -> TaskOptions:
     Raises:
         ExperimentError: There is no such task or option, or a value does not fit.
     """
-    if name not in TASKS:
-        raise ExperimentError(f"unknown task {name!r}; there are: {', '.join(TASKS)}")
-    kind = TASKS[name].options_type
+    kind = _find(name).options_type
     try:
         return kind.model_validate(options)
     except ValidationError as error:
@@ -45,6 +60,12 @@ def parse_options(name: str, options: dict[str, Any]) -> TaskOptions:
             f"task_options.{'.'.join(map(str, first['loc']))}: {first['msg']} "
             f"(options of task {name!r}: {', '.join(kind.model_fields)})"
         ) from error
+
+
+def _find(name: str) -> type[Task[Any]]:
+    if name not in TASKS:
+        raise ExperimentError(f"unknown task {name!r}; there are: {', '.join(TASKS)}")
+    return TASKS[name]
 
 
 def load_task(

@@ -6,56 +6,22 @@ public: the hub gives no "test" split, a data folder does if it holds `test_labe
 """
 
 import csv
-import hashlib
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import numpy as np
-from flax import nnx
 
-from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
-from experiments.models.bert import MeanHead, TextClassifier, load_encoder
-from experiments.models.minilm import find_model_dir
-from experiments.models.text import encode, load_tokenizer
-from experiments.tasks.base import (
-    Batch,
-    OnStep,
-    Task,
-    TaskOptions,
-    Totals,
-    classification_totals,
-    data_folder,
-    ignore_steps,
-    padded_batches,
-    shuffled_batches,
-)
+from experiments.tasks.base import OnStep, data_folder, ignore_steps
+from experiments.tasks.sentences import SentenceOptions, SentenceTask, Split
 
 HUB_NAME = "stanfordnlp/sst2"
 FILES = {"train": "train.tsv", "validation": "dev.tsv", "test": "test_labeled.tsv"}
 OPTIONAL = "test"
-EVAL_BATCH = 64
-
-Split = tuple[list[str], np.ndarray]
 
 
-class SST2Options(TaskOptions):
-    """Sizes of the adapters and of the batches.
-
-    For adapters in all linear maps set `targets` to `query|key|value|out|mlp_in|mlp_out`.
-    """
-
-    rank: int = 8
-    alpha: float = 16.0
-    targets: str = "query|value"
-    batch_size: int = 32
-    max_length: int = 48
-    eval_limit: int | None = None
-
-
-class SST2(Task[SST2Options]):
-    """MiniLM-L6 with adapters and a new linear head on SST-2.
+class SST2(SentenceTask):
+    """The sentiment of sentences.
 
     Args:
         options: Sizes.
@@ -65,67 +31,15 @@ class SST2(Task[SST2Options]):
     """
 
     name: ClassVar[str] = "sst2"
-    options_type = SST2Options
 
     def __init__(
         self,
-        options: SST2Options,
+        options: SentenceOptions,
         data_dir: Path | None = None,
         on_step: OnStep = ignore_steps,
     ) -> None:
-        super().__init__(options)
-        model_dir = find_model_dir()
         splits = read_tsv_folder(data_folder(data_dir, "sst2")) if data_dir else read_hub()
-        self._data = {"source": "tsv" if data_dir else HUB_NAME} | {
-            name: f"{len(labels)} sentences, sha256 {_digest(sentences, labels)}"
-            for name, (sentences, labels) in splits.items()
-        }
-        encoder = load_encoder(model_dir)
-        tokenizer = load_tokenizer(model_dir, options.max_length, encoder.shape.pad)
-        self._examples = {
-            name: encode(tokenizer, sentences) | {"label": labels}
-            for name, (sentences, labels) in splits.items()
-        }
-        self._base = nnx.split(encoder)
-
-    @property
-    def head(self) -> nnx.filterlib.Filter:
-        """The new classifier."""
-        return nnx.All(nnx.PathContains("head"), nnx.Param)
-
-    @property
-    def splits(self) -> tuple[str, ...]:
-        """Validation, and the test where its labels are there."""
-        return tuple(name for name in self._examples if name != "train")
-
-    @property
-    def data(self) -> dict[str, str]:
-        """Where the data came from, with sizes and digests."""
-        return self._data
-
-    def build_model(self, seed: int, adapters: Adapters) -> TextClassifier:
-        """Returns the pretrained encoder with a fresh head and fresh adapters."""
-        options, rngs = self.options, nnx.Rngs(seed)
-        encoder = nnx.merge(*self._base)
-        model = TextClassifier(encoder, MeanHead(encoder.shape.width, 2, rngs=rngs))
-        adapters.add_to(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
-        return model
-
-    def train_batches(self, seed: int) -> Iterator[Batch]:
-        """Yields shuffled training batches for ever."""
-        return shuffled_batches(self._examples["train"], self.options.batch_size, seed)
-
-    def eval_batches(self, split: str) -> Sequence[Batch]:
-        """Returns the batches of a split, or of its first `eval_limit` sentences."""
-        limit = self.options.eval_limit
-        examples = {name: values[:limit] for name, values in self._examples[split].items()}
-        return padded_batches(examples, EVAL_BATCH)
-
-    def totals(self, model: Any, batch: Batch) -> Totals:
-        """Returns cross entropy and correct answers."""
-        return classification_totals(
-            model(batch["tokens"], batch["mask"], batch["segments"]), batch
-        )
+        super().__init__(options, splits, "tsv" if data_dir else HUB_NAME)
 
 
 def read_tsv_folder(folder: Path) -> dict[str, Split]:
@@ -193,7 +107,3 @@ def _read_tsv(path: Path) -> Split:
     if not sentences:
         raise ExperimentError(f"{path} holds no sentences")
     return sentences, np.array(labels, np.int32)
-
-
-def _digest(sentences: list[str], labels: np.ndarray) -> str:
-    return hashlib.sha256("\n".join(sentences).encode() + labels.tobytes()).hexdigest()[:12]

@@ -1,0 +1,50 @@
+"""GLUE SST-2: MiniLM-L6 in place of RoBERTa-base, adapters in query and value or all linear maps.
+
+    python -m experiments run glue-sst2 --data-dir ../shared/data
+    python -m experiments run glue-sst2 --variant query-value --method adamw --learning-rate 2e-3
+
+Without `--data-dir` the data come from the Hugging Face hub. Rank 8, a new linear head by AdamW at
+2e-3 in every method, batches of 32 sentences cut at 48 tokens, 200 steps. "Validation" is GLUE's
+dev set, on which learning rates are chosen; the labelled test set is only reported.
+
+Cost: see docs/results/glue-sst2.md.
+"""
+
+from experiments.schema import Plan
+from experiments.study import Study
+
+ADAM = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
+STEP = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+STUDY = Study(
+    task="sst2",
+    plan=Plan(steps=200, eval_every=50, head_learning_rate=2e-3),
+    learning_rates={
+        "adamw": ADAM,
+        "altlora": STEP,
+        "oplora": STEP,
+        "sds-lora": ADAM,
+        "altlora-plus": ADAM,
+        "lora-plus": (6e-5, 2e-4, 6e-4, 2e-3, 6e-3),
+        "full-adamw": (6e-6, 2e-5, 6e-5, 2e-4, 6e-4),
+    },
+    seeds=(0, 1, 2),
+    variants={
+        "query-value": {},
+        "all-linear": {
+            "task_options.targets": "query|key|value|out|mlp_in|mlp_out",
+            "learning_rates": {"adamw": ADAM, "altlora": STEP, "oplora": STEP, "sds-lora": ADAM},
+        },
+    },
+)
+
+SMOKE = {
+    "plan.steps": 12,
+    "plan.eval_every": 12,
+    "task_options.batch_size": 4,
+    "task_options.max_length": 8,
+    "task_options.eval_limit": 16,
+    "task_options.targets": "query|value",
+    "learning_rates": {"adamw": [2e-3], "oplora": [0.1]},
+    "seeds": [0],
+}

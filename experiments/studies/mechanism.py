@@ -1,0 +1,41 @@
+"""Mechanism: what happens to gradients and steps on stories260K, the figures of the SDS-LoRA paper.
+
+    python -m experiments run mechanism --data-dir ../shared/data
+
+The `lm` study's task and plan, each method at the best learning rate that study found, three seeds.
+Every 10 steps the full gradient of every adapted kernel is formed beside the training: effective
+rank of the factors' gradients, cosine of the full gradient with what a step along them does to ΔK,
+and with what the optimizer did.
+
+Cost: see docs/results/mechanism.md.
+"""
+
+from experiments.schema import Plan
+from experiments.study import Study
+
+STUDY = Study(
+    task="lm",
+    task_options={"eval_limit": 64},
+    plan=Plan(steps=150, eval_every=15, head_learning_rate=1e-3, probe_every=10),
+    learning_rates={
+        "adamw": (1e-2,),
+        "altlora": (0.3,),
+        "altlora-plus": (1e-2,),
+        "oplora": (0.1,),
+        "sds-lora": (1e-2,),
+        "sds-lora-no-warmup": (1e-2,),
+    },
+    seeds=(0, 1, 2),
+)
+
+SMOKE = {
+    "plan.steps": 12,
+    "plan.eval_every": 6,
+    "plan.probe_every": 6,
+    "task_options.rank": 2,
+    "task_options.batch_size": 2,
+    "task_options.length": 16,
+    "task_options.eval_limit": 4,
+    "learning_rates": {"adamw": [1e-2], "oplora": [0.1], "sds-lora": [1e-2]},
+    "seeds": [0],
+}

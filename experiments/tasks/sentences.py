@@ -1,0 +1,112 @@
+"""What SST-2 and CoLA share: MiniLM-L6, in place of RoBERTa-base, as a classifier of sentences."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from experiments.adapters import Adapters
+from experiments.models.bert import MeanHead, TextClassifier, load_encoder
+from experiments.models.minilm import find_model_dir
+from experiments.models.text import encode, load_tokenizer
+from experiments.tasks.base import (
+    Batch,
+    Task,
+    TaskOptions,
+    Totals,
+    classification_totals,
+    padded_batches,
+    shuffled_batches,
+)
+
+EVAL_BATCH = 64
+
+Split = tuple[list[str], np.ndarray]
+
+
+class SentenceOptions(TaskOptions):
+    """Sizes of the adapters and of the batches.
+
+    For adapters in all linear maps set `targets` to `query|key|value|out|mlp_in|mlp_out`.
+    """
+
+    rank: int = 8
+    alpha: float = 16.0
+    targets: str = "query|value"
+    batch_size: int = 32
+    max_length: int = 48
+    eval_limit: int | None = None
+
+
+class SentenceTask(Task[SentenceOptions]):
+    """MiniLM-L6 with adapters and a new linear head for two classes.
+
+    Args:
+        options: Sizes.
+        splits: Sentences and labels by split.
+        source: Where they are from, for the record.
+    """
+
+    options_type = SentenceOptions
+
+    def __init__(self, options: SentenceOptions, splits: dict[str, Split], source: str) -> None:
+        super().__init__(options)
+        self._data = {"source": source} | {
+            name: f"{len(labels)} sentences, sha256 {_digest(sentences, labels)}"
+            for name, (sentences, labels) in splits.items()
+        }
+        model_dir = find_model_dir()
+        encoder = load_encoder(model_dir)
+        tokenizer = load_tokenizer(model_dir, options.max_length, encoder.shape.pad)
+        self._examples = {
+            name: encode(tokenizer, sentences) | {"label": labels}
+            for name, (sentences, labels) in splits.items()
+        }
+        self._base = nnx.split(encoder)
+
+    @property
+    def head(self) -> nnx.filterlib.Filter:
+        """The new classifier."""
+        return nnx.All(nnx.PathContains("head"), nnx.Param)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """Validation, and the test where its labels are there."""
+        return tuple(name for name in self._examples if name != "train")
+
+    @property
+    def data(self) -> dict[str, str]:
+        """Where the data came from, with sizes and digests."""
+        return self._data
+
+    def build_model(self, seed: int, adapters: Adapters) -> TextClassifier:
+        """Returns the pretrained encoder with a fresh head and fresh adapters."""
+        options, rngs = self.options, nnx.Rngs(seed)
+        encoder = nnx.merge(*self._base)
+        model = TextClassifier(encoder, MeanHead(encoder.shape.width, 2, rngs=rngs))
+        adapters.add_to(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
+        return model
+
+    def train_batches(self, seed: int) -> Iterator[Batch]:
+        """Yields shuffled training batches for ever."""
+        return shuffled_batches(self._examples["train"], self.options.batch_size, seed)
+
+    def eval_batches(self, split: str) -> Sequence[Batch]:
+        """Returns the batches of a split, or of its first `eval_limit` sentences."""
+        limit = self.options.eval_limit
+        examples = {name: values[:limit] for name, values in self._examples[split].items()}
+        return padded_batches(examples, EVAL_BATCH)
+
+    def totals(self, model: Any, batch: Batch) -> Totals:
+        """Returns cross entropy, correct answers, and how the classes were confused."""
+        logits = model(batch["tokens"], batch["mask"], batch["segments"])
+        answers = nnx.one_hot(logits.argmax(axis=-1), 2) * batch["weight"][:, None]
+        confusion = jnp.matmul(nnx.one_hot(batch["label"], 2).T, answers)
+        return classification_totals(logits, batch)._replace(confusion=confusion)
+
+
+def _digest(sentences: list[str], labels: np.ndarray) -> str:
+    return hashlib.sha256("\n".join(sentences).encode() + labels.tobytes()).hexdigest()[:12]

@@ -56,7 +56,7 @@ def frame(pair: LoRAPair, key: jax.Array | None = None) -> FramedPair:
     *batch, n_in, rank = pair.a.shape
     if key is None:
         # Copies, for a buffer that two leaves share cannot be donated.
-        f_in, f_out = (jnp.copy(x).astype(dtype) for x in pair)
+        f_in, f_out = (jnp.copy(x).astype(dtype) for x in (pair.a, pair.b))
         return FramedPair(pair.a, pair.b, f_in, f_out, jnp.ones(batch, dtype))
     n_out = pair.b.shape[-1]
     if rank > min(n_in, n_out):

@@ -38,6 +38,14 @@ def test_the_plain_pair_is_what_the_layer_computes(kind, batch):
     np.testing.assert_allclose(nn.lora_delta(node, 1.5), 1.5 * pair.a @ pair.b, atol=1e-12)
 
 
+def test_framed_pairs_are_the_sum_of_their_two_products():
+    nodes = make_nodes()
+    pair, framed = nodes["plain"], nodes["framed"]
+    expected = framed.a @ framed.f_out + framed.f_in @ framed.b
+    np.testing.assert_allclose(nn.lora_delta(framed), expected, atol=1e-12)
+    np.testing.assert_allclose(nn.lora_delta(nodes["warming up"]), pair.a @ pair.b, atol=1e-12)
+
+
 @pytest.mark.parametrize("batch", [(), (3,)])
 @pytest.mark.parametrize("kind", make_nodes())
 def test_the_nearest_pair_is_the_truncated_svd(kind, batch):

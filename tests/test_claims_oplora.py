@@ -1,5 +1,7 @@
 """What the OPLoRA methods promise where the released trajectories, all with s = 1, say nothing."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -41,7 +43,7 @@ def train(tx, node, scale=1.0, steps=3):
     return nodes
 
 
-TINY = {"lmbd": 0.0, "momentum_damping": 1e-14}
+TINY: dict[str, Any] = {"lmbd": 0.0, "momentum_damping": 1e-14}
 METRIC = shadows.Metric()
 METHODS = {
     "preconditioned": (lambda s: oplora(RATE, 0.0, iterations=0, lmbd=1e-14, scale=s), None),

@@ -217,7 +217,11 @@ class LoRAConfig:
         assert self.frames is not None
         [a], [b] = jax.tree.leaves(pair.a), jax.tree.leaves(pair.b)
         node = frame(LoRAPair(a, b), None if self.frames.warmup else key)
-        return _boxed(node._replace(a=pair.a, b=pair.b), pair)
+        # The node's own factors: without a warm-up they are zeros, whatever was drawn.
+        node = node._replace(
+            a=jax.tree.map(lambda _: node.a, pair.a), b=jax.tree.map(lambda _: node.b, pair.b)
+        )
+        return _boxed(node, pair)
 
     def _draw(
         self, init: Initializer, key: jax.Array, batch: tuple[int, ...], shape: tuple[int, int]

@@ -67,9 +67,10 @@ def test_surgery_merges_and_unmerges_a_framed_adapter():
             return self.dense(x)
 
     model = Model(nnx.Rngs(0))
+    base = model(X)
     nn.add_lora(model, "dense", rank=2, frames=nn.Frames(warmup=False), rngs=nnx.Rngs(1))
     assert model.dense.pair.warm is None
-    base = model(X)
+    np.testing.assert_array_equal(model(X), base)
     model.dense.lora_a[...] = jnp.ones((6, 2))
     changed = model(X)
     assert jnp.max(jnp.abs(changed - base)) > 0.1

@@ -79,6 +79,16 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> None:
         raise ValueError(f"`{name}` must be one of {', '.join(choices)}, got {value!r}.")
 
 
+def is_zero(value: Any) -> bool:
+    """Says whether a number is known to be zero before the program runs.
+
+    Example:
+        >>> is_zero(0.0), is_zero(lambda count: 0.0)
+        (True, False)
+    """
+    return isinstance(value, int | float) and value == 0
+
+
 def unpaired_mask(mask: Any) -> Any:
     """Makes a mask of a whole parameter tree serve the leaves that are left to a fallback.
 

@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax.batching import Batched, lockstep
 from lowrank_optax.factors import FramedPair, LoRAPair
 from lowrank_optax.linalg import (
     SIDES,
@@ -27,7 +28,6 @@ from lowrank_optax.linalg import (
     product,
     svd,
 )
-from lowrank_optax.pairwise import Batched, lockstep
 
 
 def frame(pair: LoRAPair, key: jax.Array | None = None) -> FramedPair:
@@ -120,6 +120,26 @@ def decompose(
     core = scale * product(cross("a", q_a, pair.a), cross("b", pair.b, q_b))
     [(left, values, right)] = yield [Batched(svd, core)]
     return mix("a", q_a, left), values, mix("b", q_b, jnp.swapaxes(right, -1, -2))
+
+
+def terms(node: FramedPair) -> list[LoRAPair]:
+    """Writes a framed pair as the sum ``a F + E (b - w F)``, frames constant for differentiation.
+
+    Args:
+        node: the framed pair.
+
+    Returns:
+        The two terms, each of rank r.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> node = frame(LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4))))
+        >>> [(term.a @ term.b)[0, 0].item() for term in terms(node)]
+        [2.0, 0.0]
+    """
+    fixed = jax.lax.stop_gradient(node)
+    b = node.b if node.warm is None else node.b - fixed.warm[..., None, None] * fixed.f_out
+    return [LoRAPair(node.a, fixed.f_out), LoRAPair(fixed.f_in, b)]
 
 
 def plain(node: FramedPair) -> LoRAPair:

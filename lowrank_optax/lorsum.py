@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax.arguments import check, check_integer
+from lowrank_optax.batching import Batched, lockstep
 from lowrank_optax.factors import LoRAPair
 from lowrank_optax.linalg import (
     SIDES,
@@ -35,7 +36,6 @@ from lowrank_optax.linalg import (
     product,
     weigh,
 )
-from lowrank_optax.pairwise import Batched, lockstep
 
 UNWEIGHTED: Mapping[Side, jax.Array | None] = {"a": None, "b": None}
 

@@ -8,7 +8,7 @@ axes to sum over.
 """
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -37,6 +37,24 @@ def cut(axes: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
         yield
     finally:
         _CUT.reset(token)
+
+
+def as_cut_here(function: Callable[[], Any]) -> Callable[[], Any]:
+    """Makes a function see, wherever it is called, the factors as they are cut up here.
+
+    Example:
+        >>> with cut({"a": ("model",), "b": ()}):
+        ...     axes = as_cut_here(lambda: cut_axes("a"))
+        >>> axes()
+        ('model',)
+    """
+    axes = _CUT.get() or {}
+
+    def call() -> Any:
+        with cut(axes):
+            return function()
+
+    return call
 
 
 def cut_axes(what: str) -> tuple[str, ...]:

@@ -1,7 +1,7 @@
 """The engine: lifts a rule for one LoRA pair to an optax transformation of any parameter tree.
 
 A method is a *rule*, a generator that sees one pair and reads like the paper. Where it needs
-algebra on r×r matrices it yields a list of :class:`Batched` requests and receives the results::
+algebra on r×r matrices it yields requests (``batching``) and receives the results::
 
     def rule(step, grads, state, pair, scale):
         [inverse] = yield [Batched(invert, gram("a", pair.a))]
@@ -16,38 +16,15 @@ is not finite in one stays there.
 """
 
 import functools
-import itertools
-import math
-from collections import defaultdict
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax import factors, meshes
-
-
-class Batched:
-    """A request for small algebra, which the engine answers for all pairs at once.
-
-    Args:
-        function: maps stacked matrices (n, r, r) to one array (n, ...) or a tuple of such; the same
-            object for every pair.
-        matrices: its arguments for this pair, each (..., r, r).
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> [inverse], _ = answer([Batched(jnp.linalg.inv, 2.0 * jnp.eye(2))])
-        >>> inverse.tolist()
-        [[0.5, 0.0], [0.0, 0.5]]
-    """
-
-    def __init__(self, function: Callable[..., Any], *matrices: jax.Array) -> None:
-        self.function = function
-        self.matrices = matrices
-        self.layers_over = meshes.cut_axes("batch")  # a rule makes its requests under its cut
+from lowrank_optax import factors
+from lowrank_optax.batching import Request, lockstep
 
 
 class Step(NamedTuple):
@@ -55,14 +32,16 @@ class Step(NamedTuple):
 
     Args:
         count: updates done before this one, int32 scalar.
+        turn: what the method makes of the count, once for all pairs.
         decay: weight-decay mask of this pair's leaves, by role.
     """
 
     count: jax.Array  # type: ignore[assignment]
+    turn: Any
     decay: Any
 
 
-RuleRun = Generator[list[Batched], list[Any], tuple[Any, Any]]
+RuleRun = Generator[Sequence[Request], list[Any], tuple[Any, Any]]
 
 
 class Rule(Protocol):
@@ -102,7 +81,7 @@ def lift(
     *,
     fallback: optax.GradientTransformation,
     small: Sequence[str] = (),
-    turn: Callable[[jax.Array], jax.Array] = jnp.zeros_like,
+    turn: Callable[[jax.Array], Any] = jnp.zeros_like,
     scale: Any = 1.0,
     decay_mask: Any = None,
     specs: Sequence[factors.PairMatcher] = factors.DEFAULT_SPECS,
@@ -118,7 +97,8 @@ def lift(
         init: the ``state_type`` of one pair at the start, from the pair.
         fallback: transformation of every leaf that belongs to no pair.
         small: the fields of ``state_type`` that are not shaped like the factors, as (..., r, r).
-        turn: index of the rule to run, from the count; the first by default.
+        turn: makes of the count what rules find as ``step.turn``; with several rules, the index of
+            the one to run.
         scale: forward scale, see :func:`lowrank_optax.factors.scales`.
         decay_mask: what weight decay applies to: a tree of booleans or a callable from the
             parameters to one, None for everything. Rules find it in ``step.decay``.
@@ -140,6 +120,7 @@ def lift(
         >>> import jax, jax.numpy as jnp, optax
         >>> from typing import NamedTuple
         >>> from lowrank_optax import LoRAPair, linalg
+        >>> from lowrank_optax.batching import Batched
         >>> class NoState(NamedTuple):
         ...     pass
         >>> invert = lambda gram: linalg.damped_inverse(gram, 1e-6)
@@ -190,10 +171,11 @@ def lift(
         pair_scales = factors.scales(pairing, scale)
         cuts = None if param_specs is None else factors.cuts(pairing, params, param_specs)
         decay = _decay_by_pair(pairing, decay_mask, params)
+        this_turn = turn(state.count)
 
         def run(rule: Rule, grads: Any, pair_states: Any, pairs: Any) -> Any:
             inputs = zip(decay, grads, pair_states, pairs, pair_scales, strict=True)
-            runs = [rule(Step(state.count, d), *args) for d, *args in inputs]
+            runs = [rule(Step(state.count, this_turn, d), *args) for d, *args in inputs]
             results, failures = lockstep(runs, cuts)
             moves = [_cast(move, like) for (move, _), like in zip(results, grads, strict=True)]
             states = [_cast(new, old) for (_, new), old in zip(results, pair_states, strict=True)]
@@ -203,7 +185,7 @@ def lift(
             moves, new_states, skipped = run(rules[0], grads, pair_states, pairs)
         else:
             moves, new_states, skipped = jax.lax.switch(
-                turn(state.count),
+                this_turn,
                 [functools.partial(run, rule) for rule in rules],
                 grads,
                 pair_states,
@@ -264,129 +246,6 @@ def find_nodes(
         if complaint := lacks(value):
             raise ValueError(f"{pair.path}: {name} {complaint}")
     return pairing
-
-
-def answer(requests: Sequence[Batched]) -> tuple[list[Any], jax.Array]:
-    """Answers requests together: matrices of one function and shape are stacked into few calls.
-
-    Args:
-        requests: any number, from any pairs.
-
-    Returns:
-        The results, in the order of the requests, with their batch axes, and how many failed. A
-        result that is not finite throughout is a failure and comes back as zero.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> requests = [Batched(jnp.linalg.inv, s * jnp.eye(2)) for s in (2.0, 0.0)]
-        >>> [half, nan], failures = answer(requests)
-        >>> half.tolist(), nan.tolist(), int(failures)
-        ([[0.5, 0.0], [0.0, 0.5]], [[0.0, 0.0], [0.0, 0.0]], 1)
-    """
-    groups: dict[Any, list[int]] = defaultdict(list)
-    answers: dict[int, Any] = {}
-    failures = jnp.zeros([], jnp.int32)
-    for index, request in enumerate(requests):
-        spec = meshes.spec_of(request.matrices[0])
-        if spec is not None and any(spec):
-            answers[index], failed = _call_on_shards(request, spec)
-            failures += failed
-            continue
-        kind = tuple((m.shape[-2:], m.dtype) for m in request.matrices)
-        groups[request.function, kind, request.layers_over].append(index)
-    for (function, *_, layers_over), indices in groups.items():
-        # A stack of n results is taken apart by n slices at n offsets, each a program of its own
-        # for the compiler. Stacks of √n repeat the same √n offsets, which it compiles once.
-        size = math.isqrt(len(indices) - 1) + 1
-        for start in range(0, len(indices), size):
-            chunk = indices[start : start + size]
-            results, failed = _call(function, [requests[i] for i in chunk])
-            answers.update(zip(chunk, results, strict=True))
-            failures += jax.lax.psum(failed, layers_over) if layers_over else failed
-    return [answers[i] for i in range(len(requests))], failures
-
-
-def _call(function: Callable[..., Any], requests: Sequence[Batched]) -> tuple[list[Any], jax.Array]:
-    """Calls a function once on the stacked matrices of several requests."""
-    stacks = [
-        jnp.concatenate([m.reshape(-1, *m.shape[-2:]) for m in column])
-        for column in zip(*(request.matrices for request in requests), strict=True)
-    ]
-    guarded, finite = _guarded(function, stacks)
-    batches = [request.matrices[0].shape[:-2] for request in requests]
-    stops = list(itertools.accumulate(math.prod(batch) for batch in batches))
-
-    def part(x: jax.Array, stop: int, batch: tuple[int, ...]) -> jax.Array:
-        return x[stop - math.prod(batch) : stop].reshape(*batch, *x.shape[1:])
-
-    results = [
-        jax.tree.map(functools.partial(part, stop=stop, batch=batch), guarded)
-        for stop, batch in zip(stops, batches, strict=True)
-    ]
-    return results, jnp.sum(~finite, dtype=jnp.int32)
-
-
-def _call_on_shards(request: Batched, spec: jax.P) -> tuple[Any, jax.Array]:
-    """Answers a request whose batch axes are cut up on an Explicit mesh where its matrices lie."""
-    batch = jax.P(*spec[:-2])
-
-    def on_shard(*matrices: jax.Array) -> Any:
-        shape = matrices[0].shape[:-2]
-        stacks = [m.reshape(-1, *m.shape[-2:]) for m in matrices]
-        both = _guarded(request.function, stacks)
-        return jax.tree.map(lambda x: x.reshape(*shape, *x.shape[1:]), both)
-
-    run = jax.shard_map(on_shard, in_specs=batch, out_specs=batch, check_vma=False)
-    result, finite = run(*request.matrices)
-    return result, jnp.sum(~finite, dtype=jnp.int32)
-
-
-def _guarded(function: Callable[..., Any], stacks: Sequence[jax.Array]) -> tuple[Any, jax.Array]:
-    """Calls a function on stacks; zeros where a result is not finite, and where it is."""
-    result = function(*stacks)
-    flat = [x.reshape(len(x), -1) for x in jax.tree.leaves(result)]
-    finite = jnp.isfinite(sum(jnp.sum(x, axis=1) for x in flat))
-    keep = lambda x: jnp.where(finite.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
-    return jax.tree.map(keep, result), finite
-
-
-def lockstep(
-    runs: Sequence[Generator[list[Batched], list[Any], Any]],
-    cuts: Sequence[Mapping[str, tuple[str, ...]]] | None = None,
-) -> tuple[list[Any], jax.Array]:
-    """Runs all rules to their end, one round of requests at a time.
-
-    Args:
-        runs: the started rules.
-        cuts: for each, the mesh axes that cut up its factors (``meshes.cut``).
-
-    Returns:
-        Their results, and how many requests failed.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> def run():
-        ...     [inverse] = yield [Batched(jnp.linalg.inv, 2.0 * jnp.eye(1))]
-        ...     return inverse.item()
-        >>> lockstep([run()])[0]
-        [0.5]
-    """
-    results: list[Any] = [None] * len(runs)
-    failures = jnp.zeros([], jnp.int32)
-    replies: dict[int, Any] = dict.fromkeys(range(len(runs)))
-    while replies:
-        requests: dict[int, list[Batched]] = {}
-        for index, reply in replies.items():
-            try:
-                with meshes.cut(cuts[index] if cuts else {}):
-                    requests[index] = runs[index].send(reply)
-            except StopIteration as stop:
-                results[index] = stop.value
-        answers, failed = answer([request for asked in requests.values() for request in asked])
-        failures += failed
-        in_order = iter(answers)
-        replies = {i: [next(in_order) for _ in asked] for i, asked in requests.items()}
-    return results, failures
 
 
 def _cast(new: Any, like: Any) -> Any:

@@ -5,25 +5,31 @@ moments as the method has them::
 
     m   ← mix(m, cross_y(y°, y) P_y)       P_y = (cross_y(y, y) + δ I)⁻¹     transport
     ĝ   = mix(∇x, P_y) / s²
-    d   = advance(m, ĝ)
+    m   ← take_in(m, ĝ)
+    d   = direction(m)
     x⁺  = x − η (d + λ x)
 
 The momentum is transported when it is next used, with the Gram matrix that the projection needs
 anyway. How y° is remembered depends on who makes the step. :class:`OwnSteps` makes it here and
 keeps ``cross_y(y − y°, y)``, an r×r matrix. :class:`ForeignSteps` leaves it to later links of a
 chain and keeps y° itself.
+
+Which factor moves when they alternate only the running program knows. So what one factor alone
+needs is asked for as one of two things (``batching.Either``).
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from lowrank_optax import pairwise
-from lowrank_optax.arguments import check, check_choice, check_positive
+from lowrank_optax.arguments import check, check_choice, check_positive, is_zero
+from lowrank_optax.batching import Batched, Either, Request
 from lowrank_optax.factors import LoRAPair
 from lowrank_optax.linalg import (
     SIDES,
@@ -37,10 +43,24 @@ from lowrank_optax.linalg import (
     other,
     product,
 )
-from lowrank_optax.pairwise import Batched, Rule, RuleRun, Step
+from lowrank_optax.pairwise import RuleRun, Step
 
-# How one factor's moments take in a projected gradient: (moments, ĝ, k) → (moments, direction).
-Advance = Callable[[Any, jax.Array, jax.Array], tuple[Any, jax.Array]]
+Movers = Mapping[Side, jax.Array | None]
+"""The factors of a stage: with None, one that moves; with a flag, one that moves if it is set."""
+
+_Asking = Generator[Sequence[Request], list[Any], Any]
+
+
+class Moments(Protocol):
+    """What a method does with one factor's moments, a NamedTuple with ``mu`` in it."""
+
+    def take_in(self, moments: Any, g: jax.Array) -> Any:
+        """Returns the moments after a projected gradient."""
+        ...
+
+    def direction(self, moments: Any, k: jax.Array) -> jax.Array:
+        """Returns the direction of the factor's k-th move."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -56,8 +76,9 @@ class Schedule:
         ValueError: an unknown order or factor, or a switch that is not a whole number from 1.
 
     Example:
-        >>> Schedule("alternating", 1, "b").turns
-        [(('b',),), (('a',),)]
+        >>> import jax.numpy as jnp
+        >>> Schedule("sequential", 1, "b").turn(jnp.array(0)).stages
+        [{'a': None}, {'b': None}]
     """
 
     order: str
@@ -69,36 +90,46 @@ class Schedule:
         check_choice("first", self.first, SIDES)
         is_count = lambda n: n >= 1 and n == int(n)
         check("switch_every", self.switch_every, is_count, "must be a whole number, 1 or more")
-        if self.order != "alternating":
+        if not self.alternates:
             unused = "applies to order='alternating' only; leave it at 1"
             check("switch_every", self.switch_every, lambda n: n == 1, unused)
 
     @property
-    def turns(self) -> list[tuple[tuple[Side, ...], ...]]:
-        """The stages of each kind of update; the factors of one stage move at once."""
-        if self.order == "alternating":
-            return [((self.first,),), ((other(self.first),),)]
-        return [(("a", "b"),) if self.order == "simultaneous" else (("a",), ("b",))]
-
-    def turn(self, count: jax.Array) -> jax.Array:
-        """Which of the turns the update after ``count`` updates takes."""
-        return (count // self.switch_every) % len(self.turns)
+    def alternates(self) -> bool:
+        """Whether one factor moves an update."""
+        return self.order == "alternating"
 
     @property
     def repeats(self) -> bool:
         """Whether a factor may move twice before the other does."""
         return not (isinstance(self.switch_every, int) and self.switch_every == 1)
 
-    def begins_turn(self, count: jax.Array) -> jax.Array:
-        """Whether the update after ``count`` updates is the first of its turn."""
-        return count % self.switch_every == 0
+    def turn(self, count: jax.Array) -> "Turn":
+        """Says who moves in the update after ``count`` updates."""
+        if not self.alternates:
+            together: Movers = {"a": None, "b": None}
+            in_turn: list[Movers] = [{"a": None}, {"b": None}]
+            stages = [together] if self.order == "simultaneous" else in_turn
+            return Turn(stages, count + 1, jnp.array(True))
+        every = jnp.asarray(self.switch_every, count.dtype)
+        round_, rest = jax.lax.div(count, 2 * every), jax.lax.rem(count, 2 * every)
+        is_first, done = rest < every, jax.lax.rem(rest, every)
+        movers: Movers = {self.first: is_first, other(self.first): ~is_first}
+        return Turn([movers], round_ * every + done + 1, done == 0)
 
-    def moves_of_factor(self, count: jax.Array) -> jax.Array:
-        """How often the factors that move now will have moved."""
-        if self.order != "alternating":
-            return count + 1
-        rounds = count // (2 * self.switch_every)
-        return rounds * self.switch_every + count % self.switch_every + 1
+
+class Turn(NamedTuple):
+    """Who moves in an update.
+
+    Args:
+        stages: the factors of one stage move at once, one stage after the other.
+        number: how often the factors that move will have moved.
+        begins: whether it is the first update of the turn.
+    """
+
+    stages: list[Movers]
+    number: jax.Array
+    begins: jax.Array
 
 
 @dataclass(frozen=True)
@@ -134,19 +165,18 @@ class OwnSteps:
         """Computes ``cross(x°, x) = cross(x, x) − cross(x − x°, x)``."""
         return gram_x - drift
 
-    def rest(self, drift: jax.Array, x: jax.Array) -> jax.Array:
-        """The memory of a factor whose last move has been followed."""
-        return drift
-
-    def move(self, step: Step, side: Side, x: jax.Array, direction: jax.Array, like: Any) -> Any:
-        """Moves a factor; returns its update, its new value and its memory."""
+    def update(self, step: Step, side: Side, x: jax.Array, direction: jax.Array) -> jax.Array:
+        """Makes the update of a factor that moves."""
         rate = self.learning_rate
         eta = rate(step.count) if callable(rate) else rate
-        if step.decay[side]:
+        if step.decay[side] and not is_zero(self.weight_decay):
             direction += self.weight_decay * x.astype(direction.dtype)
-        update = (-eta * direction).astype(like.dtype)
+        return -eta * direction
+
+    def remember(self, side: Side, x: jax.Array, update: jax.Array) -> Callable[[], jax.Array]:
+        """Tells how a factor moved, when asked; its new value is made here, where it is stored."""
         new, change = moved(x, update)
-        return update, new, cross(side, change, new)
+        return lambda: cross(side, change, new)
 
 
 @dataclass(frozen=True)
@@ -169,18 +199,18 @@ class ForeignSteps:
         """Computes ``cross(x°, x)``."""
         return cross(side, old, x)
 
-    def rest(self, old: jax.Array, x: jax.Array) -> jax.Array:
-        """The memory of a factor whose last move has been followed."""
-        return x
+    def update(self, step: Step, side: Side, x: jax.Array, direction: jax.Array) -> jax.Array:
+        """Returns the direction, of which later links make an update."""
+        return direction
 
-    def move(self, step: Step, side: Side, x: jax.Array, direction: jax.Array, like: Any) -> Any:
-        """Returns the direction, the value before the move, and the memory of it."""
-        return direction, x, x
+    def remember(self, side: Side, x: jax.Array, update: jax.Array) -> Callable[[], jax.Array]:
+        """Tells from where a factor moved, when asked."""
+        return lambda: x
 
 
 def lift_projection(
     state_type: Any,
-    advance: Advance,
+    moments: Moments,
     steps: OwnSteps | ForeignSteps,
     *,
     damping: Any,
@@ -192,7 +222,7 @@ def lift_projection(
     Args:
         state_type: NamedTuple of the method's moments, ``mu`` among them, which is transported;
             then the memory of ``steps``.
-        advance: takes a projected gradient into one factor's moments.
+        moments: what the method does with one factor's moments.
         steps: who makes the step.
         damping: δ, positive.
         schedule: the order in which factors move.
@@ -218,47 +248,80 @@ def lift_projection(
         inverse = damped_inverse(gram_y, damping)
         return inverse, product(old_cross, inverse)
 
-    def moving(stages: Sequence[Sequence[Side]]) -> Rule:
-        def rule(step: Step, grads: LoRAPair, state: Any, pair: LoRAPair, scale: Any) -> RuleRun:
-            k = schedule.moves_of_factor(step.count)
-            x, g, moments = _sides(pair), _sides(grads), _by_side(state)
-            memory = {side: getattr(moments[side], steps.memory) for side in SIDES}
-            updates = {side: jnp.zeros_like(g[side]) for side in SIDES}
-            for stage in stages:
-                # A factor that moves again was the last to move itself: the other must follow it.
-                seen = [other(side) for side in stage] + [*stage] * schedule.repeats
-                grams = {y: gram(y, x[y]) for y in seen}
-                replies = yield [
-                    Batched(precondition, grams[y], steps.old_cross(y, memory[y], x[y], grams[y]))
-                    for y in seen
-                ]
-                inverses: dict[Side, jax.Array] = {}
-                for y, (inverses[y], transport) in zip(seen, replies, strict=True):
-                    follower = moments[other(y)]
-                    mu = mix(other(y), follower.mu, transport)
-                    if schedule.repeats:
-                        moved_last = schedule.begins_turn(step.count) != (y in stage)
-                        mu = jnp.where(moved_last, mu, follower.mu)
-                    moments[other(y)] = follower._replace(mu=mu)
-                    memory[y] = steps.rest(memory[y], x[y])
-                for side in stage:
-                    projected = mix(side, g[side], inverses[other(side)] / scale**2)
-                    moments[side], direction = advance(moments[side], projected, k)
-                    updates[side], x[side], memory[side] = steps.move(
-                        step, side, x[side], direction, g[side]
-                    )
-            moments = {s: m._replace(**{steps.memory: memory[s]}) for s, m in moments.items()}
-            return LoRAPair(**updates), _join(moments)
+    def rule(step: Step, grads: LoRAPair, state: Any, pair: LoRAPair, scale: Any) -> RuleRun:
+        turn: Turn = step.turn
+        x, g, memory = (_sides(node) for node in (pair, grads, getattr(state, steps.memory)))
+        m = _by_side(state._replace(**{steps.memory: LoRAPair(None, None)}))
+        updates: dict[Side, jax.Array] = {}
 
-        return rule
+        def look_at(y: Side) -> tuple[jax.Array, jax.Array]:
+            gram_y = gram(y, x[y])
+            return gram_y, steps.old_cross(y, memory[y], x[y], gram_y)
+
+        def preconditioners(movers: Movers, factor: Callable[[Side], Side]) -> _Asking:
+            """Asks for inverse and transport of one factor a mover; alternating, only one moves."""
+            looks = {side: functools.partial(look_at, factor(side)) for side in movers}
+            if schedule.alternates:
+                seen = [(yield from _decide(movers[schedule.first], *looks.values()))]
+            else:
+                seen = [look() for look in looks.values()]
+            replies = yield [Batched(precondition, *matrices) for matrices in seen]
+            return dict(zip(movers, replies * (len(movers) // len(seen)), strict=True))
+
+        def follow(side: Side, transport: jax.Array, partner_moved_last: jax.Array) -> Any:
+            mu = mix(side, m[side].mu, transport)
+            if schedule.repeats:
+                mu = jnp.where(partner_moved_last, mu, m[side].mu)
+            return m[side]._replace(mu=mu)
+
+        def move(side: Side, inverse: jax.Array, transport: jax.Array) -> Any:
+            projected = mix(side, g[side], inverse / scale**2)
+            after = moments.take_in(follow(side, transport, turn.begins), projected)
+            return jax.tree.map(lambda new, old: new.astype(old.dtype), after, m[side])
+
+        def update_of(side: Side, after: Any) -> jax.Array:
+            direction = moments.direction(after, turn.number)
+            return steps.update(step, side, x[side], direction).astype(g[side].dtype)
+
+        for movers in turn.stages:
+            partners = yield from preconditioners(movers, other)
+            rest = {side: functools.partial(m.__getitem__, side) for side in movers}
+            if schedule.repeats:  # a mover that moved last is to be followed by the one that rests
+                own = yield from preconditioners(movers, lambda side: side)
+                rest = {s: functools.partial(follow, s, own[s][1], ~turn.begins) for s in movers}
+            for side, moves in movers.items():
+                m[side] = yield from _decide(
+                    moves, functools.partial(move, side, *partners[side]), rest[side]
+                )
+                updates[side] = yield from _decide(
+                    moves,
+                    functools.partial(update_of, side, m[side]),
+                    functools.partial(jnp.zeros_like, g[side]),
+                )
+                memory[side] = yield from _decide(
+                    moves,
+                    steps.remember(side, x[side], updates[side]),
+                    functools.partial(memory.__getitem__, side),
+                )
+                x[side], _ = moved(x[side], updates[side])
+        return LoRAPair(**updates), _join(m)._replace(**{steps.memory: LoRAPair(**memory)})
 
     def init(pair: LoRAPair) -> Any:
         memory = LoRAPair(*(steps.start(side, x) for side, x in _sides(pair).items()))
         names = [name for name in state_type._fields if name != steps.memory]
         return state_type(**{name: _zeros(pair) for name in names}, **{steps.memory: memory})
 
-    rules = [moving(stages) for stages in schedule.turns]
-    return pairwise.lift(rules, state_type, init, turn=schedule.turn, small=steps.small, **engine)
+    return pairwise.lift([rule], state_type, init, turn=schedule.turn, small=steps.small, **engine)
+
+
+def _decide(
+    flag: jax.Array | None, then: Callable[[], Any], otherwise: Callable[[], Any]
+) -> _Asking:
+    """Yields for one of two things; without a flag, it is the first."""
+    if flag is None:
+        return then()
+    [reply] = yield [Either(flag, then, otherwise)]
+    return reply
 
 
 def _zeros(pair: LoRAPair) -> LoRAPair:

@@ -9,7 +9,8 @@ import optax
 import pytest
 
 from lowrank_optax import LoRAPair, PairSpec, altlora, linalg
-from lowrank_optax.pairwise import Batched, answer, lift
+from lowrank_optax.batching import Batched, Either, answer
+from lowrank_optax.pairwise import lift
 
 
 class NoState(NamedTuple):
@@ -89,6 +90,22 @@ def test_many_requests_come_back_in_order():
     results, _ = answer([Batched(jnp.negative, m) for m in matrices])
     for matrix, result in zip(matrices, results, strict=True):
         assert jnp.array_equal(result, -matrix)
+
+
+def test_one_of_two_things_is_decided_for_all_pairs_by_one_conditional():
+    def request(flag, i):
+        then, otherwise = (lambda: jnp.array(i)), (lambda: jnp.array(-i))
+        return Either(flag, then, otherwise)
+
+    def both(first, second):
+        results, failures = answer([request(f, i) for i in (1, 2) for f in (first, second)])
+        return results, failures
+
+    flags = jnp.array(True), jnp.array(False)
+    assert str(jax.make_jaxpr(both)(*flags)).count("cond[") == 2
+    results, failures = both(*flags)
+    assert [int(r) for r in results] == [1, -1, 2, -2]
+    assert int(failures) == 0
 
 
 def test_turns_follow_the_count():

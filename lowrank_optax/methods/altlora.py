@@ -62,11 +62,11 @@ class AltLoRAPlusState(NamedTuple):
 
 
 class ScaleByAltLoRAState(NamedTuple):
-    """State of :func:`scale_by_altlora`: AltLoRA's, and the factors of the last update.
+    """State of :func:`scale_by_altlora`: AltLoRA's, and where the factors last moved from.
 
     Args:
         mu: momentum, transported when it is next used.
-        previous: factors at the last update, in their own dtype.
+        previous: each factor before its last move, in its own dtype.
     """
 
     mu: Any
@@ -74,12 +74,12 @@ class ScaleByAltLoRAState(NamedTuple):
 
 
 class ScaleByAltLoRAPlusState(NamedTuple):
-    """State of :func:`scale_by_altlora_plus`: AltLoRA+'s, and the factors of the last update.
+    """State of :func:`scale_by_altlora_plus`: AltLoRA+'s, and where the factors last moved from.
 
     Args:
         mu: momentum, transported when it is next used.
         nu: second moment of the projected gradient.
-        previous: factors at the last update, in their own dtype.
+        previous: each factor before its last move, in its own dtype.
     """
 
     mu: Any
@@ -154,7 +154,7 @@ def altlora(
     default = optax.adamw(learning_rate, b1, weight_decay=weight_decay, mask=rest_mask)
     return projection.lift_projection(
         AltLoRAState,
-        _momentum(b1),
+        _Average(b1),
         projection.OwnSteps(learning_rate, weight_decay),
         damping=damping,
         schedule=projection.Schedule(order, switch_every, first),
@@ -226,7 +226,7 @@ def altlora_plus(
     default = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay, mask=rest_mask)
     return projection.lift_projection(
         AltLoRAPlusState,
-        _adam(b1, b2, eps),
+        _AdamAverage(b1, b2, eps),
         projection.OwnSteps(learning_rate, weight_decay),
         damping=damping,
         schedule=projection.Schedule(order, switch_every, first),
@@ -285,7 +285,7 @@ def scale_by_altlora(
     """
     return projection.lift_projection(
         ScaleByAltLoRAState,
-        _momentum(b1),
+        _Average(b1),
         projection.ForeignSteps(),
         damping=damping,
         schedule=projection.Schedule(order, switch_every, first),
@@ -343,7 +343,7 @@ def scale_by_altlora_plus(
     """
     return projection.lift_projection(
         ScaleByAltLoRAPlusState,
-        _adam(b1, b2, eps),
+        _AdamAverage(b1, b2, eps),
         projection.ForeignSteps(),
         damping=damping,
         schedule=projection.Schedule(order, switch_every, first),
@@ -354,30 +354,36 @@ def scale_by_altlora_plus(
     )
 
 
-def _momentum(b1: Any) -> projection.Advance:
-    """AltLoRA: a bias-corrected moving average."""
-    check_decay("b1", b1)
+class _Average:
+    """AltLoRA's moments: a bias-corrected moving average."""
 
-    def advance(moments: Any, g: jax.Array, k: jax.Array) -> tuple[Any, jax.Array]:
-        mu = b1 * moments.mu + (1 - b1) * g
-        return moments._replace(mu=mu), mu / _bias_correction(b1, k, g.dtype)
+    def __init__(self, b1: Any) -> None:
+        check_decay("b1", b1)
+        self.b1 = b1
 
-    return advance
+    def take_in(self, moments: Any, g: jax.Array) -> Any:
+        return moments._replace(mu=self.b1 * moments.mu + (1 - self.b1) * g)
+
+    def direction(self, moments: Any, k: jax.Array) -> jax.Array:
+        return moments.mu / _bias_correction(self.b1, k, moments.mu.dtype)
 
 
-def _adam(b1: Any, b2: Any, eps: Any) -> projection.Advance:
-    """AltLoRA+: AltLoRA's average over the root of the second moment."""
-    check_decay("b2", b2)
-    check("eps", eps, lambda v: v >= 0, "must not be negative")
-    average = _momentum(b1)
+class _AdamAverage(_Average):
+    """AltLoRA+'s moments: AltLoRA's average over the root of the second moment."""
 
-    def advance(moments: Any, g: jax.Array, k: jax.Array) -> tuple[Any, jax.Array]:
-        moments, direction = average(moments, g, k)
-        nu = b2 * moments.nu + (1 - b2) * g**2
-        nu_hat = nu / _bias_correction(b2, k, g.dtype)
-        return moments._replace(nu=nu), direction / (jnp.sqrt(nu_hat) + eps)
+    def __init__(self, b1: Any, b2: Any, eps: Any) -> None:
+        super().__init__(b1)
+        check_decay("b2", b2)
+        check("eps", eps, lambda v: v >= 0, "must not be negative")
+        self.b2, self.eps = b2, eps
 
-    return advance
+    def take_in(self, moments: Any, g: jax.Array) -> Any:
+        nu = self.b2 * moments.nu + (1 - self.b2) * g**2
+        return super().take_in(moments, g)._replace(nu=nu)
+
+    def direction(self, moments: Any, k: jax.Array) -> jax.Array:
+        nu_hat = moments.nu / _bias_correction(self.b2, k, moments.nu.dtype)
+        return super().direction(moments, k) / (jnp.sqrt(nu_hat) + self.eps)
 
 
 def _bias_correction(decay: Any, k: jax.Array, dtype: Any) -> jax.Array:

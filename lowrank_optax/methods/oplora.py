@@ -39,7 +39,8 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import factors, pairwise, shadows
-from lowrank_optax.arguments import check, check_decay, check_integer, check_positive
+from lowrank_optax.arguments import check, check_decay, check_integer, check_positive, is_zero
+from lowrank_optax.batching import Batched
 from lowrank_optax.factors import ShadowedPair
 from lowrank_optax.linalg import (
     SIDES,
@@ -52,7 +53,7 @@ from lowrank_optax.linalg import (
     product,
 )
 from lowrank_optax.lorsum import combine, invert, iterate
-from lowrank_optax.pairwise import Batched, RuleRun, Step
+from lowrank_optax.pairwise import RuleRun, Step
 
 
 class OPLoRAState(NamedTuple):
@@ -180,7 +181,7 @@ def oplora(
         OPLoRAState,
         lambda pair: OPLoRAState(),
         node=ShadowedPair,
-        lacks=_shadows_for(iterations, with_momentum=_moves(momentum)),
+        lacks=_shadows_for(iterations, with_momentum=not is_zero(momentum)),
         fallback=fallback or optax.adamw(learning_rate),
         scale=scale,
         specs=specs,
@@ -309,7 +310,7 @@ def scaled_oplora(
         OPLoRAState,
         lambda pair: OPLoRAState(),
         node=ShadowedPair,
-        lacks=_shadows_for(iterations, with_momentum=_moves(b1), with_metric=True),
+        lacks=_shadows_for(iterations, with_momentum=not is_zero(b1), with_metric=True),
         fallback=fallback or optax.adamw(learning_rate),
         scale=scale,
         specs=specs,
@@ -451,10 +452,6 @@ def _updates(pair: ShadowedPair, moves: Mapping[Any, jax.Array], trust: jax.Arra
         for name, move in moves.items()
     }
     return jax.tree.map(jnp.zeros_like, pair)._replace(**updates)
-
-
-def _moves(momentum: Any) -> bool:
-    return not (isinstance(momentum, int | float) and momentum == 0)
 
 
 def _shadows_for(

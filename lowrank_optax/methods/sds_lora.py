@@ -31,6 +31,7 @@ import optax
 
 from lowrank_optax import factors, pairwise
 from lowrank_optax.arguments import check, check_choice, check_integer, check_positive
+from lowrank_optax.batching import Batched
 from lowrank_optax.factors import FramedPair, LoRAPair
 from lowrank_optax.frames import decompose, orthonormalize
 from lowrank_optax.linalg import (
@@ -44,7 +45,7 @@ from lowrank_optax.linalg import (
     moved,
     product,
 )
-from lowrank_optax.pairwise import Batched, PairwiseState, RuleRun, Step
+from lowrank_optax.pairwise import PairwiseState, RuleRun, Step
 
 
 class NoState(NamedTuple):

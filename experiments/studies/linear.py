@@ -5,6 +5,8 @@
 A random 200x600 matrix is fitted at rank 8 from batches of its rows, with momentum 0.75, ridge 1e-3
 and constant learning rates, as in the released code. "Loss" is the excess over the best rank-8
 loss, relative to it. Full fine-tuning fits the matrix exactly, so SVDLoRA is the reference here.
+The variant `released` has the learning rates of the released script, and an epoch's steps (four)
+between evaluations.
 
 Cost: see docs/results/linear.md. What to expect: at its best rate OPLoRA ends near SVDLoRA or below
 it, far below LoRA with AdamW or SGD.
@@ -55,6 +57,18 @@ STUDY = Study(
             "task_options.batch_size": 200,
             "plan.steps": 200,
             "plan.eval_every": 10,
+        },
+        "released": {
+            "plan.eval_every": 4,
+            "learning_rates": {
+                "adamw": (0.05,),
+                "sgd": (0.002,),
+                "svd-lora": (0.1,),
+                "preconditioned": (0.1,),
+                "oplora": (0.1,),
+                "oplora-2": (0.1,),
+                "oplora-proj": (0.1,),
+            },
         },
     },
 )

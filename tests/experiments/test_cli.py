@@ -5,13 +5,22 @@ from itertools import pairwise
 import pytest
 from typer.testing import CliRunner
 
-import experiments.__main__
+import experiments.sweep
 from experiments.__main__ import app
 from experiments.errors import ExperimentError
 from experiments.methods import METHODS
-from experiments.study import load_study, override, parse_overrides, select, study_names
+from experiments.study import (
+    expand,
+    load_study,
+    override,
+    parse_overrides,
+    select,
+    study_names,
+)
+from tests.experiments.samples import TINY
 
 TINY_RUN = ["run", "digits", "--override=plan.eval_every=3", "--steps=3", "--seed=0"]
+NAMES = ", ".join(study_names())
 
 
 def invoke(*arguments):
@@ -19,15 +28,16 @@ def invoke(*arguments):
     return result.exit_code, re.sub(r"\s+", " ", result.output)
 
 
-def test_run_writes_results_and_figure_then_reuses_them(tmp_path, tiny_digits, monkeypatch):
+def test_run_writes_results_and_figure_then_goes_on_from_them(tmp_path, tiny_digits, monkeypatch):
     def load_tiny(name, options, data_dir, on_step):
         assert (name, data_dir) == ("digits", None)
         return tiny_digits
 
-    monkeypatch.setattr(experiments.__main__, "load_task", load_tiny)
+    monkeypatch.setattr(experiments.sweep, "load_task", load_tiny)
+    options = [f"--override=task_options.{key}={value}" for key, value in TINY.items()]
 
     def run(*arguments):
-        return invoke(*TINY_RUN, "--method=adamw", "--out", tmp_path, *arguments)
+        return invoke(*TINY_RUN, *options, "--method=adamw", "--out", tmp_path, *arguments)
 
     code, output = run("--learning-rate=0.01")
     assert code == 0, output
@@ -37,41 +47,47 @@ def test_run_writes_results_and_figure_then_reuses_them(tmp_path, tiny_digits, m
     assert json.loads(content)["status"] == "finished"
     assert (tmp_path / "digits.png").stat().st_size > 10_000
 
-    code, output = run("--learning-rate=0.01", "--learning-rate=0.001")
+    code, output = run("--learning-rate=0.01", "--learning-rate=0.001", "--resume")
     assert code == 0, output
-    assert "Reused 1 of 2" in output
-    assert "--fresh" in output
     assert len(list(tmp_path.glob("*.json"))) == 2
     assert first.read_bytes() == content
 
     first.write_text("{")
-    code, output = run("--learning-rate=0.01")
+    code, output = run("--learning-rate=0.01", "--resume")
     assert code == 2
     assert "not a result of schema" in output
     assert first.read_text() == "{"
+    first.unlink()
     code, output = run("--learning-rate=0.01", "--fresh")
     assert code == 0, output
-    assert json.loads(first.read_bytes())["train_losses"] == losses
+    (again,) = tmp_path.glob("*.json")
+    assert json.loads(again.read_bytes())["train_losses"] == losses
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["run", "nonsense"], "unknown study 'nonsense'; there are: digits, minilm-sst2"),
-        (["run", "digits", "--method=adam"], "unknown method 'adam'; there are: adamw, altlora"),
+        (["run", "nonsense"], f"unknown study 'nonsense'; there are: {NAMES}"),
+        (["run", "digits", "--method=adam"], "unknown method 'adam'; there are: adamw, lora-plus"),
         (["run", "digits", "--method=altlora-sequential"], "pass --learning-rate"),
+        (["run", "linear", "--variant=other"], "there are: stochastic, deterministic"),
+        (["run", "fine-tune", "--task=nothing"], "unknown task 'nothing'; there are: cifar"),
+        (["run", "fine-tune", "--task=gsm8k"], "task_options.model: Field required"),
+        (["run", "digits", "--model=roberta-base"], "unknown override 'task_options.model'"),
+        (["report", "--results=no/such/folder"], "no/such/folder does not exist"),
         (["run", "digits", "--override=plan.stops=3"], "unknown override 'plan.stops'"),
         (["run", "digits", "--override=task_options.size=3"], "task_options.rank"),
         (["run", "digits", "--override=task_options.rank=big"], "task_options.rank: "),
         (["run", "digits", "--override=plan.steps"], "not of the form key=value"),
         (["run", "digits", "--steps=0"], "plan.steps: Input should be greater than 0"),
         (["run", "digits", "--learning-rate=-1"], "needs positive learning rates"),
-        (["run", "digits", "--data-dir=."], "takes no --data-dir"),
-        (["run", "minilm-sst2", "--data-dir=no/such/folder"], "no/such/folder/train.tsv does not"),
+        (["run", "digits", "--data-dir=."], "take no --data-dir"),
+        (["run", "glue-sst2", "--data-dir=no/such/folder"], "no/such/folder/train.tsv does not"),
     ],
 )
 def test_mistakes_are_explained_without_a_traceback(arguments, message, tmp_path):
-    code, output = invoke(*arguments, "--out", tmp_path)
+    out = ["--out", tmp_path] if arguments[0] == "run" else []
+    code, output = invoke(*arguments, *out)
     assert code == 2
     assert message in output
     assert "Traceback" not in output
@@ -89,13 +105,14 @@ def test_list_names_every_study_and_method():
 def test_studies_are_fair_and_their_smoke_is_valid(name):
     file = load_study(name)
     assert f"python -m experiments run {name}" in file.description
-    for rates in file.study.learning_rates.values():
-        assert len(rates) >= 5
-        ratios = [b / a for a, b in pairwise(rates)]
-        assert all(2.5 < ratio < 4 for ratio in ratios)
-    assert len({len(rates) for rates in file.study.learning_rates.values()}) == 1
-    smoke = override(file.study, file.smoke)
-    assert smoke.runs() < file.study.runs()
+    for study in expand(file.study, {}, []).values():
+        assert "adamw" in study.learning_rates
+        for rates in study.learning_rates.values():
+            assert len(rates) == 1 or len(rates) >= 5  # given ones, or a sweep
+            assert all(2.5 < b / a < 4 for a, b in pairwise(rates))
+        assert len(study.seeds) >= 3
+    for study in expand(file.study, file.smoke, []).values():
+        assert study.runs() <= 6
 
 
 def test_overrides_are_json_or_text():

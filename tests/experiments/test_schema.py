@@ -7,13 +7,18 @@ from experiments.schema import current_environment, read_result
 from tests.experiments.samples import make_result
 
 
-def test_a_result_is_not_overwritten_unasked(tmp_path):
+def test_a_result_is_not_overwritten(tmp_path):
     path = make_result(loss=0.5).write(tmp_path)
     with pytest.raises(ExperimentError, match="--fresh"):
         make_result(loss=0.4).write(tmp_path)
     assert read_result(path).final["validation"].loss == 0.5
-    make_result(loss=0.4).write(tmp_path, replace=True)
-    assert read_result(path).final["validation"].loss == 0.4
+
+
+def test_a_failed_run_makes_room(tmp_path):
+    make_result(status="failed").write(tmp_path)
+    path = make_result(loss=0.4).write(tmp_path)
+    assert read_result(path).status == "finished"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_file_names_differ_when_configurations_do():
@@ -53,7 +58,7 @@ def test_a_corrupted_result_is_an_error(tmp_path):
 
 def test_a_result_of_another_schema_is_an_error(tmp_path):
     path = make_result().write(tmp_path)
-    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 0'))
+    path.write_text(path.read_text().replace('"schema_version":2', '"schema_version":0'))
     with pytest.raises(ExperimentError, match="schema_version"):
         read_result(path)
 

@@ -1,0 +1,204 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from experiments.errors import ExperimentError
+from experiments.schema import Plan, RunResult
+from experiments.study import Study, expand, load_study
+from experiments.sweep import next_run, plan_jobs, read_results
+from tests.experiments.samples import make_result
+from tests.experiments.test_cli import invoke
+
+ROOT = Path(__file__).parents[2]
+STUDY = Study(
+    task="digits",
+    plan=Plan(steps=2, eval_every=2, head_learning_rate=1e-3),
+    learning_rates={"adamw": (0.01, 0.03, 0.1)},
+    seeds=(0, 5),
+    extensions=2,
+)
+TIMES = {
+    "curve": {"__all__": {"seconds"}},
+    "best": {"seconds"},
+    **dict.fromkeys(["compile_seconds", "wall_seconds", "median_step_seconds", "step_ratio"], True),
+}
+SMOKE = ["run", "linear", "--smoke", "--variant=stochastic"]
+
+
+def trace(losses):
+    """Runs a study whose runs end at given losses by learning rate, and returns what ran."""
+    results, ran = [], []
+    while (coming := next_run(STUDY, "adamw", results)) is not None:
+        assert len(ran) < 20
+        ran.append(coming)
+        loss = losses.get(coming[0])
+        status = "diverged" if loss is None else "finished"
+        results.append(
+            make_result(learning_rate=coming[0], seed=coming[1], loss=loss or 9.0, status=status)
+        )
+    return ran
+
+
+def numbers(folder: Path) -> list[dict]:
+    """What runs computed, apart from times."""
+    return [result.model_dump(exclude=TIMES) for result in read_results(folder)]
+
+
+def test_an_interior_best_rate_gets_the_other_seeds():
+    assert trace({0.01: 2.0, 0.03: 1.0, 0.1: 3.0}) == [(0.01, 0), (0.03, 0), (0.1, 0), (0.03, 5)]
+
+
+def test_a_sweep_grows_until_the_best_rate_is_interior():
+    losses = {0.01: 3.0, 0.03: 2.0, 0.1: 1.0, 0.3: 1.5}
+    assert trace(losses)[3:] == [(0.3, 0), (0.1, 5)]
+    assert trace({0.01: 1.0, 0.03: 2.0, 0.1: 3.0, 0.003: 4.0})[3:] == [(0.003, 0), (0.01, 5)]
+
+
+def test_a_sweep_stops_growing():
+    assert trace({0.01: 3.0, 0.03: 2.0, 0.1: 1.0, 0.3: 0.5, 1.0: 0.2})[3:] == [
+        (0.3, 0),
+        (1.0, 0),
+        (1.0, 5),
+    ]
+
+
+def test_if_all_diverge_lower_rates_are_tried():
+    assert trace({0.003: 1.0})[3:] == [(0.003, 0), (0.001, 0), (0.003, 5)]
+
+
+def test_a_result_that_is_not_finished_is_not_the_best():
+    assert trace({0.01: 2.0, 0.03: 1.0})[-1] == (0.03, 5)
+
+
+def command(*arguments) -> list[str]:
+    """A process of its own: pytest's compiles with other settings."""
+    return [sys.executable, "-m", "experiments", *map(str, arguments)]
+
+
+def finish(*arguments) -> str:
+    done = subprocess.run(
+        command(*arguments), cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    """A small study, not interrupted."""
+    out = tmp_path_factory.mktemp("whole")
+    finish(*SMOKE, "--out", out)
+    assert len(numbers(out)) == 3
+    return out
+
+
+def test_a_killed_and_resumed_study_equals_an_uninterrupted_one(whole, tmp_path):
+    out = tmp_path / "killed"
+    process = subprocess.Popen(command(*SMOKE, "--out", out), cwd=ROOT, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while not list(out.glob("*.json")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = {path: path.read_bytes() for path in out.glob("*.json")}
+    assert 1 <= len(done) < 3
+    (out / f".half-written.json.{process.pid}.tmp").write_text('{"schema_version": 2, "conf')
+
+    code, output = invoke(*SMOKE, "--out", out)
+    assert code == 2
+    assert "pass --resume to go on from them" in output
+    finish(*SMOKE, "--out", out, "--resume")
+    assert numbers(out) == numbers(whole)
+    assert {path: path.read_bytes() for path in done} == done  # not run again
+
+
+def test_two_processes_find_the_same(whole, tmp_path):
+    finish(*SMOKE, "--out", tmp_path, "--jobs=2")
+    assert numbers(tmp_path) == numbers(whole)
+
+
+def test_an_error_in_a_process_is_shown(tmp_path):
+    code, output = invoke("run", "mnist", "--smoke", "--jobs=2", "--out", tmp_path)
+    assert code == 2
+    assert "--data-dir must name a folder that holds mnist/mnist.npz" in output
+
+
+def jobs(out: Path, *, resume: bool = False, fresh: bool = False):
+    parts = expand(STUDY, {}, [])
+    return plan_jobs("digits", parts, None, out, resume=resume, fresh=fresh)
+
+
+def stored(out: Path, **changes) -> RunResult:
+    """Writes a made-up result of the study."""
+    options = load_study("digits").study.task_options
+    assert options == {}
+    result = make_result(**changes)
+    from experiments.tasks import parse_options
+
+    full = parse_options("digits", {}).model_dump(mode="json")
+    config = result.config.model_copy(update={"task_options": full})
+    result = result.model_copy(update={"config": config})
+    result.write(out)
+    return result
+
+
+def test_failed_runs_are_run_again(tmp_path):
+    kept = stored(tmp_path, learning_rate=0.01)
+    stored(tmp_path, learning_rate=0.03, status="failed")
+    (job,) = jobs(tmp_path, resume=True)
+    assert job.stored == (kept,)
+
+
+def test_fresh_deletes_what_is_there(tmp_path):
+    stored(tmp_path)
+    stored(tmp_path, method="altlora")
+    with pytest.raises(ExperimentError, match="--resume to go on"):
+        jobs(tmp_path)
+    (job,) = jobs(tmp_path, fresh=True)
+    assert job.stored == ()
+    assert [result.config.method for result in read_results(tmp_path)] == ["altlora"]
+
+
+def test_results_of_other_settings_are_not_mixed(tmp_path):
+    make_result().write(tmp_path)
+    with pytest.raises(ExperimentError, match="another task_options than this run"):
+        jobs(tmp_path, resume=True)
+
+
+def test_results_of_an_older_schema_are_kept_and_named(tmp_path):
+    path = make_result().write(tmp_path)
+    path.write_text(path.read_text().replace('"schema_version":2', '"schema_version":1'))
+    before = path.read_bytes()
+    for how in ({"resume": True}, {"fresh": True}):
+        with pytest.raises(ExperimentError, match=rf"{path.name} is not a result of schema 2"):
+            jobs(tmp_path, **how)
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_loses_no_finished_run(tmp_path, monkeypatch):
+    real, calls = os.replace, []
+
+    def full(*arguments):
+        calls.append(arguments)
+        if len(calls) > 1:
+            raise OSError(28, "No space left on device")
+        real(*arguments)
+
+    monkeypatch.setattr(os, "replace", full)
+    code, output = invoke(*SMOKE, "--out", tmp_path)
+    assert code == 2
+    assert "No space left on device" in output
+    (first,) = tmp_path.iterdir()
+    content = first.read_bytes()
+    monkeypatch.undo()
+    code, output = invoke(*SMOKE, "--out", tmp_path, "--resume")
+    assert code == 0, output
+    assert len(read_results(tmp_path)) == 3
+    assert first.read_bytes() == content

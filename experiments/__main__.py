@@ -57,7 +57,6 @@ def _clear_errors() -> Iterator[None]:
 def demo(
     out: OutOption = None,
     quick: Annotated[bool, typer.Option("--quick", help="A short version, for CI.")] = False,
-    resume: ResumeOption = False,
     fresh: FreshOption = False,
 ) -> None:
     """Adapts a small ViT to new digits: AdamW against AltLoRA and AltLoRA+."""
@@ -65,7 +64,7 @@ def demo(
         file = load_study("digits")
         parts = expand(file.study, file.smoke if quick else {}, [])
         folder = out or Path("outputs/demo")
-        jobs = plan_jobs(file.name, parts, None, folder, resume=resume, fresh=fresh)
+        jobs = plan_jobs(file.name, parts, None, folder, resume=not fresh, fresh=fresh)
         _run(file.name, jobs, folder, workers=1)
 
 

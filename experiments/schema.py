@@ -180,10 +180,11 @@ def read_result(path: Path) -> RunResult:
     """Reads one result.
 
     Raises:
-        ExperimentError: The file is unreadable, corrupted, or of another schema version.
+        ExperimentError: The file is unreadable, corrupted, of another schema version, or its name
+            is not that of its configuration.
     """
     try:
-        return RunResult.model_validate_json(path.read_text())
+        result = RunResult.model_validate_json(path.read_text())
     except (OSError, UnicodeDecodeError) as error:
         raise ExperimentError(f"cannot read {path}: {error}") from error
     except ValidationError as error:
@@ -193,6 +194,12 @@ def read_result(path: Path) -> RunResult:
             f"{path} is not a result of schema {SCHEMA_VERSION} ({where}: {first['msg']}); "
             "move it away, or choose another --out"
         ) from error
+    if path.name != result.config.file_name():
+        raise ExperimentError(
+            f"{path} holds the configuration of {result.config.file_name()}: it was renamed or "
+            "edited; move it away, or choose another --out"
+        )
+    return result
 
 
 @functools.cache

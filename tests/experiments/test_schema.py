@@ -63,6 +63,13 @@ def test_a_result_of_another_schema_is_an_error(tmp_path):
         read_result(path)
 
 
+def test_an_edited_configuration_is_an_error(tmp_path):
+    path = make_result().write(tmp_path)
+    path.write_text(path.read_text().replace('"learning_rate":0.001', '"learning_rate":0.01'))
+    with pytest.raises(ExperimentError, match="it was renamed or edited"):
+        read_result(path)
+
+
 def test_the_environment_names_versions_and_device():
     environment = current_environment()
     assert set(environment.packages) >= {"jax", "jaxlib", "flax", "optax", "numpy"}

@@ -31,25 +31,30 @@ def draw_variant(summaries: Sequence[MethodSummary], title: str, path: Path) -> 
         title: Title of the whole figure.
         path: The PNG file to write.
     """
-    figure = Figure(figsize=(11, 5.6), layout="constrained")
+    is_swept = any(len(summary.sweep) > 1 for summary in summaries)
+    figure = Figure(figsize=(11 if is_swept else 6.5, 5.6), layout="constrained")
     figure.suptitle(title)
-    curves, sweeps = figure.subplots(1, 2)
+    panels = figure.subplots(1, 2 if is_swept else 1, squeeze=False)[0]
+    curves = panels[0]
     looks = styles([summary.method for summary in summaries])
     for summary in summaries:
         _draw_curves(curves, summary, looks[summary.method])
-        _draw_sweep(sweeps, summary, looks[summary.method])
     curves.set(xlabel="step", ylabel="validation loss", yscale="log")
     curves.set_title("Each method at its best learning rate")
-    sweeps.set(xlabel="peak learning rate", ylabel="final validation loss")
-    sweeps.set(xscale="log", yscale="log")
-    sweeps.set_title("Sweep (first seed); × = diverged or failed")
+    for axes in panels[1:]:
+        for summary in summaries:
+            _draw_sweep(axes, summary, looks[summary.method])
+        axes.set(xlabel="peak learning rate", ylabel="final validation loss")
+        axes.set(xscale="log", yscale="log")
+        axes.set_title("Sweep (first seed); × = diverged or failed")
     start = [run.curve[0].validation.loss for s in summaries for run in s.best if run.curve]
-    for axes in (curves, sweeps):
+    for axes in panels:
         _log_ticks(axes)
         axes.grid(alpha=0.2)
         if start:  # runs that got worse than the start would squeeze the others
             axes.set_ylim(top=1.3 * max(start))
-    figure.legend(*curves.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    handles = curves.get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=4 if is_swept else 2)
     _save(figure, path)
 
 

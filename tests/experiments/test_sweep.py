@@ -4,6 +4,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -22,7 +23,7 @@ STUDY = Study(
     seeds=(0, 5),
     extensions=2,
 )
-TIMES = {
+TIMES: Any = {
     "curve": {"__all__": {"seconds"}},
     "best": {"seconds"},
     **dict.fromkeys(["compile_seconds", "wall_seconds", "median_step_seconds", "step_ratio"], True),

@@ -2,6 +2,7 @@
 
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -23,7 +24,7 @@ def write_mnist(folder: Path, count: int = 60) -> None:
     (folder / "mnist").mkdir()
     label = np.arange(count, dtype=np.uint8) % 10
     image = np.broadcast_to(25 * label[:, None, None], (count, 28, 28)).astype(np.uint8)
-    arrays = {"x_train": image, "y_train": label, "x_test": image, "y_test": label}
+    arrays: dict[str, Any] = {"x_train": image, "y_train": label, "x_test": image, "y_test": label}
     np.savez(folder / "mnist" / "mnist.npz", **arrays)
 
 
@@ -36,7 +37,7 @@ def write_cifar(folder: Path, count: int = 80) -> None:
         buffer = io.BytesIO()
         Image.new("RGB", (32, 32), (25 * int(value),) * 3).save(buffer, "JPEG")
         files.append(buffer.getvalue())
-    arrays = {"classes": np.array(list("abcdefghij"))}
+    arrays: dict[str, Any] = {"classes": np.array(list("abcdefghij"))}
     for part in ("train", "test"):
         arrays[f"{part}_jpeg"] = np.frombuffer(b"".join(files), np.uint8)
         arrays[f"{part}_len"] = np.array(list(map(len, files)), np.uint16)

@@ -122,26 +122,6 @@ def decompose(
     return mix("a", q_a, left), values, mix("b", q_b, jnp.swapaxes(right, -1, -2))
 
 
-def terms(node: FramedPair) -> list[LoRAPair]:
-    """Writes a framed pair as the sum ``a F + E (b - w F)``, frames constant for differentiation.
-
-    Args:
-        node: the framed pair.
-
-    Returns:
-        The two terms, each of rank r.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> node = frame(LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4))))
-        >>> [(term.a @ term.b)[0, 0].item() for term in terms(node)]
-        [2.0, 0.0]
-    """
-    fixed = jax.lax.stop_gradient(node)
-    b = node.b if node.warm is None else node.b - fixed.warm[..., None, None] * fixed.f_out
-    return [LoRAPair(node.a, fixed.f_out), LoRAPair(fixed.f_in, b)]
-
-
 def plain(node: FramedPair) -> LoRAPair:
     """Writes a framed pair as the ordinary pair of rank 2r that it is: ``[a, E] · [F; b - w F]``.
 

@@ -13,7 +13,7 @@ import pytest
 
 from examples import multi_process
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 TOLERANCE = 1e-6  # of a loss, in float32: about eight units in the last place
 SECONDS = 240  # after which a run hangs
 HEARTBEAT = 30  # seconds of silence: more than a busy machine makes a process wait

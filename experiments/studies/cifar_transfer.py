@@ -6,7 +6,7 @@ All weights are first trained on the classes 0-4 for 600 steps; then rank 16 ada
 residual layers and a new classifier on the classes 5-9, for 200 steps of 32 images. Learning rates
 are chosen on 1,000 training images that were split off, 2,000 test images are only reported.
 
-Cost: see docs/results/cifar-transfer.md.
+Cost: as the study `cifar`, and 600 steps of pretraining; not measured in full.
 """
 
 from experiments.schema import Plan

@@ -8,8 +8,9 @@ loss, relative to it. Full fine-tuning fits the matrix exactly, so SVDLoRA is th
 The variant `released` has the learning rates of the released script, and an epoch's steps (four)
 between evaluations.
 
-Cost: see docs/results/linear.md. What to expect: at its best rate OPLoRA ends near SVDLoRA or below
-it, far below LoRA with AdamW or SGD.
+Cost: 270 runs, about 20 minutes on 2 CPU cores that were shared with other work, much of it for
+SVDLoRA (set OPENBLAS_NUM_THREADS=1 where cores are shared). What to expect: from mini-batches
+OPLoRA ends below SVDLoRA, and both below LoRA with AdamW or SGD.
 """
 
 from experiments.schema import Plan

@@ -7,7 +7,7 @@ Every 10 steps the full gradient of every adapted kernel is formed beside the tr
 rank of the factors' gradients, cosine of the full gradient with what a step along them does to ΔK,
 and with what the optimizer did.
 
-Cost: see docs/results/mechanism.md.
+Cost: 18 runs of one to two minutes on 2 CPU cores shared with other work; not measured in full.
 """
 
 from experiments.schema import Plan

@@ -58,17 +58,15 @@ def draw_variant(summaries: Sequence[MethodSummary], title: str, path: Path) -> 
     _save(figure, path)
 
 
-def draw_variants(
-    by_variant: Mapping[str, Sequence[MethodSummary]], title: str, path: Path
-) -> None:
+def draw_variants(by_variant: Mapping[str, Sequence[MethodSummary]], axis: str, path: Path) -> None:
     """Draws the best final validation loss of every method by variant.
 
     Args:
         by_variant: The summaries of each variant, in the order of the axis.
-        title: Title of the figure.
+        axis: What the variants are a series of.
         path: The PNG file to write.
     """
-    figure = Figure(figsize=(7.5, 5.2), layout="constrained")
+    figure = Figure(figsize=(8.5, 5.2), layout="constrained")
     axes = figure.subplots()
     names = list(by_variant)
     methods = list(dict.fromkeys(s.method for found in by_variant.values() for s in found))
@@ -81,7 +79,7 @@ def draw_variants(
         ]
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method, **look)
     axes.set_xticks(range(len(names)), names)
-    axes.set(yscale="log", ylabel="final validation loss", title=title)
+    axes.set(yscale="log", ylabel="final validation loss", xlabel=axis)
     axes.grid(alpha=0.2)
     figure.legend(loc="outside lower center", ncols=4)
     _save(figure, path)

@@ -88,8 +88,8 @@ def read_variants(file: StudyFile, results: Path) -> list[Variant]:
 def study_page(file: StudyFile, variants: Sequence[Variant]) -> str:
     """Writes the generated part of a study's page."""
     parts = [_provenance(variants), LEGEND]
-    if len(variants) > 2:
-        parts.append(f"![All variants]({file.name}.png)")
+    if file.study.variant_axis:
+        parts.append(f"![Loss by variant]({file.name}.png)")
     for variant in variants:
         if variant.name:
             parts.append(f"## {variant.name}")
@@ -248,9 +248,9 @@ def draw_pages(results: Path, docs: Path) -> list[Path]:
         function(found, title, drawn[-1])
 
     for file, variants in _studies(results):
-        if len(variants) > 2:
+        if file.study.variant_axis:
             by_variant = {variant.name: variant.summaries for variant in variants}
-            draw(draw_variants, by_variant, file.name, f"{file.name}.png")
+            draw(draw_variants, by_variant, file.study.variant_axis, f"{file.name}.png")
         for variant in variants:
             steps = variant.results[0].config.plan.steps
             title = f"{file.name} {variant.name}".strip() + f", {steps} steps"

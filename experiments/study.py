@@ -29,6 +29,7 @@ class Study(Record):
         extensions: By how many rates a sweep may grow whose best is an end of it.
         variants: Under which further changes (see `override`) all this is repeated, by name; none
             for one comparison without a name.
+        variant_axis: What the variants are a series of, for a figure along it; none if empty.
     """
 
     task: str
@@ -39,6 +40,7 @@ class Study(Record):
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
     extensions: int = Field(default=4, ge=0)
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
+    variant_axis: str = ""
 
     @field_validator("learning_rates")
     @classmethod

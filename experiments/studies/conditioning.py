@@ -44,6 +44,7 @@ STUDY = Study(
     },
     seeds=(0, 1, 2),
     extensions=8,
+    variant_axis="condition number κ of the factors",
     variants={
         "kappa-1": {},
         "kappa-10": {"task_options.condition": 10.0},

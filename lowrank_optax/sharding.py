@@ -17,7 +17,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import optax
@@ -33,6 +33,18 @@ from lowrank_optax.factors import (
 )
 
 Recipe = Callable[[str, tuple[int, ...], Mesh], jax.P]
+
+
+class TrainStep(Protocol):
+    """What :func:`train_step` builds: ``(params, state, *inputs) → (params, state, loss)``."""
+
+    def __call__(self, params: Any, state: Any, *inputs: Any) -> tuple[Any, Any, jax.Array]:
+        """Makes a step."""
+        ...
+
+    def lower(self, params: Any, state: Any, *inputs: Any) -> jax.stages.Lowered:
+        """Lowers a step for shapes or arrays, as ``jax.jit``'s method does."""
+        ...
 
 
 def data_parallel() -> Recipe:
@@ -343,7 +355,7 @@ def train_step(
     *,
     batch_spec: jax.P | None = None,
     donate: bool = True,
-) -> Callable[..., Any]:
+) -> TrainStep:
     """Builds a jitted train step that keeps parameters and state where they lie.
 
     Args:
@@ -403,8 +415,8 @@ def train_step(
 
         return call
 
-    run = on_mesh("__call__")
-    run.lower = on_mesh("lower")  # type: ignore[attr-defined]
+    run: Any = on_mesh("__call__")
+    run.lower = on_mesh("lower")
     return run
 
 

@@ -112,9 +112,10 @@ def altlora(
         learning_rate: η, positive, or a schedule of the update count.
         b1: decay of the momentum, in [0, 1).
         damping: δ, added to the Gram matrices, positive.
-        order: ``"alternating"`` (one factor an update, the paper's), ``"simultaneous"`` (both, each
-            against the other's old value) or ``"sequential"`` (``a``, then ``b`` against the new
-            ``a``, the released code's).
+        order: ``"alternating"`` (one factor an update; the paper's, hence the default),
+            ``"simultaneous"`` (both, each against the other's old value) or ``"sequential"``
+            (``a``, then ``b`` against the new ``a``, the released code's). At equal updates the
+            last two were ahead on OPLoRA's linear tasks, see ``docs/choosing.md``.
         switch_every: updates until the other factor's turn, when alternating.
         first: the factor that begins, when alternating. With the usual start ``b = 0`` an
             ``a``-step does nothing.

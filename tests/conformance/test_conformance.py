@@ -277,8 +277,10 @@ def test_zero_padded_ranks_change_nothing(method):
 
 @each_method
 def test_batch_axes_are_independent_pairs(method):
+    """Batched products round otherwise than single ones, which OPLoRA's steps amplify."""
     _, after = _odd_shapes(method.name)
-    assert_close(jax.tree.map(lambda x: x[1, 2], after["stacked"]), after["alone"])
+    one_of_stack = jax.tree.map(lambda x: x[1, 2], after["stacked"])
+    assert_close(one_of_stack, after["alone"], rtol=1e-4, atol=1e-5)
 
 
 @each_method

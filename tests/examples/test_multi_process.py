@@ -16,7 +16,7 @@ from examples import multi_process
 ROOT = pathlib.Path(__file__).parents[2]
 TOLERANCE = 1e-6  # of a loss, in float32: about eight units in the last place
 SECONDS = 240  # after which a run hangs
-HEARTBEAT = 30  # seconds of silence: more than a busy machine makes a process wait
+HEARTBEAT = 15  # seconds of silence: more than a busy machine makes a process wait
 ENDLESS = 10**6  # steps that no run here makes: it cannot end before it is killed
 
 

@@ -6,6 +6,7 @@ on as if it had not been.
 
 import functools
 import multiprocessing
+import os
 from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
@@ -286,21 +287,42 @@ def _run_in_processes(jobs: list[Job], workers: int, listener: Listener) -> list
         "step": listener.on_step,
         "result": listener.on_result,
     }
-    with context.Manager() as manager, ProcessPoolExecutor(workers, context) as pool:
-        events = manager.Queue()
-        futures = [pool.submit(_work, job, events) for job in jobs]
-        try:
-            while not all(future.done() for future in futures) or not events.empty():
-                with suppress(Empty):
-                    kind, arguments = events.get(timeout=0.2)
-                    tell[kind](*arguments)
-                for future in futures:
-                    if future.done():
-                        future.result()  # an error ends the others too
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-        return [result for future in futures for result in future.result()]
+    with context.Manager() as manager:
+        shares = manager.Queue()
+        for share in share_cores(workers):
+            shares.put(share)
+        with ProcessPoolExecutor(workers, context, _settle, (shares,)) as pool:
+            events = manager.Queue()
+            futures = [pool.submit(_work, job, events) for job in jobs]
+            try:
+                while not all(future.done() for future in futures) or not events.empty():
+                    with suppress(Empty):
+                        kind, arguments = events.get(timeout=0.2)
+                        tell[kind](*arguments)
+                    for future in futures:
+                        if future.done():
+                            future.result()  # an error ends the others too
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+            return [result for future in futures for result in future.result()]
+
+
+def share_cores(workers: int) -> list[set[int]]:
+    """Deals this process's cores out to workers; with more workers than cores, some share one.
+
+    Empty sets where the system does not let a process choose its cores.
+    """
+    if not hasattr(os, "sched_getaffinity"):
+        return [set() for _ in range(workers)]
+    cores = sorted(os.sched_getaffinity(0))
+    return [set(cores[i::workers]) or {cores[i % len(cores)]} for i in range(workers)]
+
+
+def _settle(shares: Any) -> None:
+    """Keeps a worker, and the threads that JAX starts later, to its own cores."""
+    if share := shares.get():
+        os.sched_setaffinity(0, share)
 
 
 _WORKSHOP = Workshop()

@@ -24,7 +24,7 @@ STUDY = Study(
         "batch_size": 32,
         "pretrain_steps": 600,
     },
-    plan=Plan(steps=200, eval_every=25, head_learning_rate=1e-3),
+    plan=Plan(steps=200, eval_every=50, head_learning_rate=1e-3),
     learning_rates={
         "adamw": ADAM,
         "lora-plus": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),

@@ -1,6 +1,6 @@
 """LM: stories260K, a real Llama pretrained on children's stories, adapted to Shakespeare.
 
-    python -m experiments run lm --data-dir ../shared/data
+    python -m experiments run lm --data-dir ../shared/data --jobs 2
 
 In place of the papers' Llama and Gemma models. Rank 8 in all seven linear maps, batches of 8
 windows of 128 tokens, 150 steps; learning rates are chosen on 64 validation windows, as many test
@@ -19,7 +19,7 @@ STEP = (0.01, 0.03, 0.1, 0.3, 1.0)
 STUDY = Study(
     task="lm",
     task_options={"eval_limit": 64},
-    plan=Plan(steps=150, eval_every=15, head_learning_rate=1e-3),
+    plan=Plan(steps=150, eval_every=30, head_learning_rate=1e-3),
     learning_rates={
         "adamw": ADAM,
         "altlora": STEP,
@@ -34,9 +34,7 @@ STUDY = Study(
         "oplora-2": STEP,
         "oplora-proj": STEP,
         "altlora-simultaneous": STEP,
-        "altlora-plus-simultaneous": ADAM,
         "altlora-sequential": STEP,
-        "altlora-plus-sequential": ADAM,
         "svd-lora": STEP,
     },
     seeds=(0, 1, 2),

@@ -16,7 +16,7 @@ from experiments.study import Study
 STUDY = Study(
     task="lm",
     task_options={"eval_limit": 64},
-    plan=Plan(steps=150, eval_every=15, head_learning_rate=1e-3, probe_every=10),
+    plan=Plan(steps=150, eval_every=30, head_learning_rate=1e-3, probe_every=10),
     learning_rates={
         "adamw": (1e-2,),
         "altlora": (0.3,),

@@ -11,7 +11,7 @@ import pytest
 from experiments.errors import ExperimentError
 from experiments.schema import Plan, RunResult
 from experiments.study import Study, expand, load_study
-from experiments.sweep import next_run, plan_jobs, read_results
+from experiments.sweep import next_run, plan_jobs, read_results, share_cores
 from tests.experiments.samples import make_result
 from tests.experiments.test_cli import invoke
 
@@ -129,6 +129,16 @@ def test_an_error_in_a_process_is_shown(tmp_path):
     code, output = invoke("run", "mnist", "--smoke", "--jobs=2", "--out", tmp_path)
     assert code == 2
     assert "--data-dir must name a folder that holds mnist/mnist.npz" in output
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3, 200])
+def test_workers_share_all_cores_and_each_has_one(monkeypatch, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 2, 3, 5, 7}, raising=False)
+    shares = share_cores(workers)
+    assert len(shares) == workers
+    assert all(shares)
+    assert set.union(*shares) == {0, 2, 3, 5, 7}
+    assert sum(map(len, shares)) == max(5, workers)
 
 
 def jobs(out: Path, *, resume: bool = False, fresh: bool = False):

@@ -19,7 +19,7 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 test: $(READY)
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 --dist loadgroup
 
 demo: $(READY)
 	$(PY) -m experiments demo

@@ -86,12 +86,49 @@ class _Parts(NamedTuple):
         return nnx.merge(self.graph, trained["head"], trained["adapters"], frozen)
 
 
-class _Compiled(NamedTuple):
-    step: Callable[..., Any]
-    totals: Callable[..., Any]
+class _Program:
+    """A function compiled ahead, so that no step's time holds it, for each shape of batch.
+
+    Args:
+        function: Of trees of arrays, among them a batch.
+        batch_at: Which argument the batch is.
+        options: Of `jax.jit`.
+    """
+
+    def __init__(self, function: Callable[..., Any], batch_at: int, **options: Any) -> None:
+        self.seconds = 0.0
+        self._jitted = jax.jit(function, **options)
+        self._batch_at = batch_at
+        self._executables: dict[Any, jax.stages.Compiled] = {}
+
+    def of(self, *arguments: Any) -> jax.stages.Compiled:
+        """Returns the executable for such arguments."""
+        batch = arguments[self._batch_at]
+        key = tuple(sorted((name, values.shape) for name, values in batch.items()))
+        if key not in self._executables:
+            begin = time.perf_counter()
+            self._executables[key] = self._jitted.lower(*arguments).compile()
+            self.seconds += time.perf_counter() - begin
+        return self._executables[key]
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.of(*arguments)(*arguments)
+
+    @property
+    def temporary_bytes(self) -> int | None:
+        """Of the executable that needs most; None where the device does not say."""
+        known = (each.memory_analysis() for each in self._executables.values())
+        return max((m.temp_size_in_bytes for m in known if m is not None), default=None)
+
+
+class _Programs(NamedTuple):
+    step: _Program
+    totals: _Program
     probe: Probe
-    seconds: float
-    temporary_bytes: int | None
+
+    @property
+    def seconds(self) -> float:
+        return self.step.seconds + self.totals.seconds
 
 
 @dataclass
@@ -194,8 +231,8 @@ class Trainer:
             trainable_parameters=_count_parameters(parts.trained),
             trained_bytes=_bytes(parts.trained),
             optimizer_state_bytes=_bytes(state),
-            step_temporary_bytes=None if status == "failed" else self._compiled.temporary_bytes,
-            compile_seconds=0.0 if status == "failed" else self._compiled.seconds,
+            step_temporary_bytes=self._programs.step.temporary_bytes,
+            compile_seconds=self._programs.seconds,
             wall_seconds=time.perf_counter() - begin,
             median_step_seconds=statistics.median(log.step_seconds) if log.step_seconds else None,
             steps_done=len(log.losses),
@@ -215,9 +252,10 @@ class Trainer:
         trained, peak = jax.tree.map(jnp.copy, parts.trained), jnp.float32(1e-8)
         state = self._init(trained, peak)
         batch = next(self.task.train_batches(0))
+        step = self._programs.step.of(trained, state, parts.frozen, batch, peak)
         while True:
             begin = time.perf_counter()
-            trained, state, loss = self._compiled.step(trained, state, parts.frozen, batch, peak)
+            trained, state, loss = step(trained, state, parts.frozen, batch, peak)
             loss.block_until_ready()
             yield time.perf_counter() - begin
 
@@ -229,7 +267,7 @@ class Trainer:
         peak: jax.Array,
         on_step: OnStep,
     ) -> Status:
-        compiled = self._compiled
+        programs = self._programs
         state = self._init(log.trained, peak)
         batches = self.task.train_batches(seed)
         log.final["validation"] = start = self._score(log.trained, frozen, "validation")
@@ -238,12 +276,13 @@ class Trainer:
             batch = next(batches)
             is_probed = self.plan.probe_every and (step - 1) % self.plan.probe_every == 0
             before = jax.tree.map(jnp.copy, log.trained) if is_probed else None
+            compiled_step = programs.step.of(log.trained, state, frozen, batch, peak)
             begin = time.perf_counter()
-            log.trained, state, loss = compiled.step(log.trained, state, frozen, batch, peak)
+            log.trained, state, loss = compiled_step(log.trained, state, frozen, batch, peak)
             log.losses.append(float(loss))
             log.step_seconds.append(time.perf_counter() - begin)
             if is_probed:
-                seen = compiled.probe(before, log.trained, frozen, batch)
+                seen = programs.probe(before, log.trained, frozen, batch)
                 values = {name: float(value) for name, value in seen.items()}
                 log.probes.append(ProbePoint(step=step, **values))
             on_step(step, self.plan.steps)
@@ -264,7 +303,7 @@ class Trainer:
 
     def _score(self, trained: Trained, frozen: Any, split: str) -> Scores:
         batches = self.task.eval_batches(split)
-        parts = [self._compiled.totals(trained, frozen, batch) for batch in batches]
+        parts = [self._programs.totals(trained, frozen, batch) for batch in batches]
         sums = jax.tree.map(lambda *values: np.sum(values, axis=0, dtype=np.float64), *parts)
         return Scores(
             loss=float(sums.loss / sums.weight),
@@ -313,7 +352,7 @@ class Trainer:
         return nn.lora_scales(self.task.build_model(0, self.method.adapters)).__getitem__
 
     @functools.cached_property
-    def _compiled(self) -> _Compiled:
+    def _programs(self) -> _Programs:
         parts = self._split(self.task.build_model(0, self.method.adapters))
 
         def totals(trained: Trained, frozen: Any, batch: Batch) -> Any:
@@ -333,24 +372,10 @@ class Trainer:
                 moved[name] = optax.apply_updates(trained[name], updates)
             return moved, states, value
 
-        peak = jnp.float32(1.0)
-        begin = time.perf_counter()
-        state = jax.eval_shape(self._init, parts.trained, peak)
-        train_batch = next(self.task.train_batches(0))
-        eval_batch = self.task.eval_batches("validation")[0]
-        compiled_step = (
-            jax.jit(step, donate_argnums=(0, 1))
-            .lower(parts.trained, state, parts.frozen, train_batch, peak)
-            .compile()
-        )
-        compiled_totals = jax.jit(totals).lower(parts.trained, parts.frozen, eval_batch).compile()
-        memory = compiled_step.memory_analysis()
-        return _Compiled(
-            step=compiled_step,
-            totals=compiled_totals,
+        return _Programs(
+            step=_Program(step, 3, donate_argnums=(0, 1)),
+            totals=_Program(totals, 2),
             probe=make_probe(loss, parts.merge),
-            seconds=time.perf_counter() - begin,
-            temporary_bytes=None if memory is None else memory.temp_size_in_bytes,
         )
 
 

@@ -91,7 +91,7 @@ class Task(ABC, Generic[OptionsT]):
 
     @abstractmethod
     def eval_batches(self, split: str) -> Sequence[Batch]:
-        """Returns the batches of a split, all of one shape."""
+        """Returns the batches of a split. What runs on batches is compiled for each shape."""
 
     @property
     @abstractmethod
@@ -133,6 +133,29 @@ def shuffled_batches(examples: Batch, batch_size: int, seed: int) -> Iterator[Ba
             chosen = order[start : start + batch_size]
             batch = {name: values[chosen] for name, values in examples.items()}
             yield batch | {"weight": np.ones(batch_size, np.float32)}
+
+
+def shuffled_batches_by_length(
+    examples: Batch, lengths: np.ndarray, batch_size: int, seed: int, pool: int = 16
+) -> Iterator[Batch]:
+    """As `shuffled_batches`, but among each `pool` of them examples of like length are together.
+
+    Args:
+        examples: Arrays over examples.
+        lengths: Of each example.
+        batch_size: Examples a batch.
+        seed: Fixes the order.
+        pool: How many batches are drawn before they are sorted.
+
+    Yields:
+        The batches of a pool, in random order.
+    """
+    size = batch_size * max(1, min(pool, len(lengths) // batch_size))
+    rng = np.random.default_rng(seed)
+    for drawn in shuffled_batches(examples | {"length": lengths}, size, seed):
+        order = np.argsort(drawn.pop("length"), kind="stable").reshape(-1, batch_size)
+        for chosen in rng.permutation(order):
+            yield {name: values[chosen] for name, values in drawn.items()}
 
 
 def padded_batches(examples: Batch, batch_size: int) -> list[Batch]:

@@ -19,10 +19,12 @@ from experiments.tasks.base import (
     Totals,
     classification_totals,
     padded_batches,
-    shuffled_batches,
+    shuffled_batches_by_length,
 )
 
 EVAL_BATCH = 64
+WIDTH = 8
+"""Batches are cut to the longest of their sentences, up to a multiple of so many tokens."""
 
 Split = tuple[list[str], np.ndarray]
 
@@ -91,14 +93,16 @@ class SentenceTask(Task[SentenceOptions]):
         return model
 
     def train_batches(self, seed: int) -> Iterator[Batch]:
-        """Yields shuffled training batches for ever."""
-        return shuffled_batches(self._examples["train"], self.options.batch_size, seed)
+        """Yields shuffled training batches for ever, of sentences of like length."""
+        examples, batch_size = self._examples["train"], self.options.batch_size
+        return map(_cut, shuffled_batches_by_length(examples, _lengths(examples), batch_size, seed))
 
     def eval_batches(self, split: str) -> Sequence[Batch]:
-        """Returns the batches of a split, or of its first `eval_limit` sentences."""
-        limit = self.options.eval_limit
-        examples = {name: values[:limit] for name, values in self._examples[split].items()}
-        return padded_batches(examples, EVAL_BATCH)
+        """Returns the batches of a split, or of its first `eval_limit` sentences, by length."""
+        examples, limit = self._examples[split], self.options.eval_limit
+        order = np.argsort(_lengths(examples)[:limit], kind="stable")
+        ordered = {name: values[order] for name, values in examples.items()}
+        return [_cut(batch) for batch in padded_batches(ordered, EVAL_BATCH)]
 
     def totals(self, model: Any, batch: Batch) -> Totals:
         """Returns cross entropy, correct answers, and how the classes were confused."""
@@ -106,6 +110,17 @@ class SentenceTask(Task[SentenceOptions]):
         answers = nnx.one_hot(logits.argmax(axis=-1), 2) * batch["weight"][:, None]
         confusion = jnp.matmul(nnx.one_hot(batch["label"], 2).T, answers)
         return classification_totals(logits, batch)._replace(confusion=confusion)
+
+
+def _lengths(examples: Batch) -> np.ndarray:
+    return examples["mask"].sum(axis=1)
+
+
+def _cut(batch: Batch) -> Batch:
+    width = -(-int(_lengths(batch).max()) // WIDTH) * WIDTH
+    return {
+        name: values[:, :width] if values.ndim == 2 else values for name, values in batch.items()
+    }
 
 
 def _digest(sentences: list[str], labels: np.ndarray) -> str:

@@ -55,14 +55,47 @@ def lora_apply(
     operand = x.dtype if dtype is None else jnp.dtype(dtype)
     if isinstance(pair, ShadowedPair):
         return apply_shadowed(x.astype(operand), pair, scale, axis_name).astype(x.dtype)
+    into, out_of = _matmul, _matmul
     if isinstance(pair, FramedPair):
         constant = jax.lax.stop_gradient(pair)
         pair = frames.plain(constant._replace(a=pair.a, b=pair.b))
-    accumulate = jnp.promote_types(operand, jnp.float32)
-    narrow = meshes.matmul(x.astype(operand), pair.a.astype(operand), accumulate)
-    narrow = (scale * narrow).astype(operand)
-    y = meshes.matmul(narrow, pair.b.astype(operand), accumulate)
+        into, out_of = _into_framed, _out_of_framed
+    narrow = into(x.astype(operand), pair.a.astype(operand))
+    y = out_of((scale * narrow).astype(operand), pair.b.astype(operand))
     return y.astype(x.dtype)
+
+
+def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
+    return meshes.matmul(x, y, jnp.promote_types(x.dtype, jnp.float32))
+
+
+@jax.custom_jvp
+def _into_framed(x: jax.Array, columns: jax.Array) -> jax.Array:
+    """``x [a, E]``, where E is constant: only the gradient of a is formed, and summed over tokens."""
+    return _matmul(x, columns)
+
+
+@_into_framed.defjvp
+def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    (x, columns), (dx, d_columns) = primals, tangents
+    rank = columns.shape[-1] // 2
+    from_a = _matmul(x, d_columns[..., :rank])
+    padding = [(0, 0)] * (from_a.ndim - 1) + [(0, rank)]
+    return _matmul(x, columns), _matmul(dx, columns) + jnp.pad(from_a, padding)
+
+
+@jax.custom_jvp
+def _out_of_framed(narrow: jax.Array, rows: jax.Array) -> jax.Array:
+    """``narrow [F; b]``, where F is constant: only the gradient of b is formed."""
+    return _matmul(narrow, rows)
+
+
+@_out_of_framed.defjvp
+def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    (narrow, rows), (d_narrow, d_rows) = primals, tangents
+    rank = rows.shape[-2] // 2
+    from_b = _matmul(narrow[..., rank:], d_rows[..., rank:, :])
+    return _matmul(narrow, rows), _matmul(d_narrow, rows) + from_b
 
 
 def lora_delta(pair: LoRAPair | ShadowedPair | FramedPair, scale: float = 1.0) -> jax.Array:

@@ -116,9 +116,9 @@ def test_oplora_sends_the_products_of_its_basis_and_no_more():
     assert bytes_beyond_adamw("oplora", "data_parallel") == 4 * numbers
 
 
-def test_sds_lora_sends_what_a_pair_of_twice_the_rank_does():
-    """Its layer is one: the frames' gradients are dropped after they were summed."""
-    assert bytes_beyond_adamw("sds_lora", "data_parallel") == 4 * RANK * LONG
+def test_sds_lora_sends_what_adamw_sends():
+    """Data parallel: the gradients of a and b are summed, of the frames none are formed."""
+    assert bytes_beyond_adamw("sds_lora", "data_parallel") == 0
 
 
 @functools.cache

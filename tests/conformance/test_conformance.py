@@ -13,7 +13,11 @@ from flax import nnx
 from lowrank_optax import LoRAPair, find_pairs, nn
 from tests.conformance.methods import METHODS, random_frames
 
-each_method = pytest.mark.parametrize("method", METHODS, ids=lambda m: m.name)
+# One worker runs all of a row, so that what a row compiles once is compiled by one process.
+each_method = pytest.mark.parametrize(
+    "method",
+    [pytest.param(m, id=m.name, marks=pytest.mark.xdist_group(m.name)) for m in METHODS],
+)
 
 
 def make_pair(key, n_in=6, rank=2, n_out=5, batch=(), dtype=jnp.float32):

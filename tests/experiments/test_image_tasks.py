@@ -100,3 +100,15 @@ def test_cola_is_read_and_scored_by_matthews_correlation(data):
     totals = task.totals(model, batch)
     assert totals.confusion.sum() == totals.weight == 16
     assert totals.confusion.trace() == totals.correct
+
+
+def test_batches_of_sentences_are_cut_to_their_longest(data):
+    task = CoLA(SentenceOptions(max_length=48, batch_size=4), data)
+    whole = task._examples["validation"]
+    batches = [next(task.train_batches(0)), *task.eval_batches("validation")]
+    for batch in batches:
+        longest = batch["mask"].sum(axis=1).max()
+        assert longest <= batch["tokens"].shape[1] < longest + 8
+        assert batch["tokens"].shape == batch["mask"].shape == batch["segments"].shape
+    seen = sorted(int(t.sum()) for b in batches[1:] for t in b["tokens"][b["weight"] > 0])
+    assert seen == sorted(int(tokens.sum()) for tokens in whole["tokens"])

@@ -12,7 +12,11 @@ from experiments.adapters import LowRank
 from experiments.errors import ExperimentError
 from experiments.methods import METHODS
 from experiments.schema import Plan, RunResult, read_result
-from experiments.tasks.base import padded_batches, shuffled_batches
+from experiments.tasks.base import (
+    padded_batches,
+    shuffled_batches,
+    shuffled_batches_by_length,
+)
 from experiments.trainer import Run, Trainer, warmup_cosine
 
 
@@ -211,6 +215,27 @@ def test_batches_are_epochs_in_an_order_fixed_by_the_seed():
     assert not np.array_equal(epoch(0), epoch(0, skip=1))
     with pytest.raises(ExperimentError, match="batch_size 13"):
         next(shuffled_batches(examples, 13, 0))
+
+
+def test_batches_by_length_are_the_same_examples_of_like_length():
+    lengths = np.random.default_rng(0).integers(1, 50, 64)
+    examples = {"label": np.arange(64), "tokens": np.arange(64)[:, None]}
+
+    def epoch(seed, pool):
+        batches = shuffled_batches_by_length(examples, lengths, 4, seed, pool)
+        return np.stack([next(batches)["label"] for _ in range(16)])
+
+    for pool in (4, 16, 99):  # 99 batches are more than there are
+        drawn = epoch(0, pool)
+        np.testing.assert_array_equal(np.sort(drawn.ravel()), np.arange(64))
+        np.testing.assert_array_equal(drawn, epoch(0, pool))
+    spread = lambda drawn: np.ptp(lengths[drawn], axis=1).mean()
+    assert spread(epoch(0, 16)) < 0.2 * spread(epoch(0, 1))
+    assert not np.array_equal(epoch(0, 16), epoch(1, 16))
+    longest = lengths[epoch(0, 16)].max(axis=1)
+    assert (np.diff(longest) < 0).any()  # the batches are not in the order of their lengths
+    batch = next(shuffled_batches_by_length(examples, lengths, 4, 0))
+    np.testing.assert_array_equal(batch["tokens"][:, 0], batch["label"])
 
 
 def test_run_result_needs_every_field():

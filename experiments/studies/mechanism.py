@@ -19,11 +19,12 @@ STUDY = Study(
     plan=Plan(steps=150, eval_every=30, head_learning_rate=1e-3, probe_every=10),
     learning_rates={
         "adamw": (1e-2,),
-        "altlora": (0.3,),
-        "altlora-plus": (1e-2,),
-        "oplora": (0.1,),
-        "sds-lora": (1e-2,),
-        "sds-lora-no-warmup": (1e-2,),
+        "altlora": (0.1,),
+        "altlora-simultaneous": (0.3,),
+        "altlora-plus": (3e-3,),
+        "oplora": (0.03,),
+        "sds-lora": (1e-3,),
+        "sds-lora-no-warmup": (1e-3,),
     },
     seeds=(0, 1, 2),
 )

@@ -49,10 +49,14 @@ def draw_variant(summaries: Sequence[MethodSummary], title: str, path: Path) -> 
         axes.set_title("Sweep (first seed); × = diverged or failed")
     start = [run.curve[0].validation.loss for s in summaries for run in s.best if run.curve]
     for axes in panels:
-        _log_ticks(axes)
-        axes.grid(alpha=0.2)
         if start:  # runs that got worse than the start would squeeze the others
             axes.set_ylim(top=1.3 * max(start))
+        axes.grid(alpha=0.2)
+    falling = [each[1] for s in summaries if len(each := _medians(s)) > 1 and each[1] < each[0]]
+    if falling:  # and so would the way to the first evaluation
+        curves.set_ylim(top=1.1 * max(falling))
+    for axes in panels:
+        _log_ticks(axes)
     handles = curves.get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=4 if is_swept else 2)
     _save(figure, path)
@@ -122,7 +126,7 @@ def draw_probes(summaries: Sequence[MethodSummary], title: str, path: Path) -> N
 def _log_ticks(axes: Axes) -> None:
     low, high = axes.get_ylim()
     if low > 0 and high / low < 50:
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 3, 5, 7)))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 2.5, 3, 4, 5, 7)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_locator(NullLocator())
 
@@ -132,16 +136,25 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+def _seeds(summary: MethodSummary) -> list[tuple[float, ...]]:
+    """Returns the losses of all seeds, evaluation by evaluation."""
+    losses = [[point.validation.loss for point in run.curve] for run in summary.best]
+    return list(zip(*losses, strict=True))
+
+
+def _medians(summary: MethodSummary) -> list[float]:
+    return list(map(statistics.median, _seeds(summary)))
+
+
 def _draw_curves(axes: Axes, summary: MethodSummary, look: dict[str, Any]) -> None:
-    """Draws the mean over seeds, and a band from the lowest to the highest."""
+    """Draws the median over seeds, and a band from the lowest to the highest."""
     if not summary.best:
         return
     steps = [point.step for point in summary.best[0].curve]
-    losses = [[point.validation.loss for point in run.curve] for run in summary.best]
-    values = list(zip(*losses, strict=True))
+    values = _seeds(summary)
     rate = summary.best[0].config.learning_rate
     label = f"{summary.method}, lr {rate:g}"
-    axes.plot(steps, list(map(statistics.mean, values)), label=label, **look)
+    axes.plot(steps, _medians(summary), label=label, **look)
     band = {"color": look["color"], "alpha": 0.15, "lw": 0}
     axes.fill_between(steps, list(map(min, values)), list(map(max, values)), **band)
 

@@ -140,7 +140,7 @@ def readme_block(studies: Mapping[str, Sequence[Variant]]) -> str:
             label = f"{page}, {variant.name}" if variant.name else page
             state = f"{len(variant.missing)} methods incomplete" if variant.missing else "complete"
             rows.append([label, *_verdicts(variant.summaries), state])
-    headings = ["study", "AdamW's loss", "claimed better", "no difference", "claimed worse", "runs"]
+    headings = ["study", "AdamW's loss", "claimed better", "within noise", "claimed worse", "runs"]
     text = (
         "Each method at its own best learning rate, final loss (on the test where there is one) "
         "against LoRA with AdamW; a difference is claimed above twice its pooled standard error."

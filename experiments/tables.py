@@ -136,7 +136,7 @@ def _verdict(summary: MethodSummary, baseline: MethodSummary | None) -> str:
     found = difference(summary.losses(split), baseline.losses(split))
     if found.error is None:
         return f"{found.value:+.2g} (too few seeds)"
-    word = ("better" if found.value < 0 else "worse") if found.claimed else "no difference"
+    word = ("better" if found.value < 0 else "worse") if found.claimed else "within noise"
     return f"{found.value:+.2g} ± {found.error:.1g}: {word}"
 
 

@@ -1,13 +1,13 @@
 """Mechanism: what happens to gradients and steps on stories260K, the figures of the SDS-LoRA paper.
 
-    python -m experiments run mechanism --data-dir ../shared/data
+    python -m experiments run mechanism --data-dir ../shared/data --jobs 2
 
 The `lm` study's task and plan, each method at the best learning rate that study found, three seeds.
 Every 10 steps the full gradient of every adapted kernel is formed beside the training: effective
 rank of the factors' gradients, cosine of the full gradient with what a step along them does to ΔK,
 and with what the optimizer did.
 
-Cost: 18 runs of one to two minutes on 2 CPU cores shared with other work; not measured in full.
+Cost: 11 minutes on 2 CPU cores with --jobs 2.
 """
 
 from experiments.schema import Plan

@@ -6,8 +6,8 @@ In place of the papers' Llama and Gemma models. Rank 8 in all seven linear maps,
 windows of 128 tokens, 150 steps; learning rates are chosen on 64 validation windows, as many test
 windows are only reported. Loss in nats a token, of a vocabulary of 512.
 
-Cost: 45 s a run on one of 2 CPU cores, 52 minutes in all with --jobs 2. Expect SDS-LoRA beside AdamW,
-AltLoRA by its order, OPLoRA beside SVDLoRA: docs/results/lm.md.
+Cost: 45 s a run on one of 2 CPU cores, 52 minutes in all with --jobs 2. Expect SDS-LoRA beside
+AdamW, AltLoRA by its order, OPLoRA beside SVDLoRA: docs/results/lm.md.
 """
 
 from experiments.schema import Plan

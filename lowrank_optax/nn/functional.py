@@ -71,7 +71,7 @@ def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _into_framed(x: jax.Array, columns: jax.Array) -> jax.Array:
-    """``x [a, E]``, where E is constant: only the gradient of a is formed, and summed over tokens."""
+    """``x [a, E]``, where E is constant: only the gradient of a is formed."""
     return _matmul(x, columns)
 
 

@@ -9,6 +9,8 @@ from lowrank_optax.factors import FramedPair, LoRAPair, ShadowedPair
 from lowrank_optax.nn.contraction import KernelAxes
 from lowrank_optax.nn.shadowed import AxisName, apply_shadowed
 
+_Two = tuple[jax.Array, jax.Array]
+
 
 def lora_apply(
     x: jax.Array,
@@ -76,7 +78,7 @@ def _into_framed(x: jax.Array, columns: jax.Array) -> jax.Array:
 
 
 @_into_framed.defjvp
-def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _into_framed_jvp(primals: _Two, tangents: _Two) -> _Two:
     (x, columns), (dx, d_columns) = primals, tangents
     rank = columns.shape[-1] // 2
     from_a = _matmul(x, d_columns[..., :rank])
@@ -91,7 +93,7 @@ def _out_of_framed(narrow: jax.Array, rows: jax.Array) -> jax.Array:
 
 
 @_out_of_framed.defjvp
-def _(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+def _out_of_framed_jvp(primals: _Two, tangents: _Two) -> _Two:
     (narrow, rows), (d_narrow, d_rows) = primals, tangents
     rank = rows.shape[-2] // 2
     from_b = _matmul(narrow[..., rank:], d_rows[..., rank:, :])

@@ -410,6 +410,11 @@ def test_data_parallel_gradients_are_those_of_one_device(kind, x64):
         "unchecked": jax.jit(jax.shard_map(unchecked, check_vma=False, **keywords))(node, x),
         "pmap": jax.tree.map(lambda g: g[1], by_pmap(node, x.reshape(2, 4, 6))),
     }
+    explicit = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Explicit,))
+    place = lambda tree, spec: jax.device_put(tree, NamedSharding(explicit, spec))
+    with jax.set_mesh(explicit):
+        grad = jax.jit(jax.grad(mean_loss))
+        found["explicit mesh"] = grad(place(node, P()), place(x, P("data")))
     for setting, grads in found.items():
         for one, many in zip(jax.tree.leaves(expected), jax.tree.leaves(grads), strict=True):
             np.testing.assert_allclose(many, one, rtol=1e-10, atol=1e-12, err_msg=setting)

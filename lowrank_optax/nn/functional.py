@@ -71,6 +71,10 @@ def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     return meshes.matmul(x, y, jnp.promote_types(x.dtype, jnp.float32))
 
 
+# A framed layer is one of rank 2r. That half of its factors are constant is said in the derivatives:
+# two products, as for any pair, and no gradients of frames for data parallelism to sum.
+
+
 @jax.custom_jvp
 def _into_framed(x: jax.Array, columns: jax.Array) -> jax.Array:
     """``x [a, E]``, where E is constant: only the gradient of a is formed."""

@@ -8,6 +8,8 @@ compares medians. ``--width 1`` is the full size, for an accelerator.
 
 import json
 import pathlib
+import shlex
+import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -163,7 +165,7 @@ def main(
     console.print(table)
     if out is not None:
         record = {
-            "command": f"python -m benchmarks.update_step --width {width} --steps {steps}",
+            "command": shlex.join(["python", "-m", "benchmarks.update_step", *sys.argv[1:]]),
             **environment(),
             "width": width,
             "rows": rows,

@@ -165,7 +165,7 @@ def main(
     console.print(table)
     if out is not None:
         record = {
-            "command": shlex.join(["python", "-m", "benchmarks.update_step", *sys.argv[1:]]),
+            "command": f"python -m benchmarks.update_step {shlex.join(sys.argv[1:])}",
             **environment(),
             "width": width,
             "rows": rows,

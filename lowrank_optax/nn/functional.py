@@ -71,8 +71,8 @@ def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
     return meshes.matmul(x, y, jnp.promote_types(x.dtype, jnp.float32))
 
 
-# A framed layer is a pair of rank 2r, half of it constant. The derivatives say so, lest gradients of
-# frames be formed, which data parallelism would sum over devices.
+# A framed layer is a pair of rank 2r, half of it constant. The derivatives say so, lest gradients
+# of frames be formed, which data parallelism would sum over devices.
 
 
 @jax.custom_jvp

@@ -7,7 +7,7 @@ Rank 8, a new linear head by AdamW at 2e-3 in every method, 200 steps of 16 sent
 tokens. "Validation" is the in-domain dev set, on which learning rates are chosen; the out-of-domain
 dev set is only reported, as "test". CoLA's score is Matthews' correlation.
 
-Cost: see docs/results/glue-cola.md.
+Cost: not measured in full.
 """
 
 from experiments.schema import Plan

@@ -8,7 +8,7 @@ Without `--data-dir` the data come from the Hugging Face hub. Rank 8, a new line
 which learning rates are chosen; the labelled test set is only reported. The variant `longer` is the
 baseline of an independent run, 400 steps of 32: about 84 % on the dev set.
 
-Cost: see docs/results/glue-sst2.md.
+Cost: not measured in full.
 """
 
 from experiments.schema import Plan

@@ -115,7 +115,7 @@ def altlora(
         order: ``"alternating"`` (one factor an update; the paper's, hence the default),
             ``"simultaneous"`` (both, each against the other's old value) or ``"sequential"``
             (``a``, then ``b`` against the new ``a``, the released code's). At equal updates the
-            last two are far ahead wherever they were compared, see ``docs/choosing.md``.
+            last two are ahead wherever they were compared, see ``docs/choosing.md``.
         switch_every: updates until the other factor's turn, when alternating.
         first: the factor that begins, when alternating. With the usual start ``b = 0`` an
             ``a``-step does nothing.

@@ -25,8 +25,6 @@ PLACEMENTS = {
     "layers_and_out": ((4,), P("x", None, ("y", "z"))),
 }
 N_IN, N_OUT = 40, 56  # every part of them is longer than the widest basis
-# Half the time of compiling, where XLA still has another emitter; the partitioner is the same.
-COMPILER_OPTIONS = {"xla_cpu_use_fusion_emitters": False} if jax.__version_info__ < (0, 11) else {}
 WIDEST = 6  # of two factors' and twice the momentum's rank; there are fewer layers
 STEPS = 4
 
@@ -91,7 +89,7 @@ def on_one_device(name):
 
 
 def compiled(function, *arguments):
-    return jax.jit(function).lower(*arguments).compile(COMPILER_OPTIONS)
+    return jax.jit(function).lower(*arguments).compile()
 
 
 def step_of(update):

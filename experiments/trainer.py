@@ -17,6 +17,7 @@ from flax import nnx
 from experiments.errors import ExperimentError
 from experiments.methods import Setting, get_method
 from experiments.probes import Probe, make_probe
+from experiments.program import Program
 from experiments.schema import (
     CurvePoint,
     Plan,
@@ -86,44 +87,9 @@ class _Parts(NamedTuple):
         return nnx.merge(self.graph, trained["head"], trained["adapters"], frozen)
 
 
-class _Program:
-    """A function compiled ahead, so that no step's time holds it, for each shape of batch.
-
-    Args:
-        function: Of trees of arrays, among them a batch.
-        batch_at: Which argument the batch is.
-        options: Of `jax.jit`.
-    """
-
-    def __init__(self, function: Callable[..., Any], batch_at: int, **options: Any) -> None:
-        self.seconds = 0.0
-        self._jitted = jax.jit(function, **options)
-        self._batch_at = batch_at
-        self._executables: dict[Any, jax.stages.Compiled] = {}
-
-    def of(self, *arguments: Any) -> jax.stages.Compiled:
-        """Returns the executable for such arguments."""
-        batch = arguments[self._batch_at]
-        key = tuple(sorted((name, values.shape) for name, values in batch.items()))
-        if key not in self._executables:
-            begin = time.perf_counter()
-            self._executables[key] = self._jitted.lower(*arguments).compile()
-            self.seconds += time.perf_counter() - begin
-        return self._executables[key]
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self.of(*arguments)(*arguments)
-
-    @property
-    def temporary_bytes(self) -> int | None:
-        """Of the executable that needs most; None where the device does not say."""
-        known = (each.memory_analysis() for each in self._executables.values())
-        return max((m.temp_size_in_bytes for m in known if m is not None), default=None)
-
-
 class _Programs(NamedTuple):
-    step: _Program
-    totals: _Program
+    step: Program
+    totals: Program
     probe: Probe
 
     @property
@@ -373,8 +339,8 @@ class Trainer:
             return moved, states, value
 
         return _Programs(
-            step=_Program(step, 3, donate_argnums=(0, 1)),
-            totals=_Program(totals, 2),
+            step=Program(step, 3, donate_argnums=(0, 1)),
+            totals=Program(totals, 2),
             probe=make_probe(loss, parts.merge),
         )
 

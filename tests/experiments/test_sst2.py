@@ -4,7 +4,7 @@ import pytest
 
 from experiments.errors import ExperimentError
 from experiments.schema import Plan
-from experiments.tasks import load_task
+from experiments.tasks import load_task, sentences
 from experiments.tasks.base import ignore_steps
 from experiments.tasks.sst2 import SST2, read_hub, read_tsv_folder
 from experiments.trainer import Trainer
@@ -26,8 +26,8 @@ def folder(tmp_path):
 def test_tsv_is_read_verbatim(folder):
     splits = read_tsv_folder(folder)
     assert set(splits) == {"train", "validation", "test"}
-    sentences, labels = splits["train"]
-    assert sentences == [sentence for sentence, _ in ROWS]
+    texts, labels = splits["train"]
+    assert texts == [sentence for sentence, _ in ROWS]
     np.testing.assert_array_equal(labels, [1, 0, 0, 1])
 
 
@@ -99,3 +99,25 @@ def test_minilm_trains_on_a_tiny_tsv(folder):
     assert result.trainable_parameters == 6 * 2 * 2 * (384 + 384) + 2 * 384 + 2
     assert result.train_losses[-1] < 0.5 * result.train_losses[0]
     assert result.final["test"].accuracy == 1.0
+
+
+def test_a_run_of_several_widths_is_the_run_of_one(folder, monkeypatch):
+    long = [(" and ".join([sentence] * 3), label) for sentence, label in ROWS]
+    write(folder / "train.tsv", ROWS * 2 + long * 2)
+    write(folder / "dev.tsv", ROWS + long)
+    task = load_task("sst2", {"batch_size": 4, "max_length": 24, "rank": 2}, folder, ignore_steps)
+
+    def losses():
+        batches = task.train_batches(0)
+        widths = {next(batches)["tokens"].shape[1] for _ in range(4)}
+        plan = Plan(steps=4, eval_every=4, head_learning_rate=1e-2)
+        result = Trainer(task, "adamw", plan).run(1e-2, seed=0).result
+        evaluated = [result.final[split].loss for split in ("validation", "test")]
+        return widths, np.array([*result.train_losses, *evaluated])
+
+    widths, cut = losses()
+    monkeypatch.setattr(sentences, "_cut", lambda batch: batch)
+    full_widths, full = losses()
+    assert len(widths) > 1
+    assert full_widths == {24}
+    np.testing.assert_allclose(cut, full, rtol=1e-4)

@@ -10,42 +10,16 @@ dev set is only reported, as "test". CoLA's score is Matthews' correlation.
 Cost: not measured in full.
 """
 
-from experiments.schema import Plan
-from experiments.study import Study
+from experiments.studies import glue_sst2
 
-ADAM = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
-STEP = (0.01, 0.03, 0.1, 0.3, 1.0)
-
-STUDY = Study(
-    task="cola",
-    task_options={"max_length": 24, "batch_size": 16},
-    plan=Plan(steps=200, eval_every=100, head_learning_rate=2e-3),
-    learning_rates={
-        "adamw": ADAM,
-        "altlora": STEP,
-        "oplora": STEP,
-        "sds-lora": ADAM,
-        "altlora-plus": ADAM,
-        "lora-plus": (6e-5, 2e-4, 6e-4, 2e-3, 6e-3),
-        "full-adamw": (6e-6, 2e-5, 6e-5, 2e-4, 6e-4),
-    },
-    seeds=(0, 1, 2),
-    variants={
-        "query-value": {},
-        "all-linear": {
-            "task_options.targets": "query|key|value|out|mlp_in|mlp_out",
-            "learning_rates": {"adamw": ADAM, "altlora": STEP, "oplora": STEP, "sds-lora": ADAM},
+STUDY = glue_sst2.STUDY.model_copy(
+    update={
+        "task": "cola",
+        "task_options": {"max_length": 24, "batch_size": 16},
+        "variants": {
+            name: glue_sst2.STUDY.variants[name] for name in ("query-value", "all-linear")
         },
-    },
+    }
 )
 
-SMOKE = {
-    "plan.steps": 12,
-    "plan.eval_every": 12,
-    "task_options.batch_size": 4,
-    "task_options.max_length": 8,
-    "task_options.eval_limit": 16,
-    "task_options.targets": "query|value",
-    "learning_rates": {"adamw": [2e-3], "oplora": [0.1]},
-    "seeds": [0],
-}
+SMOKE = glue_sst2.SMOKE

@@ -4,8 +4,8 @@
     python -m experiments run glue-sst2 --variant query-value --method adamw --learning-rate 2e-3
 
 Without `--data-dir` the data come from the Hugging Face hub. Rank 8, a new linear head by AdamW at
-2e-3 in every method, 200 steps of 16 sentences cut at 48 tokens. "Validation" is GLUE's dev set (872
-sentences), on which learning rates are chosen; the first 872 of the labelled test set are only
+2e-3 in every method, 200 steps of 16 sentences cut at 48 tokens. "Validation" is GLUE's dev set of
+872 sentences, on which learning rates are chosen; the first 872 of the labelled test set are only
 reported. The variant `longer` is the baseline of an independent run, 400 steps of 32: about 84 % on
 the dev set.
 

@@ -10,33 +10,24 @@ and with what the optimizer did.
 Cost: 11 minutes on 2 CPU cores with --jobs 2.
 """
 
-from experiments.schema import Plan
-from experiments.study import Study
+from experiments.studies import lm
 
-STUDY = Study(
-    task="lm",
-    task_options={"eval_limit": 64},
-    plan=Plan(steps=150, eval_every=30, head_learning_rate=1e-3, probe_every=10),
-    learning_rates={
-        "adamw": (1e-2,),
-        "altlora": (0.1,),
-        "altlora-simultaneous": (0.3,),
-        "altlora-plus": (3e-3,),
-        "oplora": (0.03,),
-        "sds-lora": (1e-3,),
-        "sds-lora-no-warmup": (1e-3,),
-    },
-    seeds=(0, 1, 2),
+STUDY = lm.STUDY.model_copy(
+    update={
+        "plan": lm.STUDY.plan.model_copy(update={"probe_every": 10}),
+        "learning_rates": {
+            "adamw": (1e-2,),
+            "altlora": (0.1,),
+            "altlora-simultaneous": (0.3,),
+            "altlora-plus": (3e-3,),
+            "oplora": (0.03,),
+            "sds-lora": (1e-3,),
+            "sds-lora-no-warmup": (1e-3,),
+        },
+    }
 )
 
-SMOKE = {
-    "plan.steps": 12,
-    "plan.eval_every": 6,
+SMOKE = lm.SMOKE | {
     "plan.probe_every": 6,
-    "task_options.rank": 2,
-    "task_options.batch_size": 2,
-    "task_options.length": 16,
-    "task_options.eval_limit": 4,
     "learning_rates": {"adamw": [1e-2], "oplora": [0.1], "sds-lora": [1e-2]},
-    "seeds": [0],
 }

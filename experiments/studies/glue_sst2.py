@@ -10,7 +10,7 @@ reported. The variant `longer` is the baseline of an independent run, 400 steps 
 the dev set.
 
 Cost: 170 s a run on one of 2 CPU cores, 240 s of full fine-tuning; the variant `query-value` takes
-80 minutes with --jobs 2. Expect SDS-LoRA beside AdamW, OPLoRA and AltLoRA behind, and a cliff above
+90 minutes with --jobs 2. Expect SDS-LoRA beside AdamW, OPLoRA and AltLoRA behind, and a cliff above
 the best rate: docs/results/glue-sst2.md.
 """
 

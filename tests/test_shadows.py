@@ -44,6 +44,9 @@ def loss(node, x):
     return loss_of_output(nn.lora_apply(x, node, SCALE))
 
 
+gradient = jax.jit(jax.grad(loss))
+
+
 def plain(node):
     return LoRAPair(node.a, node.b)
 
@@ -101,7 +104,7 @@ def test_the_backward_pass_returns_products_of_the_dense_gradient(
     keywords = {"iterations": iterations, "momentum_rank": momentum_rank, "metric": metric}
     node, x = make_node(**keywords), normal(9, TOKENS, N_IN)
     assert shadows.iterations_of(node) == iterations
-    basis, _ = shadows.bases(node, jax.grad(loss)(node, x))
+    basis, _ = shadows.bases(node, gradient(node, x))
     expected = dense_bases(node, x, metric)
     assert len(basis["a"]) == 2 * iterations
     assert len(basis["b"]) == 2 * iterations + 1
@@ -116,7 +119,7 @@ def test_shampoos_statistics_of_layers_of_any_width(n_out):
     """They are summed over blocks of 128 output features."""
     pair = LoRAPair(normal(0, N_IN, RANK), normal(1, RANK, n_out))
     node, x = shadow(pair, KEY, metric=METRICS[2]), normal(9, TOKENS, N_IN)
-    grads = jax.grad(loss)(node, x)
+    grads = gradient(node, x)
     assert_close((grads.d_in, grads.d_out), dense_statistics("shampoo", x, pair), rtol=1e-4)
 
 
@@ -147,7 +150,7 @@ def test_batch_axes_are_separate_layers(metric):
     x = normal(9, 3, TOKENS, N_IN)
     sum_of_losses = lambda node, x: sum(loss_of_output(y) for y in nn.lora_apply(x, node, SCALE))
     together = jax.grad(sum_of_losses)(node, x)
-    alone = [jax.grad(loss)(jax.tree.map(lambda v: v[i], node), x[i]) for i in range(3)]  # noqa: B023
+    alone = [gradient(jax.tree.map(lambda v: v[i], node), x[i]) for i in range(3)]  # noqa: B023
     assert_close(together, jax.tree.map(lambda *v: jnp.stack(v), *alone), rtol=1e-4)
     basis, _ = shadows.bases(node, together)
     assert basis["b"][4].shape[:2] == (3, basis["a"][0].shape[-1])
@@ -209,10 +212,10 @@ def test_vmap_over_layers_equals_a_loop():
 def test_bfloat16_activations_accumulate_in_float32():
     node = make_node(iterations=2, metric=METRICS[1])
     x = normal(9, 512, N_IN).astype(jnp.bfloat16)
-    grads = jax.grad(loss)(node, x)
+    grads = gradient(node, x)
     assert {leaf.dtype.name for leaf in jax.tree.leaves(grads)} == {"float32"}
     assert nn.lora_apply(x, node, SCALE).dtype == jnp.bfloat16
-    exact = jax.grad(loss)(node, x.astype(jnp.float32))
+    exact = gradient(node, x.astype(jnp.float32))
     assert_close(grads, exact, rtol=0.1)
     assert shadows.whole(grads.seal[None]).item() == 1
 
@@ -226,15 +229,19 @@ def test_eight_devices_with_the_batch_sharded_equal_one():
         node, x = make_node(iterations=2, metric=metric), normal(9, 8 * TOKENS, N_IN)
         sharded = jax.jit(jax.grad(loss), in_shardings=(everywhere, rows), out_shardings=everywhere)
         grads = sharded(jax.device_put(node, everywhere), jax.device_put(x, rows))
-        assert_close(grads, jax.grad(loss)(node, x), rtol=1e-4)
+        assert_close(grads, gradient(node, x), rtol=1e-4)
 
 
 # What may be done with the products
 
 
 def update(tx, node, grads):
-    updates, state = tx.update(grads, tx.init(node), node)
-    return optax.apply_updates(node, updates), state
+    @jax.jit
+    def first_step(node, grads):
+        updates, state = tx.update(grads, tx.init(node), node)
+        return optax.apply_updates(node, updates), state
+
+    return first_step(node, grads)
 
 
 @pytest.mark.usefixtures("x64")
@@ -249,9 +256,9 @@ def test_without_iterations_micro_batches_add_up(tx, metric):
     accumulated = optax.MultiSteps(tx, every_k_schedule=2)
     state, params = accumulated.init(node), node
     for micro_batch in (x[:TOKENS], x[TOKENS:]):
-        updates, state = accumulated.update(jax.grad(loss)(node, micro_batch), state, params)
+        updates, state = jax.jit(accumulated.update)(gradient(node, micro_batch), state, params)
         params = optax.apply_updates(params, updates)
-    whole, _ = update(tx, node, jax.grad(loss)(node, x))
+    whole, _ = update(tx, node, gradient(node, x))
     assert_close(params, whole, rtol=1e-6)  # MultiSteps accumulates in float32
     assert jnp.any(whole.a != node.a)
 
@@ -264,7 +271,7 @@ def test_sums_of_quadratic_products_are_found_and_not_used(method):
     tx = optax.MultiSteps(method(0.1), every_k_schedule=2)
     state, params = tx.init(node), node
     for micro_batch in (normal(9, TOKENS, N_IN), normal(10, TOKENS, N_IN)):
-        updates, state = tx.update(jax.grad(loss)(node, micro_batch), state, params)
+        updates, state = jax.jit(tx.update)(gradient(node, micro_batch), state, params)
         params = optax.apply_updates(params, updates)
     assert jnp.array_equal(params.a, node.a)
     assert jnp.array_equal(params.m_b, node.m_b)
@@ -288,7 +295,7 @@ def test_nan_in_one_layer_leaves_it_and_the_others_unharmed():
     grads = jax.grad(lambda p: loss(p["bad"], x) + loss(p["good"], x))(params)
     expected, _ = update(oplora(0.1), params, grads)
     x = x.at[0, 0].set(jnp.nan)
-    grads["bad"] = jax.grad(loss)(params["bad"], x)
+    grads["bad"] = gradient(params["bad"], x)
     assert not jnp.any(jnp.isfinite(grads["bad"].b))
     after, state = update(oplora(0.1), params, grads)
     assert_close(after["good"], expected["good"], rtol=0)
@@ -352,7 +359,7 @@ def test_clipping_takes_every_kind_of_pair():
 def test_clipping_by_optax_is_found():
     node, x = make_node(iterations=1), normal(9, TOKENS, N_IN)
     tx = optax.chain(optax.clip_by_global_norm(1e-3), oplora(0.1))
-    after, state = update(tx, node, jax.grad(loss)(node, x))
+    after, state = update(tx, node, gradient(node, x))
     assert jnp.array_equal(after.a, node.a)
     assert int(state[1].skipped) == 1
 
@@ -363,7 +370,7 @@ def test_a_rate_of_zero_moves_no_factor(iterations):
     pair = make_pair()._replace(b=jnp.zeros((RANK, N_OUT)))
     node = shadow(pair, KEY, iterations=iterations)
     tx = oplora(lambda count: 0.0 * count, iterations=iterations)
-    after, _ = update(tx, node, jax.grad(loss)(node, normal(9, TOKENS, N_IN)))
+    after, _ = update(tx, node, gradient(node, normal(9, TOKENS, N_IN)))
     assert_close(plain(after), pair, rtol=1e-6)
 
 
@@ -435,7 +442,7 @@ def test_injected_iterations_must_be_static(method):
     with pytest.raises(TypeError, match=r"`iterations` must be an integer.*`static_args`"):
         optax.inject_hyperparams(method)(0.1).init(params)
     tx = optax.inject_hyperparams(method, static_args=("iterations",))(0.1)
-    grads = {"q": jax.grad(loss)(params["q"], normal(9, TOKENS, N_IN))}
+    grads = {"q": gradient(params["q"], normal(9, TOKENS, N_IN))}
     after, _ = update(tx, params, grads)
     assert_close(after, update(method(0.1), params, grads)[0], rtol=1e-4)
 

@@ -22,15 +22,22 @@ def make_tx():
 
 def functional_run(kernel, bias, node):
     """The same training by hand."""
-    tx = make_tx()
     loss = lambda node: jnp.mean((X @ kernel + bias + nn.lora_apply(X, node, SCALE) - TARGET) ** 2)
-    state, losses = tx.init(node), []
-    for _ in range(STEPS):
-        value, grads = jax.value_and_grad(loss)(node)
-        updates, state = tx.update(grads, state, node)
-        node = optax.apply_updates(node, updates)
-        losses.append(value)
-    return node, losses
+    return trained(loss, node)
+
+
+def trained(loss, lora):
+    """What a loss's adapters become, and the losses on the way."""
+    tx = make_tx()
+
+    def step(carry, _):
+        lora, state = carry
+        value, grads = jax.value_and_grad(loss)(lora)
+        updates, state = tx.update(grads, state, lora)
+        return (optax.apply_updates(lora, updates), state), value
+
+    (lora, _), losses = jax.jit(lambda x: jax.lax.scan(step, (x, tx.init(x)), length=STEPS))(lora)
+    return lora, losses
 
 
 def test_an_nnx_layer_is_built_with_one_argument_and_trained():
@@ -85,15 +92,11 @@ def test_linen_layers_and_the_interceptor():
     variables = module.init(jax.random.key(0), X)
     names = {"lora_a", "lora_b", "lora_f_in", "lora_f_out", "lora_warm"}
     assert set(variables["lora"]) == names
-    tx, lora = make_tx(), variables["lora"]
-    node = FramedPair(**{name[5:]: leaf for name, leaf in lora.items()})
+    node = FramedPair(**{name[5:]: leaf for name, leaf in variables["lora"].items()})
     params = variables["params"]
     expected, losses = functional_run(params["kernel"], params["bias"], node)
-    state = tx.init(lora)
     loss = lambda lora: jnp.mean((module.apply({**variables, "lora": lora}, X) - TARGET) ** 2)
-    for _ in range(STEPS):
-        updates, state = tx.update(jax.grad(loss)(lora), state, lora)
-        lora = optax.apply_updates(lora, updates)
+    lora, _ = trained(loss, variables["lora"])
     for name, leaf in expected._asdict().items():
         np.testing.assert_allclose(lora[f"lora_{name}"], leaf, rtol=1e-4, atol=1e-5)
     assert losses[-1] < 0.8 * losses[0]

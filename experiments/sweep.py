@@ -7,9 +7,9 @@ on as if it had not been.
 import functools
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from contextlib import suppress
+from collections.abc import Callable, Collection, Iterable, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import Empty
 from typing import Any, NamedTuple
@@ -27,8 +27,12 @@ BASELINE = "adamw"
 """The method whose steps all others are timed against."""
 
 
+OnProgress = Callable[[str, int, int], None]
+"""Told the name of what is running, the steps done and the steps in all."""
+
+
 class Job(NamedTuple):
-    """All runs of one method in one variant of a study, one process's work.
+    """All runs of one method in one variant of a study.
 
     Attributes:
         name: Name of the study.
@@ -54,40 +58,51 @@ class Job(NamedTuple):
         return f"{self.variant} {self.method}".strip()
 
 
-class Listener(NamedTuple):
-    """Who is told how far the jobs are: of steps within a run, and of every result."""
+class Run(NamedTuple):
+    """One run of a job.
 
-    on_step: Callable[[str, int, int], None]
-    on_result: Callable[[str, RunResult], None]
+    Attributes:
+        learning_rate: Its learning rate.
+        seed: Its seed.
+    """
+
+    learning_rate: float
+    seed: int
 
 
-def next_run(study: Study, method: str, results: Iterable[RunResult]) -> tuple[float, int] | None:
+def next_run(
+    study: Study, method: str, results: Iterable[RunResult], running: Collection[Run] = ()
+) -> Run | None:
     """Decides what a method's next run is.
 
     Args:
         study: One variant.
         method: Name of the method.
         results: The results of this method in this variant.
+        running: Its runs whose results are not there yet.
 
     Returns:
-        Learning rate and seed, or None if there is nothing left to run.
+        The run, or None if there is nothing left to run, or nothing before another one has ended.
     """
-    losses = {(r.config.learning_rate, r.config.seed): r.validation_loss for r in results}
+    losses = {Run(r.config.learning_rate, r.config.seed): r.validation_loss for r in results}
     first, *others = study.seeds
-    planned = study.learning_rates[method]
-    for rate in planned:
-        if (rate, first) not in losses:
-            return rate, first
-    rates = sorted(rate for rate, seed in losses if seed == first)
-    best = min(rates, key=lambda rate: losses[rate, first])
+    planned = [Run(rate, first) for rate in study.learning_rates[method]]
+    for run in planned:
+        if run not in losses and run not in running:
+            return run
+    if any(run.seed == first for run in running):
+        return None  # the best rate is not known yet
+    rates = sorted(run.learning_rate for run in losses if run.seed == first)
+    best = min(rates, key=lambda rate: losses[Run(rate, first)])
     if len(planned) > 1 and len(rates) - len(planned) < study.extensions:
         if best == rates[0]:
-            return _round(rates[1] / 10), first
+            return Run(_round(rates[1] / 10), first)
         if best == rates[-1]:
-            return _round(rates[-2] * 10), first
+            return Run(_round(rates[-2] * 10), first)
     for seed in others:
-        if (best, seed) not in losses:
-            return best, seed
+        run = Run(best, seed)
+        if run not in losses and run not in running:
+            return run
     return None
 
 
@@ -159,6 +174,9 @@ def _require_same_settings(result: RunResult, name: str, study: Study, out: Path
 def run_jobs(jobs: list[Job], workers: int, progress: Progress) -> list[RunResult]:
     """Runs what is not there yet, one JSON file a run.
 
+    A worker stays with a method as long as there is something to run of it, then takes one that
+    nobody works on, then helps another worker.
+
     Args:
         jobs: What to run.
         workers: How many processes; 1 for this one.
@@ -173,7 +191,7 @@ def run_jobs(jobs: list[Job], workers: int, progress: Progress) -> list[RunResul
     overall = progress.add_task("all runs", total=_planned(jobs), completed=_stored(jobs))
     lines = {}
 
-    def on_step(label: str, done: int, total: int) -> None:
+    def on_progress(label: str, done: int, total: int) -> None:
         if label not in lines:
             lines[label] = progress.add_task(label, total=total)
         progress.update(lines[label], completed=done, total=total, visible=done < total)
@@ -185,11 +203,15 @@ def run_jobs(jobs: list[Job], workers: int, progress: Progress) -> list[RunResul
             rate = f"lr {result.config.learning_rate:g} seed {result.config.seed}"
             progress.console.print(f"{label} {rate} {result.status}{why}")
 
-    listener = Listener(on_step, on_result)
+    board = Board(jobs, on_result)
     if workers == 1:
-        workshop = Workshop()
-        return [result for job in jobs for result in run_job(job, listener, workshop)]
-    return _run_in_processes(jobs, workers, listener)
+        workshop, job = Workshop(), None
+        while (assignment := board.assign(job)) is not None:
+            job, run = assignment
+            board.enter(job, run, workshop.run(job, run, on_progress))
+    else:
+        _run_in_processes(board, workers, on_progress)
+    return board.all_results()
 
 
 def _planned(jobs: list[Job]) -> int:
@@ -201,27 +223,97 @@ def _stored(jobs: list[Job]) -> int:
     return sum(len(job.stored) for job in jobs)
 
 
+class Board:
+    """What has been run, what is running, and so what is next.
+
+    Args:
+        jobs: All jobs.
+        on_result: Told a job's label and every new result of it.
+    """
+
+    def __init__(self, jobs: list[Job], on_result: Callable[[str, RunResult], None]) -> None:
+        self._jobs = jobs
+        self._results = [list(job.stored) for job in jobs]
+        self._running: list[set[Run]] = [set() for _ in jobs]
+        self._on_result = on_result
+
+    def assign(self, last: Job | None) -> tuple[Job, Run] | None:
+        """Takes the next run for a worker; None if there is none now.
+
+        Args:
+            last: The worker's last job, whose programs it has compiled.
+        """
+
+        def by_preference(index: int) -> tuple[bool, bool]:
+            return self._jobs[index] is not last, bool(self._running[index])
+
+        for index in sorted(range(len(self._jobs)), key=by_preference):
+            job, running = self._jobs[index], self._running[index]
+            run = next_run(job.study, job.method, self._results[index], running)
+            if run is not None:
+                running.add(run)
+                return job, run
+        return None
+
+    def enter(self, job: Job, run: Run, result: RunResult) -> None:
+        """Enters the result of a run that `assign` gave out."""
+        index = next(i for i, each in enumerate(self._jobs) if each is job)
+        self._running[index].remove(run)
+        self._results[index].append(result)
+        self._on_result(job.label, result)
+
+    def all_results(self) -> list[RunResult]:
+        """Returns the results of all jobs, reused ones included."""
+        return [result for results in self._results for result in results]
+
+
 class Workshop:
-    """The last task and the last baseline of a process, which many jobs share."""
+    """The last task, baseline and trainer of a process, which many runs share."""
 
     def __init__(self) -> None:
         self._task: tuple[Any, Task[Any]] | None = None
         self._baseline: tuple[Any, Trainer] | None = None
+        self._trainer: tuple[Any, Trainer, float | None] | None = None
 
-    def trainer(self, job: Job, listener: Listener) -> Trainer:
-        """Returns a job's trainer."""
-        return self.baseline(job, listener) if job.method == BASELINE else self._make(job, listener)
+    def run(self, job: Job, run: Run, on_progress: OnProgress) -> RunResult:
+        """Runs and writes one run of a job.
 
-    def baseline(self, job: Job, listener: Listener) -> Trainer:
-        """Returns the trainer of the baseline in the variant of a job."""
+        Args:
+            job: The job.
+            run: Which of its runs.
+            on_progress: Told of every step.
+        """
+        trainer, ratio = self._trainer_of(job, on_progress)
+        label = f"{job.label} lr {run.learning_rate:g} seed {run.seed}"
+        ended = trainer.run(*run, functools.partial(on_progress, label)).result
+        result = ended.model_copy(update={"step_ratio": ratio})
+        result.write(job.out)
+        return result
+
+    def _trainer_of(self, job: Job, on_progress: OnProgress) -> tuple[Trainer, float | None]:
+        """The trainer, and its steps' time in units of the baseline's."""
+        key = (job.study, job.variant, job.method, job.data_dir)
+        if self._trainer is None or self._trainer[0] != key:
+            is_baseline = job.method == BASELINE
+            trainer = (
+                self._baseline_of(job, on_progress) if is_baseline else self._make(job, on_progress)
+            )
+            _require_same_data(job, trainer.task)
+            ratio = None
+            if BASELINE in job.study.learning_rates:
+                ratio = step_ratio(trainer, self._baseline_of(job, on_progress))
+            self._trainer = key, trainer, ratio
+        return self._trainer[1:]
+
+    def _baseline_of(self, job: Job, on_progress: OnProgress) -> Trainer:
         key = (job.study, job.variant, job.data_dir)
         if self._baseline is None or self._baseline[0] != key:
-            self._baseline = key, self._make(job._replace(method=BASELINE), listener)
+            self._baseline = key, self._make(job._replace(method=BASELINE), on_progress)
         return self._baseline[1]
 
-    def _make(self, job: Job, listener: Listener) -> Trainer:
+    def _make(self, job: Job, on_progress: OnProgress) -> Trainer:
         return Trainer(
-            self._load(job, listener),
+            self._load(job, on_progress),
             job.method,
             job.study.plan,
             job.study.method_options.get(job.method),
@@ -229,45 +321,15 @@ class Workshop:
             variant=job.variant,
         )
 
-    def _load(self, job: Job, listener: Listener) -> Task[Any]:
+    def _load(self, job: Job, on_progress: OnProgress) -> Task[Any]:
         study = job.study
         key = (study.task, study.task_options, job.data_dir)
         if self._task is None or self._task[0] != key:
-            on_step = functools.partial(listener.on_step, f"preparing {study.task}")
+            on_step = functools.partial(on_progress, f"preparing {study.task}")
             on_step(0, 1)
             self._task = key, load_task(study.task, study.task_options, job.data_dir, on_step)
             on_step(1, 1)
         return self._task[1]
-
-
-def run_job(job: Job, listener: Listener, workshop: Workshop) -> list[RunResult]:
-    """Runs what is left of one job.
-
-    Args:
-        job: The job.
-        listener: Told of every step and result.
-        workshop: Where task and trainer come from.
-
-    Returns:
-        The job's results, reused ones included.
-    """
-    results = list(job.stored)
-    trainer: Trainer | None = None
-    ratio = None
-    while (coming := next_run(job.study, job.method, results)) is not None:
-        rate, seed = coming
-        if trainer is None:
-            trainer = workshop.trainer(job, listener)
-            _require_same_data(job, trainer.task)
-            if BASELINE in job.study.learning_rates:
-                ratio = step_ratio(trainer, workshop.baseline(job, listener))
-        label = f"{job.label} lr {rate:g} seed {seed}"
-        result = trainer.run(rate, seed, functools.partial(listener.on_step, label)).result
-        result = result.model_copy(update={"step_ratio": ratio})
-        result.write(job.out)
-        results.append(result)
-        listener.on_result(job.label, result)
-    return results
 
 
 def _require_same_data(job: Job, task: Task[Any]) -> None:
@@ -280,32 +342,38 @@ def _require_same_data(job: Job, task: Task[Any]) -> None:
             )
 
 
-def _run_in_processes(jobs: list[Job], workers: int, listener: Listener) -> list[RunResult]:
-    # Spawned: JAX does not survive a fork.
+def _run_in_processes(board: Board, workers: int, on_progress: OnProgress) -> None:
+    # Spawned: JAX does not survive a fork. A pool of one process each, so that a job finds its way
+    # back to the process that has compiled it.
     context = multiprocessing.get_context("spawn")
-    tell: dict[str, Callable[..., None]] = {
-        "step": listener.on_step,
-        "result": listener.on_result,
-    }
-    with context.Manager() as manager:
-        shares = manager.Queue()
-        for share in share_cores(workers):
-            shares.put(share)
-        with ProcessPoolExecutor(workers, context, _settle, (shares,)) as pool:
-            events = manager.Queue()
-            futures = [pool.submit(_work, job, events) for job in jobs]
-            try:
-                while not all(future.done() for future in futures) or not events.empty():
-                    with suppress(Empty):
-                        kind, arguments = events.get(timeout=0.2)
-                        tell[kind](*arguments)
-                    for future in futures:
-                        if future.done():
-                            future.result()  # an error ends the others too
-            except BaseException:
-                pool.shutdown(cancel_futures=True)
-                raise
-            return [result for future in futures for result in future.result()]
+    with context.Manager() as manager, ExitStack() as open_pools:
+        steps = manager.Queue()
+        pools = [
+            open_pools.enter_context(ProcessPoolExecutor(1, context, _settle, (share,)))
+            for share in share_cores(workers)
+        ]
+        last: list[Job | None] = [None] * workers
+        busy: dict[int, tuple[Job, Run, Future[RunResult]]] = {}
+        while True:
+            for worker in set(range(workers)) - set(busy):
+                if (assignment := board.assign(last[worker])) is not None:
+                    future = pools[worker].submit(_work, *assignment, steps)
+                    last[worker] = assignment[0]
+                    busy[worker] = *assignment, future
+            _pass_on(steps, on_progress)
+            if not busy:
+                return
+            for worker, (job, run, future) in list(busy.items()):
+                if future.done():
+                    board.enter(job, run, future.result())  # an error ends the others too
+                    del busy[worker]
+
+
+def _pass_on(steps: Any, on_progress: OnProgress) -> None:
+    with suppress(Empty):
+        on_progress(*steps.get(timeout=0.05))
+        while True:
+            on_progress(*steps.get_nowait())
 
 
 def share_cores(workers: int) -> list[set[int]]:
@@ -319,9 +387,9 @@ def share_cores(workers: int) -> list[set[int]]:
     return [set(cores[i::workers]) or {cores[i % len(cores)]} for i in range(workers)]
 
 
-def _settle(shares: Any) -> None:
+def _settle(share: set[int]) -> None:
     """Keeps a worker, and the threads that JAX starts later, to its own cores."""
-    if share := shares.get():
+    if share:
         os.sched_setaffinity(0, share)
 
 
@@ -329,9 +397,5 @@ _WORKSHOP = Workshop()
 """Of this process, when it works for another."""
 
 
-def _work(job: Job, events: Any) -> list[RunResult]:
-    listener = Listener(
-        lambda *arguments: events.put(("step", arguments)),
-        lambda *arguments: events.put(("result", arguments)),
-    )
-    return run_job(job, listener, _WORKSHOP)
+def _work(job: Job, run: Run, steps: Any) -> RunResult:
+    return _WORKSHOP.run(job, run, lambda *step: steps.put(step))

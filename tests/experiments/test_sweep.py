@@ -11,7 +11,7 @@ import pytest
 from experiments.errors import ExperimentError
 from experiments.schema import Plan, RunResult
 from experiments.study import Study, expand, load_study
-from experiments.sweep import next_run, plan_jobs, read_results, share_cores
+from experiments.sweep import Board, next_run, plan_jobs, read_results, share_cores
 from tests.experiments.samples import make_result
 from tests.experiments.test_cli import invoke
 
@@ -74,6 +74,46 @@ def test_if_all_diverge_lower_rates_are_tried():
 
 def test_a_result_that_is_not_finished_is_not_the_best():
     assert trace({0.01: 2.0, 0.03: 1.0})[-1] == (0.03, 5)
+
+
+def test_workers_stay_with_a_method_then_help_and_wait_for_the_best_rate(tmp_path):
+    both = STUDY.model_copy(update={"learning_rates": {"adamw": (1.0, 2.0, 3.0), "sgd": (1.0,)}})
+    told = []
+    board = Board(
+        plan_jobs("digits", {"": both}, None, tmp_path, resume=False, fresh=False),
+        lambda label, result: told.append((label, result.config.learning_rate)),
+    )
+
+    def end(job, run):
+        loss = {1.0: 3.0, 2.0: 2.0, 3.0: 2.5}[run.learning_rate]
+        changes = {"method": job.method, "learning_rate": run.learning_rate, "seed": run.seed}
+        board.enter(job, run, make_result(loss=loss, **changes))
+
+    def names(assignment):
+        return assignment[0].method, *assignment[1]
+
+    one, two = board.assign(None), board.assign(None)
+    assert names(one) == ("adamw", 1.0, 0)
+    assert names(two) == ("sgd", 1.0, 0)  # nobody works on it
+    end(*one)
+    end(*two)
+    two = board.assign(two[0])
+    assert names(two) == ("sgd", 1.0, 5)  # its worker stays with it
+    one = board.assign(one[0])
+    assert names(one) == ("adamw", 2.0, 0)
+    end(*two)
+    two = board.assign(two[0])
+    assert names(two) == ("adamw", 3.0, 0)  # nothing else is left: it helps
+    end(*two)
+    assert board.assign(two[0]) is None  # the best rate is not known yet
+    end(*one)
+    one = board.assign(one[0])
+    assert names(one) == ("adamw", 2.0, 5)
+    assert board.assign(two[0]) is None
+    end(*one)
+    assert board.assign(one[0]) is None
+    assert len(board.all_results()) == 6
+    assert told[-1] == ("adamw", 2.0)
 
 
 def command(*arguments) -> list[str]:

@@ -24,8 +24,9 @@ from experiments.report import check_pages, draw_pages, make_pages, write_pages
 from experiments.schema import RunResult
 from experiments.study import expand, load_study, parse_overrides, select, study_names, with_task
 from experiments.summary import summarize
-from experiments.sweep import Job, plan_jobs, run_jobs
+from experiments.sweep import Job, plan_jobs
 from experiments.tables import screen_table
+from experiments.workers import run_jobs
 
 app = typer.Typer(
     help="Fine-tuning experiments with LoRA optimizers.",

@@ -5,7 +5,7 @@ from itertools import pairwise
 import pytest
 from typer.testing import CliRunner
 
-import experiments.sweep
+import experiments.workers
 from experiments.__main__ import app
 from experiments.errors import ExperimentError
 from experiments.methods import METHODS
@@ -33,7 +33,7 @@ def test_run_writes_results_and_figure_then_goes_on_from_them(tmp_path, tiny_dig
         assert (name, data_dir) == ("digits", None)
         return tiny_digits
 
-    monkeypatch.setattr(experiments.sweep, "load_task", load_tiny)
+    monkeypatch.setattr(experiments.workers, "load_task", load_tiny)
     options = [f"--override=task_options.{key}={value}" for key, value in TINY.items()]
 
     def run(*arguments):

@@ -11,7 +11,8 @@ import pytest
 from experiments.errors import ExperimentError
 from experiments.schema import Plan, RunResult
 from experiments.study import Study, expand, load_study
-from experiments.sweep import Board, next_run, plan_jobs, read_results, share_cores
+from experiments.sweep import Board, next_run, plan_jobs, read_results
+from experiments.workers import share_cores
 from tests.experiments.samples import make_result
 from tests.experiments.test_cli import invoke
 

@@ -36,4 +36,4 @@ STUDY = glue_sst2.STUDY.model_copy(
     }
 )
 
-SMOKE = glue_sst2.SMOKE
+SMOKE = glue_sst2.SMOKE | {"learning_rates": {"adamw": [2e-3]}}

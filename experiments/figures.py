@@ -50,7 +50,7 @@ def draw_variant(summaries: Sequence[MethodSummary], title: str, path: Path) -> 
     start = [run.curve[0].validation.loss for s in summaries for run in s.best if run.curve]
     for axes in panels:
         if start:  # runs that got worse than the start would squeeze the others
-            axes.set_ylim(top=1.3 * max(start))
+            axes.set_ylim(top=min(axes.get_ylim()[1], 1.3 * max(start)))
         axes.grid(alpha=0.2)
     falling = [each[1] for s in summaries if len(each := _medians(s)) > 1 and each[1] < each[0]]
     if falling:  # and so would the way to the first evaluation

@@ -5,7 +5,7 @@
 
 Rank 8, a new linear head by AdamW at 2e-3 in every method, 800 steps of 16 sentences cut at 24
 tokens, an epoch and a half. "Validation" is the in-domain dev set, on which learning rates are
-chosen; the out-of-domain dev set is only reported, as "test". CoLA's score is Matthews' correlation.
+chosen; the out-of-domain dev set is only reported, as "test". The score is Matthews' correlation.
 
 With adapters in query and value alone LoRA with AdamW does not leave the loss of the classes'
 frequencies (0.61) in 600 steps, so this study adapts all linear maps, as `glue-sst2` does query and

@@ -7,11 +7,11 @@ Without `--data-dir` the data come from the Hugging Face hub. Rank 8, a new line
 2e-3 in every method, 200 steps of 16 sentences cut at 48 tokens. "Validation" is GLUE's dev set of
 872 sentences, on which learning rates are chosen; the first 872 of the labelled test set are only
 reported. The variant `longer` is the baseline of an independent run, 400 steps of 32: about 84 % on
-the dev set. The variant `all-linear` is for an accelerator.
+the dev set.
 
-Cost: 170 s a run on one of 2 CPU cores, 240 s of full fine-tuning; the variant `query-value` takes
-90 minutes with --jobs 2. Expect SDS-LoRA beside AdamW, OPLoRA and AltLoRA behind, and a cliff above
-the best rate: docs/results/glue-sst2.md.
+Cost: 90 minutes for `query-value` on two CPU cores of 30 GFLOP/s each in single precision, 26 for
+`all-linear` on two of 100, with --jobs 2. Expect SDS-LoRA beside AdamW, OPLoRA and AltLoRA behind,
+and a cliff above the best rate: docs/results/glue-sst2.md.
 """
 
 from experiments.schema import Plan

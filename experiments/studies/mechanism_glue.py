@@ -1,0 +1,25 @@
+"""Mechanism on SST-2: what happens to gradients and steps when MiniLM-L6 is adapted.
+
+    python -m experiments run mechanism-glue --data-dir ../shared/data --jobs 2
+
+The `query-value` variant of `glue-sst2`, each method at the best learning rate found there, three
+seeds, and every 20 steps the probes of the study `mechanism`.
+"""
+
+from experiments.studies import glue_sst2
+
+STUDY = glue_sst2.STUDY.model_copy(
+    update={
+        "plan": glue_sst2.STUDY.plan.model_copy(update={"probe_every": 20}),
+        "learning_rates": {
+            "adamw": (2e-3,),
+            "altlora": (0.1,),
+            "altlora-plus": (6e-3,),
+            "oplora": (0.01,),
+            "sds-lora": (6e-4,),
+        },
+        "variants": {},
+    }
+)
+
+SMOKE = glue_sst2.SMOKE | {"plan.probe_every": 6, "learning_rates": {"adamw": [2e-3]}}

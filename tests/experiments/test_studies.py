@@ -33,5 +33,5 @@ def test_smoke_run(name, data, tmp_path):
         assert result.step_ratio > 0
         assert (len(result.probes) > 0) == ("plan.probe_every" in file.smoke)
         for probe in result.probes:  # at the start b = 0, and a has no gradient
-            assert 0 <= probe.rank_a <= file.smoke["task_options.rank"] + 1e-3
+            assert 0 <= probe.rank_a <= result.config.task_options["rank"] + 1e-3
             assert 0 < probe.gradient_alignment <= 1

@@ -103,12 +103,12 @@ def _preconditioned(
     return optax.chain(direction, optax.trace(momentum), optax.scale_by_schedule(setting.schedule))
 
 
-def _sds_lora(setting: Setting, warmup_steps: int) -> optax.GradientTransformation:
+def _sds_lora(setting: Setting, **options: Any) -> optax.GradientTransformation:
     return sds_lora(
         optax.adamw(setting.schedule, weight_decay=0.0),
         total_steps=setting.total_steps,
-        warmup_steps=warmup_steps,
         scale=setting.scale,
+        **options,
     )
 
 

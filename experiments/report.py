@@ -132,10 +132,12 @@ def _provenance(variants: Sequence[Variant]) -> str:
 
 
 def readme_block(studies: Mapping[str, Sequence[Variant]]) -> str:
-    """Writes the README's table: one row for every variant of every study."""
+    """Writes the README's table: one row for every variant that AdamW belongs to."""
     rows = []
     for name, variants in studies.items():
         for variant in variants:
+            if BASELINE not in variant.study.learning_rates:
+                continue
             page = f"[{name}](docs/results/{name}.md)"
             label = f"{page}, {variant.name}" if variant.name else page
             state = f"{len(variant.missing)} methods incomplete" if variant.missing else "complete"

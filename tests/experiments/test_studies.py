@@ -7,7 +7,7 @@ from experiments.sweep import read_results
 from tests.experiments.test_cli import invoke
 from tests.experiments.tiny_data import write_all
 
-WITHOUT_DATA = {"linear", "conditioning", "digits"}
+WITHOUT_DATA = {"linear", "conditioning", "digits", "defaults"}
 FROM_THE_HUB = {"fine-tune"}
 
 

@@ -1,0 +1,72 @@
+"""Defaults: what AltLoRA, AltLoRA+, OPLoRA and SDS-LoRA gain or lose by other options, on digits.
+
+    python -m experiments run defaults --jobs 2
+
+The task and the plan of the study `digits`. The variant `as-is` has the options of the aliases, and
+AltLoRA and AltLoRA+ in their three orders; each other variant changes one kind of option, and every
+method is swept again with it.
+"""
+
+from experiments.studies import digits
+
+ADAM = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+STEP = (0.01, 0.03, 0.1, 0.3, 1.0)
+ALTLORA = {"altlora": STEP, "altlora-plus": ADAM}
+OPLORA = {"oplora": STEP}
+SDS_LORA = {"sds-lora": ADAM}
+
+STUDY = digits.STUDY.model_copy(
+    update={
+        "learning_rates": {
+            "adamw": ADAM,
+            **ALTLORA,
+            "altlora-simultaneous": STEP,
+            "altlora-sequential": STEP,
+            "altlora-plus-simultaneous": ADAM,
+            "altlora-plus-sequential": ADAM,
+            **OPLORA,
+            **SDS_LORA,
+        },
+        "variants": {
+            "as-is": {},
+            "less-damping": {
+                "learning_rates": {**ALTLORA, **OPLORA},
+                "method_options.altlora": {"damping": 1e-9},
+                "method_options.altlora-plus": {"damping": 1e-9},
+                "method_options.oplora": {"lmbd": 1e-4},
+            },
+            "more-damping": {
+                "learning_rates": {**ALTLORA, **OPLORA},
+                "method_options.altlora": {"damping": 1e-3},
+                "method_options.altlora-plus": {"damping": 1e-3},
+                "method_options.oplora": {"lmbd": 1.0},
+            },
+            "no-momentum": {
+                "learning_rates": {**ALTLORA, **OPLORA},
+                "method_options.altlora": {"b1": 0.0},
+                "method_options.altlora-plus": {"b1": 0.0},
+                "method_options.oplora": {"momentum": 0.0},
+            },
+            "long-momentum": {
+                "learning_rates": {**ALTLORA, **OPLORA},
+                "method_options.altlora": {"b1": 0.97},
+                "method_options.altlora-plus": {"b1": 0.97},
+                "method_options.oplora": {"momentum": 0.97},
+            },
+            "short-second-moment": {
+                "learning_rates": {"altlora-plus": ADAM},
+                "method_options.altlora-plus": {"b2": 0.99},
+            },
+            "one-phase": {
+                "learning_rates": SDS_LORA,
+                "method_options.sds-lora": {"phases": 1},
+            },
+            "twenty-phases": {
+                "learning_rates": SDS_LORA,
+                "method_options.sds-lora": {"phases": 20},
+            },
+        },
+    }
+)
+
+SMOKE = digits.SMOKE | {"learning_rates": {"adamw": [1e-2], "altlora-plus": [1e-2]}}

@@ -46,6 +46,7 @@ class Variant:
 
     def __init__(self, name: str, study: Study, results: list[RunResult]) -> None:
         self.name = name
+        self.study = study
         order = list(study.learning_rates)
         self.results = sorted(
             (r for r in results if r.config.method in order),

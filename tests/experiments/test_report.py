@@ -14,6 +14,7 @@ from experiments.report import (
     check_pages,
     draw_pages,
     make_pages,
+    readme_block,
     replace_block,
     write_pages,
 )
@@ -99,6 +100,15 @@ def test_what_is_missing_is_said(results):
     assert [line.split(" (")[0] for line in missing] == ["`altlora`", "`sgd`"]
     assert "next: learning rate 0.1, seed 0" in missing[0].replace("0.01", "0.1")
     assert "nothing has run" in missing[1]
+
+
+def test_the_readme_leaves_out_what_adamw_was_not_to_run_beside(results):
+    plan = Plan(steps=2, eval_every=2, head_learning_rate=1e-3)
+    beside = Study(task="digits", plan=plan, learning_rates={"adamw": (1e-2,), "altlora": (0.1,)})
+    alone = Study(task="digits", plan=plan, learning_rates={"altlora": (0.1,)})
+    block = readme_block({"one": [Variant("", beside, results), Variant("other", alone, results)]})
+    assert "[one](docs/results/one.md) | 0.41 ± 0.014 |  |  | altlora |" in block
+    assert "other" not in block
 
 
 def test_figure_is_a_readable_png(results, tmp_path):

@@ -12,6 +12,7 @@ from experiments.studies import digits
 ADAM = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 STEP = (0.01, 0.03, 0.1, 0.3, 1.0)
 ALTLORA = {"altlora": STEP, "altlora-plus": ADAM}
+SIMULTANEOUS = {"altlora-simultaneous": STEP, "altlora-plus-simultaneous": ADAM}
 OPLORA = {"oplora": STEP}
 SDS_LORA = {"sds-lora": ADAM}
 
@@ -20,9 +21,8 @@ STUDY = digits.STUDY.model_copy(
         "learning_rates": {
             "adamw": ADAM,
             **ALTLORA,
-            "altlora-simultaneous": STEP,
+            **SIMULTANEOUS,
             "altlora-sequential": STEP,
-            "altlora-plus-simultaneous": ADAM,
             "altlora-plus-sequential": ADAM,
             **OPLORA,
             **SDS_LORA,
@@ -52,6 +52,16 @@ STUDY = digits.STUDY.model_copy(
                 "method_options.altlora": {"b1": 0.97},
                 "method_options.altlora-plus": {"b1": 0.97},
                 "method_options.oplora": {"momentum": 0.97},
+            },
+            "more-damping-simultaneous": {
+                "learning_rates": SIMULTANEOUS,
+                "method_options.altlora-simultaneous": {"damping": 1e-3},
+                "method_options.altlora-plus-simultaneous": {"damping": 1e-3},
+            },
+            "no-momentum-simultaneous": {
+                "learning_rates": SIMULTANEOUS,
+                "method_options.altlora-simultaneous": {"b1": 0.0},
+                "method_options.altlora-plus-simultaneous": {"b1": 0.0},
             },
             "short-second-moment": {
                 "learning_rates": {"altlora-plus": ADAM},

@@ -2,19 +2,32 @@
 
     python -m experiments run defaults-lm --data-dir ../shared/data --jobs 2
 
-The task and the plan of the study `lm`, which has the same methods with the options of the aliases.
+The task and the plan of the study `lm`, which has most of the methods with the options of the
+aliases; those it lacks are the variant `as-is`.
 """
 
 from experiments.studies import defaults, lm
 
+ADAM = lm.ADAM
+SHARED = (
+    "more-damping",
+    "no-momentum",
+    "more-damping-simultaneous",
+    "no-momentum-simultaneous",
+)
+
 STUDY = lm.STUDY.model_copy(
     update={
-        "learning_rates": {
-            method: lm.STUDY.learning_rates[method]
-            for method in ("adamw", "altlora", "altlora-plus", "oplora")
-        },
+        "learning_rates": defaults.STUDY.learning_rates,
         "variants": {
-            name: defaults.STUDY.variants[name] for name in ("more-damping", "no-momentum")
+            "as-is": {
+                "learning_rates": {
+                    "adamw": ADAM,
+                    "altlora-plus-simultaneous": ADAM,
+                    "altlora-plus-sequential": ADAM,
+                },
+            },
+            **{name: defaults.STUDY.variants[name] for name in SHARED},
         },
     }
 )

@@ -44,14 +44,7 @@ STUDY = Study(
         "query-value": {},
         "all-linear": {
             "task_options.targets": "query|key|value|out|mlp_in|mlp_out",
-            "learning_rates": {
-                "adamw": ADAM,
-                "altlora": STEP,
-                "oplora": STEP,
-                "sds-lora": ADAM,
-                "altlora-plus": ADAM,
-                "lora-plus": (2e-5, 6e-5, 2e-4, 6e-4, 2e-3),
-            },
+            "learning_rates": {"adamw": ADAM, "altlora": STEP, "oplora": STEP, "sds-lora": ADAM},
         },
     },
 )

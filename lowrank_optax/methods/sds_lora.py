@@ -87,7 +87,8 @@ def sds_lora(
             must not be one that works on pairs, such as ``altlora``.
         total_steps: T, the number of updates the run will make.
         warmup_steps: W, below T; 0 for pairs made by ``frame(pair, key)``.
-        phases: P, at least 1.
+        phases: P, at least 1. The default is the paper's; 1 made no difference on the task of
+            ``docs/results/defaults.md``, and 20 was worse.
         scale: the forward scale s, in the paper alpha / sqrt(r): a number, a callable from a pair's
             path, or a tree of numbers (``factors.scales``). Only the switch reads it.
         refresh: ``"frames"`` changes ΔK as the paper's does; ``"preserving"`` rewrites the factors

@@ -105,8 +105,10 @@ def test_list_names_every_study_and_method():
 def test_studies_are_fair_and_their_smoke_is_valid(name):
     file = load_study(name)
     assert f"python -m experiments run {name}" in file.description
-    for study in expand(file.study, {}, []).values():
-        assert "adamw" in study.learning_rates
+    variants = expand(file.study, {}, []).values()
+    beside_adamw = [(s.plan, s.task_options) for s in variants if "adamw" in s.learning_rates]
+    for study in variants:
+        assert (study.plan, study.task_options) in beside_adamw
         for rates in study.learning_rates.values():
             assert len(rates) == 1 or len(rates) >= 5  # given ones, or a sweep
             assert all(2.5 < b / a < 4 for a, b in pairwise(rates))

@@ -4,6 +4,8 @@
 
 The task and the plan of the study `lm`, which has most of the methods with the options of the
 aliases; those it lacks are the variant `as-is`.
+
+Cost: 16 minutes on such cores as `defaults` names. Expect the same: docs/results/defaults.md.
 """
 
 from experiments.studies import defaults, lm

@@ -6,6 +6,7 @@ The `query-value` variant of `glue-sst2`, each method at the best learning rate 
 seeds, and every 20 steps the probes of the study `mechanism`.
 
 Cost: 10 minutes on 2 CPU cores of 100 GFLOP/s each in single precision, with --jobs 2.
+Expect what `mechanism` finds, docs/results/mechanism-glue.md.
 """
 
 from experiments.studies import glue_sst2

@@ -1,47 +1,26 @@
 """LoRA-aware optimizers for JAX: optax gradient transformations over (a, b) factor pairs."""
 
-from lowrank_optax import (
-    adapters,
-    collectives,
-    diagnostics,
-    factors,
-    frames,
-    linalg,
-    nn,
-    pairwise,
-    shadows,
-    sharding,
-)
-from lowrank_optax.factors import (
-    DEFAULT_SPECS,
-    FramedPair,
-    LoRAPair,
-    Member,
-    PairSpec,
+from lowrank_optax import adapters, diagnostics, engine, nn, sharding
+from lowrank_optax._core.frames import FramedPair, frame
+from lowrank_optax._core.layouts import DEFAULT_SPECS, Member, PairSpec
+from lowrank_optax._core.lorsum import lorsum
+from lowrank_optax._core.nodes import LoRAPair, register_node
+from lowrank_optax._core.pairing import Pairing, find_pairs
+from lowrank_optax._core.shadows import (
+    Metric,
     ShadowedPair,
-    find_pairs,
+    clip_by_global_norm,
+    scale_gradients,
+    shadow,
 )
-from lowrank_optax.frames import frame
-from lowrank_optax.lorsum import lorsum
-from lowrank_optax.methods.altlora import (
-    AltLoRAPlusState,
-    AltLoRAState,
-    altlora,
-    altlora_plus,
-    scale_by_altlora,
-    scale_by_altlora_plus,
-)
-from lowrank_optax.methods.oplora import (
-    OPLoRAProjState,
-    OPLoRAState,
-    oplora,
-    oplora_proj,
-    scaled_oplora,
-)
-from lowrank_optax.methods.sds_lora import SDSLoRAState, scale_by_inverse_sqrt_gram, sds_lora
+from lowrank_optax.methods.altlora import AltLoRAPlusState, AltLoRAState, altlora, altlora_plus
+from lowrank_optax.methods.inverse_sqrt_gram import scale_by_inverse_sqrt_gram
+from lowrank_optax.methods.lora_plus import LoRAPlusState, lora_plus
+from lowrank_optax.methods.oplora import oplora
+from lowrank_optax.methods.oplora_proj import OPLoRAProjState, oplora_proj
+from lowrank_optax.methods.scaled_oplora import scaled_oplora
+from lowrank_optax.methods.sds_lora import SDSLoRAState, sds_lora
 from lowrank_optax.methods.svd_lora import SVDLoRAState, pair_of_delta, svd_lora
-from lowrank_optax.pairwise import PairwiseState
-from lowrank_optax.shadows import shadow
 
 __version__ = "0.1.0"
 
@@ -51,37 +30,35 @@ __all__ = [
     "AltLoRAState",
     "FramedPair",
     "LoRAPair",
+    "LoRAPlusState",
     "Member",
+    "Metric",
     "OPLoRAProjState",
-    "OPLoRAState",
     "PairSpec",
-    "PairwiseState",
+    "Pairing",
     "SDSLoRAState",
     "SVDLoRAState",
     "ShadowedPair",
     "adapters",
     "altlora",
     "altlora_plus",
-    "collectives",
+    "clip_by_global_norm",
     "diagnostics",
-    "factors",
+    "engine",
     "find_pairs",
     "frame",
-    "frames",
-    "linalg",
+    "lora_plus",
     "lorsum",
     "nn",
     "oplora",
     "oplora_proj",
     "pair_of_delta",
-    "pairwise",
-    "scale_by_altlora",
-    "scale_by_altlora_plus",
+    "register_node",
     "scale_by_inverse_sqrt_gram",
+    "scale_gradients",
     "scaled_oplora",
     "sds_lora",
     "shadow",
-    "shadows",
     "sharding",
     "svd_lora",
 ]

@@ -5,19 +5,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import frames
-from lowrank_optax.factors import FramedPair, LoRAPair, ShadowedPair
-from lowrank_optax.linalg import compute_dtype, product, qr, svd
+from lowrank_optax._core.linalg import compute_dtype, product, qr, svd
+from lowrank_optax._core.nodes import LoRAPair
 
 
-def plain_pair(node: LoRAPair | ShadowedPair | FramedPair) -> LoRAPair:
+def plain_pair(node: Any) -> LoRAPair:
     """Writes any kind of pair as the ordinary pair with the same ΔK.
 
     Args:
         node: the pair, of rank r.
 
     Returns:
-        The factors themselves; for a framed pair one of rank 2r (``frames.plain``).
+        The factors themselves; for a framed pair one of rank 2r, `[a, E] · [F; b − w F]`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -25,10 +24,10 @@ def plain_pair(node: LoRAPair | ShadowedPair | FramedPair) -> LoRAPair:
         >>> plain_pair(frame(LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4))))).a.shape
         (6, 4)
     """
-    return frames.plain(node) if isinstance(node, FramedPair) else LoRAPair(node.a, node.b)
+    return node.plain()
 
 
-def compress(node: LoRAPair | ShadowedPair | FramedPair, rank: int) -> tuple[LoRAPair, jax.Array]:
+def compress(node: Any, rank: int) -> tuple[LoRAPair, jax.Array]:
     r"""Computes the ordinary pair of a rank whose product is nearest to that of a pair.
 
     With ``a = Q_a R_a`` and ``bᵀ = Q_b R_b`` only ``R_a R_bᵀ`` is decomposed; ΔK is never formed.

@@ -1,10 +1,11 @@
 """What to watch in a training run to see how a low-rank adapter treats the full gradient."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.factors import FramedPair, LoRAPair
-from lowrank_optax.linalg import compute_dtype, gram, product, svd
+from lowrank_optax._core.linalg import compute_dtype, gram, product, svd
 
 
 def effective_rank(matrix: jax.Array) -> jax.Array:
@@ -38,9 +39,7 @@ def effective_rank(matrix: jax.Array) -> jax.Array:
     return jnp.where(total[..., 0] > 0, jnp.exp(entropy), 0)
 
 
-def alignment(
-    pair: LoRAPair | FramedPair, grads: LoRAPair | FramedPair, full_gradient: jax.Array
-) -> jax.Array:
+def alignment(pair: Any, grads: Any, full_gradient: jax.Array) -> jax.Array:
     r"""Computes the cosine between the full gradient and what a step along the factors' does to ΔK.
 
     To first order such a step changes ΔK by a multiple of
@@ -65,8 +64,14 @@ def alignment(
 
     Source: arXiv 2606.16454, which compares LoRA with SDS-LoRA by it.
     """
-    left, right = (pair.f_in, pair.f_out) if isinstance(pair, FramedPair) else (pair.a, pair.b)
-    change = product(grads.a, right) + product(left, grads.b)
+    wide = jax.tree.map(lambda x: x.astype(compute_dtype(x)), (pair, grads))
+
+    def delta(a: jax.Array, b: jax.Array) -> jax.Array:
+        plain = wide[0]._replace(a=a, b=b).plain()
+        return product(plain.a, plain.b)
+
+    factors, steps = ((node.a, node.b) for node in wide)
+    _, change = jax.jvp(delta, factors, steps)
     return jnp.sum(_unit(change) * _unit(full_gradient), axis=(-2, -1))
 
 

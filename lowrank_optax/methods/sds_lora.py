@@ -22,34 +22,21 @@ that keeps ΔK. For the latter, with new frames E, F and D the ΔK/s before::
 which is exact, because E spans the old a and F the old b.
 """
 
-from collections.abc import Sequence
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax import factors, pairwise
-from lowrank_optax.arguments import check, check_choice, check_integer, check_positive
-from lowrank_optax.batching import Batched
-from lowrank_optax.factors import FramedPair, LoRAPair
-from lowrank_optax.frames import decompose, orthonormalize
-from lowrank_optax.linalg import (
-    Side,
-    compute_dtype,
-    cross,
-    dots,
-    gram,
-    inverse_square_root,
-    mix,
-    moved,
-    product,
-)
-from lowrank_optax.pairwise import PairwiseState, RuleRun, Step
-
-
-class NoState(NamedTuple):
-    """Neither frames nor the preconditioner keep anything beside the parameters."""
+from lowrank_optax import engine
+from lowrank_optax._core.arguments import check, check_choice, check_integer
+from lowrank_optax._core.frames import FramedPair, decompose, renewed, seen_from
+from lowrank_optax._core.restart import factors_only, restart_moments
+from lowrank_optax.engine import LoRAPair, apply_rounded, both, compute_dtype
 
 
 class SDSLoRAState(NamedTuple):
@@ -63,7 +50,7 @@ class SDSLoRAState(NamedTuple):
     """
 
     inner: optax.OptState
-    frames: PairwiseState
+    frames: engine.PairwiseState
     schedule: dict[str, jax.Array]
 
 
@@ -76,53 +63,43 @@ def sds_lora(
     scale: Any = 1.0,
     refresh: Literal["frames", "preserving"] = "frames",
     fallback: optax.GradientTransformation | None = None,
-    specs: Sequence[factors.PairMatcher] = factors.DEFAULT_SPECS,
+    specs: Any = None,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Optimizes framed LoRA pairs by any optimizer, and moves their frames.
 
-    .. math:: \Delta K = s\,(a\,F + E\,b) \qquad g_a = s\,G\,F^\top \qquad g_b = s\,E^\top G
+    $$\Delta K = s\,(a\,F + E\,b) \qquad g_a = s\,G\,F^\top \qquad g_b = s\,E^\top G$$
 
     Args:
-        inner: the optimizer of the factors, or a learning rate or schedule for ``optax.adamw``. It
-            must not be one that works on pairs, such as ``altlora``.
+        inner: the optimizer of the factors, or a learning rate or schedule for `optax.adamw`. It
+            must not be one that works on pairs, nor one that keeps a copy of the parameters.
         total_steps: T, the number of updates the run will make.
-        warmup_steps: W, below T; 0 for pairs made by ``frame(pair, key)``.
-        phases: P, at least 1. The default is the paper's; 1 made no difference on the task of
-            ``docs/results/defaults.md``, and 20 was worse.
+        warmup_steps: W, below T; 0 for pairs made by `frame(pair, key)`.
+        phases: P, at least 1: how many phases of ever rarer refreshes.
         scale: the forward scale s, in the paper alpha / sqrt(r): a number, a callable from a pair's
-            path, or a tree of numbers (``factors.scales``). Only the switch reads it.
-        refresh: ``"frames"`` changes ΔK as the paper's does; ``"preserving"`` rewrites the factors
-            so that it stays.
+            path, or a tree. Only the switch reads it.
+        refresh: `"frames"` changes ΔK, as in the paper; `"preserving"` rewrites the factors so that
+            it stays.
         fallback: transformation of unpaired leaves; the inner one by default.
-        specs: layouts of the pairs (``factors.PairSpec``).
+        specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
 
     Returns:
-        The transformation, to be the last link of a chain. At the switch those parts of the inner
-        state restart that hold moments; the counts of schedules go on. An inner optimizer that
-        keeps a copy of the parameters, as ``optax.contrib.schedule_free``, does not suit: the
-        switch rewrites the factors. State: the inner one's, for
-        the factors only; the frames are one copy of the factors among the parameters.
+        The transformation, to be the last link of a chain. At the switch the inner moments restart;
+        the counts of schedules go on. State: the inner one's, of the factors alone.
 
     Raises:
-        ValueError: an argument out of range; from ``init`` and ``update``, pairs that do not fit,
-            without frames, or of the other start; from ``init``, an inner optimizer of pairs; from
-            ``update``, the state of another schedule.
+        ValueError: an argument out of range; from `init` and `update`, pairs that do not fit,
+            without frames, or of the other start; from `init`, an inner optimizer of pairs; from
+            `update`, the state of another schedule.
         TypeError: numbers of the schedule that are not integers; an inner state whose
             moments cannot be found.
 
     Example:
-        >>> import jax, jax.numpy as jnp, optax
+        >>> import jax, jax.numpy as jnp
         >>> from lowrank_optax import LoRAPair, frame, nn, sds_lora
         >>> params = frame(LoRAPair(jnp.eye(4, 2), jnp.zeros((2, 3))))
-        >>> loss = lambda p: 0.5 * jnp.sum((nn.lora_apply(jnp.eye(4), p) - 1.0) ** 2)
+        >>> loss = lambda p: jnp.sum((nn.lora_apply(jnp.eye(4), p) - 1.0) ** 2)
         >>> tx = sds_lora(0.05, total_steps=100)
-        >>> def step(carry, _):
-        ...     params, state = carry
-        ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
-        ...     return (optax.apply_updates(params, updates), state), None
-        >>> (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), length=100)
-        >>> bool(loss(params) < 0.01)
-        True
+        >>> updates, state = tx.update(jax.grad(loss)(params), tx.init(params), params)
 
     Source: arXiv 2606.16454.
     """
@@ -145,27 +122,20 @@ def sds_lora(
         is_refresh = main % jnp.minimum(phase, phases) == 0
         return jnp.select([main < 0, (main == 0) & (warmup_steps > 0), is_refresh], [0, 1, 2], 3)
 
-    what = {
+    what: dict[str, Any] = {
         "node": FramedPair,
-        "lacks": _frames_for(warmup_steps),
+        "why_unfit": _why_unfit(warmup_steps),
         "specs": specs,
         "name": "sds_lora",
     }
-    framing = pairwise.lift(
-        [_follow, _switch, _refresh if refresh == "frames" else _preserving_refresh, _stay],
-        NoState,
-        lambda pair: NoState(),
-        turn=turn,
-        fallback=fallback or inner,
-        scale=scale,
-        **what,
-    )
+    rule = functools.partial(_move_frames, turn, _REFRESHES[refresh])
+    framing = engine.lift(rule, engine.NoState, fallback=fallback or inner, scale=scale, **what)
 
     def init(params: Any) -> SDSLoRAState:
         frames = framing.init(params)
-        pairing = pairwise.find_nodes(params, **what)
-        inner_state = inner.init(_factors_only(pairing, params))
-        if pairing.pairs and _knows_pairs(inner_state):
+        found = engine.find_nodes(params, **what)
+        inner_state = inner.init(factors_only(found, params))
+        if found.pairs and _is_lifted(inner_state):
             raise ValueError(
                 "the inner optimizer of sds_lora works on LoRA pairs itself, but gradients through"
                 " frames are not those of a pair; give one that does not, such as `optax.adamw`."
@@ -182,200 +152,106 @@ def sds_lora(
                 f"this state belongs to a run with {', '.join(state.schedule)}, not {key}: a run"
                 " is resumed with the numbers it was begun with."
             )
-        pairing = pairwise.find_nodes(params, **what)
-        factor_params = _factors_only(pairing, params)
+        found = engine.find_nodes(params, **what)
+        factors = factors_only(found, params)
         moves, inner_state = inner.update(
-            _factors_only(pairing, updates), state.inner, factor_params, **extra_args
+            factors_only(found, updates), state.inner, factors, **extra_args
         )
         if warmup_steps:
             is_switch = state.frames.count + 1 == warmup_steps
-            inner_state = _restart(
-                inner.init(factor_params), inner_state, _layout(factor_params), is_switch
-            )
-        both = zip(pairing.take(updates), pairing.take(moves), strict=True)
-        nodes = [grads._replace(a=move.a, b=move.b) for grads, move in both]
-        updates = pairing.merge(pairing.put(nodes, updates), pairing.rest(updates))
+            inner_state = restart_moments(inner.init(factors), inner_state, factors, is_switch)
+        steps = zip(found.take(updates), found.take(moves, LoRAPair), strict=True)
+        nodes = [grads._replace(a=move.a, b=move.b) for grads, move in steps]
+        updates = found.merge(found.put(nodes, updates), found.rest(updates))
         updates, frames = framing.update(updates, state.frames, params, **extra_args)
         return updates, SDSLoRAState(inner_state, frames, state.schedule)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def scale_by_inverse_sqrt_gram(
-    damping: Any = 1e-6,
-    *,
-    fallback: optax.GradientTransformation | None = None,
-    specs: Sequence[factors.PairMatcher] = factors.DEFAULT_SPECS,
-) -> optax.GradientTransformationExtraArgs:
-    r"""Scales the gradients of ordinary LoRA pairs as if they flowed through frames.
+def _move_frames(
+    turn: Callable[[jax.Array], jax.Array],
+    refresh: Callable[..., list[FramedPair]],
+    pairs: engine.Pairs,
+    steps: list[FramedPair],
+    params: list[FramedPair],
+    state: engine.NoState,
+) -> tuple[Any, engine.NoState]:
+    """The rule of the frames; `steps` are what the inner optimizer made of the gradients."""
 
-    .. math:: \hat g_a = g_a\,(b\,b^\top)^{-1/2} \qquad \hat g_b = (a^\top a)^{-1/2}\,g_b
+    def moved() -> list[LoRAPair]:
+        wide = lambda side, x, step: apply_rounded(x, step)[0].astype(compute_dtype(x))
+        return pairs.each(lambda pair, step: both(wide, pair, step), params, steps)
 
-    ``(b bᵀ)^(-1/2) b`` is a frame of b, so these are SDS-LoRA's gradients without its
-    parameterization: the step that they make is still multiplied by the other factor.
+    def follow() -> list[FramedPair]:
+        """Warm-up: the frames are the factors."""
+        to = lambda pair, step, x: _updates(pair, step, f_in=x.a, f_out=x.b)
+        return pairs.each(to, params, steps, moved())
 
-    Args:
-        damping: added to the Gram matrices, positive.
-        fallback: transformation of unpaired leaves; none by default.
-        specs: layouts of the pairs (``factors.PairSpec``).
+    def switch() -> list[FramedPair]:
+        """The end of the warm-up: each side takes half of ΔK, in its singular vectors."""
+        vectors, values = decompose(pairs, moved(), pairs.scales)
 
-    Returns:
-        The transformation, without a learning rate; it is stateless.
+        def to(pair: Any, step: Any, vector: LoRAPair, values: jax.Array, scale: Any) -> FramedPair:
+            half = values / (2 * scale)
+            a, b = vector.a * half[..., None, :], half[..., None] * vector.b
+            return _updates(pair, step, a=a, b=b, f_in=vector.a, f_out=vector.b, warm=0.0)
 
-    Raises:
-        ValueError: damping out of range; from ``init`` and ``update``, pairs that do not fit.
+        return pairs.each(to, params, steps, vectors, values, pairs.scales)
 
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from lowrank_optax import LoRAPair, scale_by_inverse_sqrt_gram
-        >>> params = LoRAPair(jnp.eye(4, 2), 10.0 * jnp.eye(2, 3))
-        >>> tx = scale_by_inverse_sqrt_gram()
-        >>> updates, _ = tx.update(params, tx.init(params), params)
-        >>> f"{updates.a[0, 0]:.3f}"
-        '0.100'
+    def renew() -> list[FramedPair]:
+        return refresh(pairs, steps, params, moved())
 
-    Source: arXiv 2606.16454, the preconditioner it compares with.
-    """
-    check_positive("damping", damping)
+    def stay() -> list[FramedPair]:
+        return pairs.each(_updates, params, steps)
 
-    def root(matrix: jax.Array) -> jax.Array:
-        return inverse_square_root(matrix, damping)
-
-    def rule(step: Step, grads: LoRAPair, state: NoState, pair: LoRAPair, scale: Any) -> RuleRun:
-        root_a, root_b = yield [Batched(root, gram("a", pair.a)), Batched(root, gram("b", pair.b))]
-        return LoRAPair(mix("a", grads.a, root_b), mix("b", grads.b, root_a)), state
-
-    return pairwise.lift(
-        [rule],
-        NoState,
-        lambda pair: NoState(),
-        fallback=fallback or optax.identity(),
-        specs=specs,
-        name="scale_by_inverse_sqrt_gram",
-    )
-
-
-# Rules of the frames. What they get as gradients is what the inner optimizer made of them: the
-# updates of the factors.
-
-
-def _follow(step: Step, grads: FramedPair, state: NoState, pair: FramedPair, scale: Any) -> RuleRun:
-    """Warm-up: the frames are the factors."""
-    yield []
-    a, b = _moved_factors(pair, grads)
-    return _moves(pair, grads, f_in=a, f_out=b), state
-
-
-def _switch(step: Step, grads: FramedPair, state: NoState, pair: FramedPair, scale: Any) -> RuleRun:
-    """The end of the warm-up: each side takes half of ΔK, in its singular vectors."""
-    left, values, right = yield from decompose(_moved_factors(pair, grads), scale)
-    half = values / (2 * scale)
-    a, b = left * half[..., None, :], half[..., None] * right
-    return _moves(pair, grads, a=a, b=b, f_in=left, f_out=right, warm=0.0), state
-
-
-def _stay(step: Step, grads: FramedPair, state: NoState, pair: FramedPair, scale: Any) -> RuleRun:
-    """The factors move, the frames stay."""
-    yield []
-    return _moves(pair, grads), state
+    return pairs.switch(turn(pairs.count), [follow, switch, renew, stay]), state
 
 
 def _refresh(
-    step: Step, grads: FramedPair, state: NoState, pair: FramedPair, scale: Any
-) -> RuleRun:
+    pairs: engine.Pairs, steps: list[FramedPair], params: list[FramedPair], factors: list[LoRAPair]
+) -> list[FramedPair]:
     """The frames become those of the factors, which stay what they are."""
-    a, b = _moved_factors(pair, grads)
-    f_in = yield from _new_frame("a", a, pair.f_in)
-    f_out = yield from _new_frame("b", b, pair.f_out)
-    return _moves(pair, grads, f_in=f_in, f_out=f_out), state
+    to = lambda pair, step, frame: _updates(pair, step, f_in=frame.a, f_out=frame.b)
+    return pairs.each(to, params, steps, renewed(pairs, factors, params))
 
 
 def _preserving_refresh(
-    step: Step, grads: FramedPair, state: NoState, pair: FramedPair, scale: Any
-) -> RuleRun:
+    pairs: engine.Pairs, steps: list[FramedPair], params: list[FramedPair], factors: list[LoRAPair]
+) -> list[FramedPair]:
     """The frames become those of the factors, and the factors such that ΔK stays."""
-    a, b = _moved_factors(pair, grads)
-    f_in = yield from _new_frame("a", a, pair.f_in)
-    f_out = yield from _new_frame("b", b, pair.f_out)
-    # D = a F₀ + E₀ b, with the old frames E₀, F₀, seen from the new ones E, F
-    in_a, in_e = cross("a", f_in, a), cross("a", f_in, pair.f_in)  # Eᵀ a, Eᵀ E₀
-    f_out_old, b_out = cross("b", pair.f_out, f_out), cross("b", b, f_out)  # F₀ Fᵀ, b Fᵀ
-    core = product(in_a, f_out_old) + product(in_e, b_out)  # Eᵀ D Fᵀ
-    columns = mix("a", a, f_out_old) + mix("a", pair.f_in, b_out)  # D Fᵀ
-    transposed = lambda m: jnp.swapaxes(m, -1, -2)
-    rows = mix("b", pair.f_out, transposed(in_a)) + mix("b", b, transposed(in_e))  # Eᵀ D
-    new_a = columns - mix("a", f_in, core / 2)
-    new_b = rows - mix("b", f_out, transposed(core) / 2)
-    return _moves(pair, grads, a=new_a, b=new_b, f_in=f_in, f_out=f_out), state
+
+    def to(pair: FramedPair, step: FramedPair, x: LoRAPair, frame: LoRAPair) -> FramedPair:
+        a, b = seen_from(frame, pair._replace(a=x.a, b=x.b))
+        return _updates(pair, step, a=a, b=b, f_in=frame.a, f_out=frame.b)
+
+    return pairs.each(to, params, steps, factors, renewed(pairs, factors, params))
 
 
-def _moved_factors(pair: FramedPair, moves: FramedPair) -> LoRAPair:
-    """The factors after the inner optimizer's step, in float32 or better."""
-    wide = lambda x, move: moved(x, move)[0].astype(compute_dtype(x))
-    return LoRAPair(wide(pair.a, moves.a), wide(pair.b, moves.b))
+_REFRESHES = {"frames": _refresh, "preserving": _preserving_refresh}
 
 
-def _new_frame(side: Side, x: jax.Array, old: jax.Array) -> Any:
-    """Yields the frame of a factor, signs as in the old one."""
-    new = yield from orthonormalize(side, x)
-    same_sign = dots(side, new, old) >= 0
-    is_empty = dots(side, new, new) < 0.5  # of a component of zeros
-    return jnp.where(is_empty, old, jnp.where(same_sign, new, -new))
-
-
-def _moves(pair: FramedPair, moves: FramedPair, **values: Any) -> FramedPair:
-    """The node's updates: those of the inner optimizer, but to the given values where given."""
-    zeros = jax.tree.map(jnp.zeros_like, pair)
+def _updates(pair: FramedPair, step: FramedPair, **values: Any) -> FramedPair:
+    """The node's updates: the inner optimizer's steps, but to the given values where given."""
+    zeros = jax.tree.map(jnp.zeros_like, step)
     changes = {
-        name: value - getattr(pair, name)
+        name: (value - getattr(pair, name)).astype(getattr(step, name).dtype)
         for name, value in values.items()
         if getattr(pair, name) is not None
     }
-    return zeros._replace(**{"a": moves.a, "b": moves.b, **changes})
+    return zeros._replace(**{"a": step.a, "b": step.b, **changes})
 
 
-def _factors_only(pairing: factors.Pairing, tree: Any) -> Any:
-    """The tree with ``MaskedNode`` in place of everything but the factors."""
-    masked = {name: optax.MaskedNode() for name in FramedPair._fields if name not in ("a", "b")}
-    nodes = [FramedPair(pair.a, pair.b, **masked) for pair in pairing.take(tree)]
-    return pairing.put(nodes, tree)
-
-
-def _knows_pairs(state: Any) -> bool:
+def _is_lifted(state: Any) -> bool:
     """Whether a state is, or holds, that of a method of this library."""
-    is_lifted = lambda x: isinstance(x, PairwiseState)
+    is_lifted = lambda x: isinstance(x, engine.PairwiseState)
     return any(is_lifted(x) for x in jax.tree.leaves(state, is_leaf=is_lifted))
 
 
-def _layout(tree: Any) -> Any:
-    """The structure of a tree, whatever is masked in it."""
-    return jax.tree.structure(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+def _why_unfit(warmup_steps: int) -> Callable[[FramedPair], str]:
+    """Makes the check that a pair has the frames for such a warm-up."""
 
-
-def _restart(fresh: Any, state: Any, layout: Any, now: jax.Array) -> Any:
-    """Restarts every part of a state that holds something shaped like the parameters."""
-    if hasattr(state, "_fields"):
-        if any(_layout(field) == layout for field in state):
-            return jax.tree.map(lambda new, old: jnp.where(now, new, old), fresh, state)
-        parts = (_restart(new, old, layout, now) for new, old in zip(fresh, state, strict=True))
-        return type(state)(*parts)
-    if isinstance(state, tuple | list):
-        pairs = zip(fresh, state, strict=True)
-        return type(state)(_restart(new, old, layout, now) for new, old in pairs)
-    if isinstance(state, dict):
-        return {name: _restart(fresh[name], old, layout, now) for name, old in state.items()}
-    if not jax.tree_util.all_leaves([state]) and state is not None:
-        raise TypeError(
-            f"sds_lora restarts moments at the end of its warm-up and cannot find them in a"
-            f" {type(state).__name__}; give it an inner optimizer whose states are NamedTuples."
-        )
-    return state
-
-
-def _frames_for(warmup_steps: int) -> Any:
-    """Says what a pair lacks for such a warm-up, with the remedy."""
-
-    def lacks(pair: FramedPair) -> str:
+    def why(pair: FramedPair) -> str:
         if (pair.warm is not None) == (warmup_steps > 0):
             return ""
         if warmup_steps > 0:
@@ -385,4 +261,4 @@ def _frames_for(warmup_steps: int) -> Any:
             )
         return "with warmup_steps=0 needs `lowrank_optax.frame(pair, key)`: random frames."
 
-    return lacks
+    return why

@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax import meshes
-from lowrank_optax.factors import NODES, LoRAPair, path_name
-from lowrank_optax.linalg import compute_dtype, product, svd
+from lowrank_optax._core import meshes
+from lowrank_optax._core.layouts import path_name
+from lowrank_optax._core.linalg import compute_dtype, product, svd
+from lowrank_optax._core.nodes import LoRAPair, is_node
 
 _LEAVE_OUT = (
     " Leave a leaf out by `optax.masked`, or give it to another optimizer by `optax.partition`."
@@ -57,7 +58,7 @@ def svd_lora(
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
-        >>> from lowrank_optax.methods.svd_lora import svd_lora
+        >>> from lowrank_optax import svd_lora
         >>> params, target = jnp.zeros((3, 4)), jnp.diag(jnp.array([3.0, 2.0, 1.0])) @ jnp.eye(3, 4)
         >>> tx = svd_lora(optax.sgd(1.0), rank=2)
         >>> updates, state = tx.update(params - target, tx.init(params), params)
@@ -69,7 +70,6 @@ def svd_lora(
     inner = optax.with_extra_args_support(inner)
 
     def check_leaves(params: Any) -> None:
-        is_node = lambda x: isinstance(x, NODES)
         for path, leaf in jax.tree_util.tree_leaves_with_path(params, is_leaf=is_node):
             if is_node(leaf):
                 raise ValueError(
@@ -96,7 +96,7 @@ def svd_lora(
 
         def project(u: jax.Array, x: jax.Array) -> jax.Array:
             dtype = compute_dtype(x, u)
-            left, values, right = truncated_svd(x.astype(dtype) + u.astype(dtype), rank)
+            left, values, right = _truncated_svd(x.astype(dtype) + u.astype(dtype), rank)
             projected = product(left * values[..., None, :], right)
             return (projected - x.astype(dtype)).astype(x.dtype)
 
@@ -124,7 +124,7 @@ def pair_of_delta(delta: jax.Array, rank: int) -> LoRAPair:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from lowrank_optax.methods.svd_lora import pair_of_delta
+        >>> from lowrank_optax import pair_of_delta
         >>> pair = pair_of_delta(jnp.full((3, 4), 2.0), rank=1)
         >>> (pair.a @ pair.b)[0].round().tolist()
         [2.0, 2.0, 2.0, 2.0]
@@ -132,28 +132,13 @@ def pair_of_delta(delta: jax.Array, rank: int) -> LoRAPair:
     Source: arXiv 2509.19977; Eckart and Young, 1936, for the nearest matrix of a rank.
     """
     _check("delta", delta, rank)
-    left, values, right = truncated_svd(delta.astype(compute_dtype(delta)), rank)
+    left, values, right = _truncated_svd(delta.astype(compute_dtype(delta)), rank)
     root = jnp.sqrt(values)
     return LoRAPair(left * root[..., None, :], root[..., None] * right)
 
 
-def truncated_svd(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes the leading singular triplets of matrices.
-
-    Args:
-        matrix: (..., in, out), float32 or float64.
-        rank: r, at most min(in, out).
-
-    Returns:
-        U (..., in, r), Σ (..., r) and Vᵀ (..., r, out), largest singular values first; Σ is NaN for
-        a matrix that is not finite.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from lowrank_optax.methods.svd_lora import truncated_svd
-        >>> truncated_svd(jnp.diag(jnp.array([1.0, 3.0, 2.0])), 2)[1].tolist()
-        [3.0, 2.0]
-    """
+def _truncated_svd(matrix: jax.Array, rank: int) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """The leading singular triplets, largest values first; Σ is NaN for a non-finite matrix."""
     left, values, right = svd(matrix)
     return left[..., :rank], values[..., :rank], right[..., :rank, :]
 

@@ -1,10 +1,10 @@
 """LoRA for Flax: NNX layers and surgery, Linen modules and an interceptor.
 
-All of them make layers that OPLoRA can train if their settings say ``shadows=Shadows()``, and
-layers for SDS-LoRA with ``frames=Frames()``.
+All of them take a `LoRAConfig`. With `extra=Shadows()` it makes layers that `oplora` can train, with
+`extra=Frames()` layers for `sds_lora`.
 """
 
-from lowrank_optax.nn.config import Frames, LoRAConfig, Shadows
+from lowrank_optax.nn.config import Extra, Frames, Initializer, LoRAConfig, Shadows
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.flax_linen import (
     LinenAdapter,
@@ -25,13 +25,18 @@ from lowrank_optax.nn.nnx_surgery import (
     lora_scales,
     merge_lora,
     remove_lora,
+    replace_lora,
     unload_lora,
     unmerge_lora,
 )
+from lowrank_optax.nn.summary import AdapterSummary, LoRASummary, lora_summary
 
 __all__ = [
+    "AdapterSummary",
     "Contraction",
+    "Extra",
     "Frames",
+    "Initializer",
     "KernelAxes",
     "LinenAdapter",
     "LoRAConfig",
@@ -42,6 +47,7 @@ __all__ = [
     "LoRALayer",
     "LoRALinear",
     "LoRALinearGeneral",
+    "LoRASummary",
     "Shadows",
     "add_lora",
     "lora_adapters",
@@ -49,9 +55,11 @@ __all__ = [
     "lora_delta",
     "lora_interceptor",
     "lora_scales",
+    "lora_summary",
     "merge_lora",
     "merge_lora_variables",
     "remove_lora",
+    "replace_lora",
     "unload_lora",
     "unmerge_lora",
     "unmerge_lora_variables",

@@ -1,5 +1,6 @@
 """The settings of a LoRA adapter: validated, scaled and initialized in one place."""
 
+import abc
 import dataclasses
 import math
 from collections.abc import Callable
@@ -7,11 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.typing import DTypeLike
 
-from lowrank_optax.factors import LONG_AXES, FramedPair, LoRAPair, ShadowedPair
-from lowrank_optax.frames import frame
-from lowrank_optax.shadows import Metric, shadow
+from lowrank_optax._core.frames import frame
+from lowrank_optax._core.nodes import AxisName, LoRAPair
+from lowrank_optax._core.shadows import Metric, shadow
 
 Initializer = Callable[..., Any]
 
@@ -20,39 +22,80 @@ DEFAULT_A_INIT: Initializer = jax.nn.initializers.he_uniform()
 DEFAULT_B_INIT: Initializer = jax.nn.initializers.zeros
 
 
-@dataclasses.dataclass(frozen=True)
-class Shadows:
-    """Which shadows an adapter carries, the leaves that OPLoRA moves and reads.
+class Extra(abc.ABC):
+    """What an adapter carries beside its factors; subclass it for a kind of pair of your own.
 
-    ``Shadows()`` is what ``oplora(lr)`` needs, and ``Shadows(iterations=2, momentum_rank=0)`` what
-    ``oplora_proj(lr)`` needs. Shadows change neither the output nor the gradients of the factors.
-    With ``iterations`` from 1 an adapter may be used once in a forward pass, on a whole batch (not
-    under a ``vmap`` over examples): see ``lowrank_optax.shadows``.
+    A frozen dataclass is best, for equal settings must compare equal.
 
     Attributes:
-      iterations: k, how many LoRSum iterations the optimizer will make, at least 0.
-      momentum_rank: rank of the momentum, at most min(in, out) of every adapted kernel; 0 for none,
-        None for the rank of the adapter.
-      metric: ``Metric()`` for ``scaled_oplora``, with the numbers that it is given.
-      axis_name: see `lora_apply`; for ``pmap`` and ``shard_map`` only.
-
-    Raises:
-      ValueError: if a number is negative.
+        root_scale: whether the forward scale is alpha / sqrt(r), as for rank-stabilized LoRA.
+        axis_name: see `lora_apply`.
 
     Example:
-      >>> import jax
-      >>> config = LoRAConfig(rank=2, shadows=Shadows(momentum_rank=1))
-      >>> pair = config.init_pair(jax.random.key(0), (), 8, 6)
-      >>> pair.m_a.shape, pair.m_b.shape
-      ((8, 1), (1, 6))
+        >>> import dataclasses, jax
+        >>> from lowrank_optax import FramedPair
+        >>> @dataclasses.dataclass(frozen=True)
+        ... class FixedFrames(Extra):
+        ...     def add_to(self, pair, key):
+        ...         return FramedPair(*pair, pair.a, pair.b)
+        >>> config = LoRAConfig(rank=2, extra=FixedFrames())
+        >>> config.init_pair(jax.random.key(0), (), 8, 6).f_in.shape
+        (8, 2)
+    """
 
-    Source: OPLoRA, https://arxiv.org/abs/2509.19977.
+    root_scale: bool = False
+    axis_name: AxisName = None
+
+    @abc.abstractmethod
+    def add_to(self, pair: LoRAPair, key: jax.Array) -> Any:
+        """Makes a node of a registered kind (`register_node`) from the factors.
+
+        Args:
+            pair: the factors, (..., in, r) and (..., r, out).
+            key: a random key.
+
+        Returns:
+            The node.
+        """
+
+    def ranks(self) -> dict[str, int]:
+        """Returns the ranks that must not exceed min(in, out), by the name of the setting."""
+        return {}
+
+
+@dataclasses.dataclass(frozen=True)
+class Shadows(Extra):
+    """Which shadows an adapter carries, the leaves that OPLoRA moves and reads.
+
+    `Shadows()` is what `oplora(lr)` needs, and `Shadows(iterations=2, momentum_rank=0)` what
+    `oplora_proj(lr)` needs. Shadows change neither the output nor the gradients of the factors.
+    With `iterations` from 1 an adapter may be used once in a forward pass, on a whole batch (not
+    under a `vmap` over examples).
+
+    Attributes:
+        iterations: k, how many LoRSum iterations the optimizer will make, at least 0.
+        momentum_rank: rank of the momentum, at most min(in, out) of every adapted kernel; 0 for
+            none, None for the rank of the adapter.
+        metric: `Metric()` for `scaled_oplora`, with the numbers that it is given.
+        axis_name: see `lora_apply`; for `pmap` and `shard_map` only.
+
+    Raises:
+        ValueError: a number is negative.
+
+    Example:
+        >>> import jax
+        >>> config = LoRAConfig(rank=2, extra=Shadows(momentum_rank=1))
+        >>> pair = config.init_pair(jax.random.key(0), (), 8, 6)
+        >>> pair.m_a.shape, pair.m_b.shape
+        ((8, 1), (1, 6))
+
+    Source: OPLoRA, arXiv 2509.19977.
     """
 
     iterations: int = 1
     momentum_rank: int | None = None
     metric: Metric | None = None
-    axis_name: str | tuple[str, ...] | None = None
+    axis_name: AxisName = None
 
     def __post_init__(self) -> None:
         if self.iterations < 0:
@@ -60,25 +103,45 @@ class Shadows:
         if self.momentum_rank is not None and self.momentum_rank < 0:
             raise ValueError(f"momentum_rank must be at least 0, got {self.momentum_rank}")
 
+    def add_to(self, pair: LoRAPair, key: jax.Array) -> Any:
+        """Adds shadows; see `shadow`."""
+        return shadow(
+            pair,
+            key,
+            iterations=self.iterations,
+            momentum_rank=self.momentum_rank,
+            metric=self.metric,
+        )
+
+    def ranks(self) -> dict[str, int]:
+        """Returns the momentum's rank."""
+        return {"momentum_rank": self.momentum_rank or 0}
+
 
 @dataclasses.dataclass(frozen=True)
-class Frames:
+class Frames(Extra):
     """That an adapter carries frames, which SDS-LoRA moves and through which gradients flow.
 
     Attributes:
-      warmup: True for ``sds_lora``'s warm-up, an adapter that starts as ordinary LoRA; False for a
-        start from random frames and factors of zero, for ``warmup_steps=0``.
+        warmup: True for `sds_lora`'s warm-up, an adapter that starts as ordinary LoRA; False for a
+            start from random frames and factors of zero, for `warmup_steps=0`.
 
     Example:
-      >>> import jax
-      >>> config = LoRAConfig(rank=4, alpha=8.0, frames=Frames())
-      >>> config.scale, config.init_pair(jax.random.key(0), (), 8, 6).f_out.shape
-      (4.0, (4, 6))
+        >>> import jax
+        >>> config = LoRAConfig(rank=4, alpha=8.0, extra=Frames())
+        >>> config.scale, config.init_pair(jax.random.key(0), (), 8, 6).f_out.shape
+        (4.0, (4, 6))
 
-    Source: SDS-LoRA, https://arxiv.org/abs/2606.16454.
+    Source: SDS-LoRA, arXiv 2606.16454.
     """
 
+    root_scale = True
+
     warmup: bool = True
+
+    def add_to(self, pair: LoRAPair, key: jax.Array) -> Any:
+        """Adds frames; see `frame`."""
+        return frame(pair, None if self.warmup else key)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,32 +149,32 @@ class LoRAConfig:
     r"""Settings of a LoRA adapter.
 
     The forward scale is $s = \alpha / r$, or $s = \alpha / \sqrt r$ for rank-stabilized LoRA and
-    with frames, as SDS-LoRA has it.
+    with `Frames`, as SDS-LoRA has it.
 
     Attributes:
-      rank: r, at least 1 and at most min(in, out) of every adapted kernel.
-      alpha: positive numerator of the scale.
-      rslora: divide by the square root of the rank instead of the rank.
-      dropout: probability in [0, 1) of dropping an entry of the adapter's input.
-      a_init: initializer of ``a``, called as ``a_init(key, (in, r), dtype)`` for each batch entry.
-      b_init: initializer of ``b``, called as ``b_init(key, (r, out), dtype)``; zeros by default, so
-        that an adapted model starts as the base model.
-      param_dtype: dtype of the factors, whatever the dtype of the base kernel.
-      dtype: dtype of the adapter's matmul operands; None means the dtype of the base's output.
-      shadows: ``Shadows()`` for a layer that OPLoRA can train; none by default.
-      frames: ``Frames()`` for a layer that SDS-LoRA can train; none by default.
+        rank: r, at least 1 and at most min(in, out) of every adapted kernel.
+        alpha: positive numerator of the scale.
+        rslora: divide by the square root of the rank instead of the rank.
+        dropout: probability in [0, 1) of dropping an entry of the adapter's input.
+        a_init: initializer of `a`, called as `a_init(key, (in, r), dtype)` for each batch entry.
+        b_init: initializer of `b`, called as `b_init(key, (r, out), dtype)`; zeros by default, so
+            that an adapted model starts as the base model.
+        param_dtype: dtype of the factors, whatever the dtype of the base kernel.
+        dtype: dtype of the adapter's matmul operands; None means the dtype of the base's output.
+        extra: what the adapter carries beside its factors: `Shadows()` for `oplora`, `Frames()` for
+            `sds_lora`, or an `Extra` of your own; nothing by default.
 
     Raises:
-      ValueError: if a setting is outside its range.
+        ValueError: a setting is outside its range.
+        TypeError: a rank that is not an integer, or an extra that is none.
 
     Example:
-      >>> LoRAConfig(rank=4, alpha=16.0).scale
-      4.0
-      >>> LoRAConfig(rank=4, alpha=16.0, rslora=True).scale
-      8.0
+        >>> LoRAConfig(rank=4, alpha=16.0).scale
+        4.0
+        >>> LoRAConfig(rank=4, alpha=16.0, rslora=True).scale
+        8.0
 
-    Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685; Kalajdzievski, rsLoRA,
-    https://arxiv.org/abs/2312.03732.
+    Source: LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732.
     """
 
     rank: int
@@ -122,44 +185,45 @@ class LoRAConfig:
     b_init: Initializer = DEFAULT_B_INIT
     param_dtype: DTypeLike = jnp.float32
     dtype: DTypeLike | None = None
-    shadows: Shadows | None = None
-    frames: Frames | None = None
+    extra: Extra | None = None
 
     def __post_init__(self) -> None:
-        if self.shadows is not None and self.frames is not None:
-            raise ValueError("shadows are for OPLoRA, frames for SDS-LoRA: give one of them")
+        if isinstance(self.rank, bool) or not isinstance(self.rank, int | np.integer):
+            raise TypeError(f"rank must be an integer, got {self.rank!r}; write rank=8, say")
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         if self.alpha <= 0:
             raise ValueError(f"alpha must be positive, got {self.alpha}")
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        if self.extra is not None and not isinstance(self.extra, Extra):
+            raise TypeError(
+                f"extra must be an nn.Extra such as nn.Shadows() or nn.Frames(), got {self.extra!r}"
+            )
 
     @property
-    def axis_name(self) -> str | tuple[str, ...] | None:
+    def axis_name(self) -> AxisName:
         """The axes over which `lora_apply` sums what is not linear in the gradient."""
-        return None if self.shadows is None else self.shadows.axis_name
+        return None if self.extra is None else self.extra.axis_name
 
     @property
     def scale(self) -> float:
         """The forward scale s."""
-        by_root = self.rslora or self.frames is not None
+        by_root = self.rslora or (self.extra is not None and self.extra.root_scale)
         return self.alpha / (math.sqrt(self.rank) if by_root else self.rank)
 
     def check_rank(self, n_in: int, n_out: int, path: str) -> None:
-        """Refuses a rank, of the factors or of their momentum, that the kernel cannot use.
+        """Refuses a rank, of the factors or of what they carry, that the kernel cannot use.
 
         Args:
-          n_in: flattened input size of the kernel.
-          n_out: flattened output size of the kernel.
-          path: where the kernel is, for the message.
+            n_in: flattened input size of the kernel.
+            n_out: flattened output size of the kernel.
+            path: where the kernel is, for the message.
 
         Raises:
-          ValueError: if one exceeds min(in, out).
+            ValueError: one exceeds min(in, out).
         """
-        ranks = {"rank": self.rank}
-        if self.shadows is not None:
-            ranks["momentum_rank"] = self.shadows.momentum_rank or 0
+        ranks = {"rank": self.rank, **(self.extra.ranks() if self.extra else {})}
         for name, rank in ranks.items():
             if rank > min(n_in, n_out):
                 raise ValueError(
@@ -167,61 +231,36 @@ class LoRAConfig:
                     f"({n_in}, {n_out}) kernel; lower it or leave this layer out of the targets"
                 )
 
-    def init_pair(
-        self, key: jax.Array, batch: tuple[int, ...], n_in: int, n_out: int
-    ) -> LoRAPair | ShadowedPair | FramedPair:
-        """Draws new factors, and their shadows or frames if there are to be any.
+    def init_pair(self, key: jax.Array, batch: tuple[int, ...], n_in: int, n_out: int) -> Any:
+        """Draws new factors, and adds what they are to carry.
 
         Args:
-          key: random key.
-          batch: leading axes of the factors; each entry is drawn independently.
-          n_in: flattened input size.
-          n_out: flattened output size.
+            key: random key.
+            batch: leading axes of the factors; each entry is drawn independently.
+            n_in: flattened input size.
+            n_out: flattened output size.
 
         Returns:
-          The pair, ``a`` (batch..., in, r) and ``b`` (batch..., r, out), in ``param_dtype``. It is
-          the same with shadows or warm-up frames; they are in float32 or better.
+            The node, `a` (batch..., in, r) and `b` (batch..., r, out), in `param_dtype`. The
+            factors are the same with and without shadows or warm-up frames. Where an initializer
+            boxes a factor with sharding names, what is sharded like it is boxed too.
 
         Example:
-          >>> import jax
-          >>> pair = LoRAConfig(rank=2).init_pair(jax.random.key(0), (12,), 8, 6)
-          >>> pair.a.shape, pair.b.shape
-          ((12, 8, 2), (12, 2, 6))
+            >>> import jax
+            >>> pair = LoRAConfig(rank=2).init_pair(jax.random.key(0), (12,), 8, 6)
+            >>> pair.a.shape, pair.b.shape
+            ((12, 8, 2), (12, 2, 6))
         """
         key_a, key_b = jax.random.split(key)
         pair = LoRAPair(
             a=self._draw(self.a_init, key_a, batch, (n_in, self.rank)),
             b=self._draw(self.b_init, key_b, batch, (self.rank, n_out)),
         )
-        if self.frames is not None:
-            return self._framed(pair, jax.random.fold_in(key, 2))
-        if self.shadows is None:
+        if self.extra is None:
             return pair
-        # Shapes instead of the factors, which may be boxed with sharding names, and a key of its
-        # own, so that the factors are those that the same key draws without shadows.
-        shapes = LoRAPair(
-            a=jax.ShapeDtypeStruct((*batch, n_in, self.rank), self.param_dtype),
-            b=jax.ShapeDtypeStruct((*batch, self.rank, n_out), self.param_dtype),
-        )
-        node = shadow(
-            shapes,
-            jax.random.fold_in(key, 2),
-            iterations=self.shadows.iterations,
-            momentum_rank=self.shadows.momentum_rank,
-            metric=self.shadows.metric,
-        )
-        return _boxed(node._replace(a=pair.a, b=pair.b), pair)
-
-    def _framed(self, pair: LoRAPair, key: jax.Array) -> FramedPair:
-        """Adds frames to factors that may be boxed with sharding names."""
-        assert self.frames is not None
         [a], [b] = jax.tree.leaves(pair.a), jax.tree.leaves(pair.b)
-        node = frame(LoRAPair(a, b), None if self.frames.warmup else key)
-        # The node's own factors: without a warm-up they are zeros, whatever was drawn.
-        node = node._replace(
-            a=jax.tree.map(lambda _: node.a, pair.a), b=jax.tree.map(lambda _: node.b, pair.b)
-        )
-        return _boxed(node, pair)
+        # A key of its own, so that the factors are those that the same key draws without extra.
+        return _boxed(self.extra.add_to(LoRAPair(a, b), jax.random.fold_in(key, 2)), pair)
 
     def _draw(
         self, init: Initializer, key: jax.Array, batch: tuple[int, ...], shape: tuple[int, int]
@@ -234,16 +273,34 @@ class LoRAConfig:
         return jax.tree.map(lambda leaf: leaf.reshape(*batch, *shape), stacked)
 
 
-def _boxed(node: Any, pair: LoRAPair) -> Any:
-    """Gives auxiliary leaves that lie as a factor the sharding names that the factor is boxed with.
+def require_config(config: Any) -> LoRAConfig:
+    """Refuses what is not a `LoRAConfig`, such as a bare rank.
 
-    Those of a factor's vectors are not known to the box, so diagonals of a metric stay without.
+    Raises:
+        TypeError: it is something else.
+
+    Example:
+        >>> require_config(LoRAConfig(rank=8)).rank
+        8
     """
-    like = {"in": pair.a, "out": pair.b}
-    box = lambda side, leaf: jax.tree.unflatten(jax.tree.structure(like[side]), [leaf])
-    boxed = {
-        name: box(LONG_AXES[name][0], leaf)
-        for name, leaf in node._asdict().items()
-        if name in LONG_AXES and name not in ("a", "b", "d_in", "d_out") and leaf is not None
-    }
+    if not isinstance(config, LoRAConfig):
+        raise TypeError(
+            f"the settings of adapters are a LoRAConfig, got {config!r}; write"
+            " nn.LoRAConfig(rank=8, alpha=16.0)"
+        )
+    return config
+
+
+def _boxed(node: Any, pair: LoRAPair) -> Any:
+    """Boxes leaves that are sharded like a factor with the sharding names of that factor.
+
+    The box of a factor does not fit its vectors, so the diagonals of a metric stay without.
+    """
+    like = {("in", -2): "a", ("out", -1): "b"}
+    sides = {name: like.get(tuple(axis)) for name, axis in node.long_axes().items()}
+    boxed = {}
+    for name, side in {**sides, "a": "a", "b": "b"}.items():
+        leaf = getattr(node, name)
+        if side is not None and leaf is not None and leaf.ndim == getattr(node, side).ndim:
+            boxed[name] = jax.tree.unflatten(jax.tree.structure(getattr(pair, side)), [leaf])
     return node._replace(**boxed)

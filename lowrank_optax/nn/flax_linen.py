@@ -11,27 +11,27 @@ neither differentiated nor touched by the optimizer when one trains the adapters
 
 Factors are drawn from the ``'lora'`` rng stream, or else from ``'params'``, after the layer's own
 parameters, which keep the values they have without LoRA. A module made with
-``LoRAConfig(rank, shadows=Shadows())`` is ready for ``oplora`` as ``tx``: what that needs stands
+``LoRAConfig(rank, extra=Shadows())`` is ready for ``oplora`` as ``tx``: what that needs stands
 beside the factors. ``nn.remat`` needs nothing special; ``nn.scan`` and ``nn.vmap`` over layers need
 ``'lora': 0`` in ``variable_axes`` next to ``'params': 0``. To adapt models that exist already, see
 `lora_interceptor`.
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax.factors import AUXILIARY, FramedPair, LoRAPair, ShadowedPair, make_node
+from lowrank_optax._core.layouts import node_of, variables_of
 from lowrank_optax.nn.config import LoRAConfig
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.functional import lora_apply
 
 LinenLayer = nn.Dense | nn.DenseGeneral | nn.Einsum
 
-_COLLECTION = "lora"
+COLLECTION = "lora"
 _DEFAULT_CONFIG = LoRAConfig(rank=8)
 
 
@@ -53,7 +53,7 @@ class LoRADense(nn.Dense):
     $$y = x K + \mathrm{bias} + s\,(x\,a)\,b$$
 
     Attributes:
-      lora: settings of the adapter; with ``shadows=Shadows()``, OPLoRA can train the layer.
+      lora: settings of the adapter.
       deterministic: if True, no dropout; else ``lora.dropout`` needs a ``'dropout'`` rng.
 
     Example:
@@ -93,7 +93,7 @@ class LoRADenseGeneral(nn.DenseGeneral):
     """``nn.DenseGeneral`` with a LoRA adapter on the flattened kernel.
 
     Attributes:
-      lora: settings of the adapter; with ``shadows=Shadows()``, OPLoRA can train the layer.
+      lora: settings of the adapter.
       deterministic: if True, no dropout; else ``lora.dropout`` needs a ``'dropout'`` rng.
 
     Example:
@@ -131,7 +131,7 @@ class LoRAEinsumDense(nn.Einsum):
     """``nn.Einsum`` with a LoRA adapter on the flattened kernel.
 
     Attributes:
-      lora: settings of the adapter; with ``shadows=Shadows()``, OPLoRA can train the layer.
+      lora: settings of the adapter.
       deterministic: if True, no dropout; else ``lora.dropout`` needs a ``'dropout'`` rng.
 
     Example:
@@ -237,23 +237,32 @@ def layer_contraction(
 
 def _factors(
     layer: LinenLayer, config: LoRAConfig, batch: tuple[int, ...], n_in: int, n_out: int
-) -> LoRAPair | ShadowedPair | FramedPair:
-    """Reads the factors of a layer, creating them first where the collection may be written."""
+) -> Any:
+    """Reads the node of a layer, creating it first where the collection may be written."""
     path = "/".join(layer.path) or type(layer).__name__
-    if not layer.has_variable(_COLLECTION, "lora_a"):
-        if not layer.is_mutable_collection(_COLLECTION):
+    if not layer.has_variable(COLLECTION, "lora_a"):
+        if not layer.is_mutable_collection(COLLECTION):
             raise ValueError(
                 f"{path}: the variables hold no adapter for this layer. Pass the 'lora' collection "
                 "that init made; under nn.scan or nn.vmap add 'lora': 0 to variable_axes"
             )
         config.check_rank(n_in, n_out, path)
-        new = config.init_pair(layer.make_rng(_COLLECTION), batch, n_in, n_out)
-        for name, leaf in new._asdict().items():
-            if leaf is not None:
-                layer.put_variable(_COLLECTION, f"lora_{name}", leaf)
+        new = config.init_pair(layer.make_rng(COLLECTION), batch, n_in, n_out)
+        for name, leaf in variables_of(new).items():
+            layer.put_variable(COLLECTION, name, leaf)
     # The variables decide, not the settings: leaves that exist must get their gradients.
-    names = [n for n in ("a", "b", *AUXILIARY) if layer.has_variable(_COLLECTION, f"lora_{n}")]
-    return make_node({n: layer.variable(_COLLECTION, f"lora_{n}").value for n in names})
+    node = node_of(lambda name: _variable(layer, name))
+    if node.a.shape[-1] != config.rank:
+        raise ValueError(
+            f"{path}: the variables hold an adapter of rank {node.a.shape[-1]}, but the config has "
+            f"rank {config.rank}; use the config that the adapter was made with"
+        )
+    return node
+
+
+def _variable(layer: LinenLayer, name: str) -> Any:
+    exists = layer.has_variable(COLLECTION, name)
+    return layer.variable(COLLECTION, name).value if exists else None
 
 
 def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:

@@ -10,7 +10,7 @@ because one trains with respect to ``nnx.LoRAParam`` only::
 
 ``nnx.LoRAParam`` is a subclass of ``nnx.Param``: ``wrt=nnx.Param`` selects factors *and* kernels.
 
-A layer built with ``LoRAConfig(rank, shadows=Shadows())`` is ready for ``oplora`` as ``tx``.
+A layer built with ``LoRAConfig(rank, extra=Shadows())`` is ready for ``oplora`` as ``tx``.
 
 Layers may be built inside ``nnx.vmap`` (factors then are (layers, in, r) and (layers, r, out)), and
 a layer whose kernel is already stacked along leading axes may be wrapped: the factors get the same
@@ -23,8 +23,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lowrank_optax.factors import AUXILIARY, FramedPair, LoRAPair, ShadowedPair, make_node
-from lowrank_optax.nn.config import LoRAConfig
+from lowrank_optax._core.layouts import node_of, variables_of
+from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.functional import lora_apply
 
@@ -38,7 +38,7 @@ class LoRALayer(nnx.Module):
 
     Args:
       base: the layer to adapt. It is kept, not copied, as attribute ``base``.
-      lora: settings of the adapter; with ``shadows=Shadows()``, OPLoRA can train the layer.
+      lora: settings of the adapter.
       rngs: the ``params`` stream draws the factors; the ``dropout`` stream is used if
         ``lora.dropout`` is positive.
       path: name of the layer in error messages.
@@ -49,8 +49,8 @@ class LoRALayer(nnx.Module):
       axes: roles of the base kernel's axes; *in* and *out* below are the flattened ones.
       lora_a: ``nnx.LoRAParam``, (stacked..., batch..., in, r).
       lora_b: ``nnx.LoRAParam``, (stacked..., batch..., r, out).
-      lora_m_a, lora_seal, lora_f_in, …: ``nnx.LoRAParam``, the `Shadows` or `Frames` that
-        ``lora`` asks for; a layer without them lacks the attributes.
+      lora_m_a, lora_f_in, …: ``nnx.LoRAParam``, what ``lora.extra`` adds; a layer without it lacks
+        the attributes.
       dropout: ``nnx.Dropout`` on the adapter's input, or None.
       merged: whether the kernel already contains the update; the adapter is then skipped.
 
@@ -78,6 +78,8 @@ class LoRALayer(nnx.Module):
         self, base: BaseLayer, lora: LoRAConfig, *, rngs: nnx.Rngs, path: str = "LoRALayer"
     ):
         require_supported(base, path)
+        require_config(lora)
+        require_rngs(rngs)
         self.axes = _kernel_axes(base)
         shape = base.kernel.shape
         batch, n_in, n_out = self.axes.sizes(shape)
@@ -85,9 +87,8 @@ class LoRALayer(nnx.Module):
         pair = lora.init_pair(rngs.params(), batch, n_in, n_out)
         self.base = base
         self.lora = lora
-        for name, leaf in pair._asdict().items():
-            if leaf is not None:
-                setattr(self, f"lora_{name}", nnx.LoRAParam(leaf))
+        for name, leaf in variables_of(pair).items():
+            setattr(self, name, nnx.LoRAParam(leaf))
         self.merged = False
         self.dropout: nnx.Dropout | None = nnx.data(None)
         if lora.dropout > 0:
@@ -102,10 +103,9 @@ class LoRALayer(nnx.Module):
         return self.lora.scale
 
     @property
-    def pair(self) -> LoRAPair | ShadowedPair | FramedPair:
-        """The factors as a value, with their shadows or frames if there are any."""
-        names = [name for name in ("a", "b", *AUXILIARY) if hasattr(self, f"lora_{name}")]
-        return make_node({name: getattr(self, f"lora_{name}")[...] for name in names})
+    def pair(self) -> Any:
+        """The factors as a value, a node with what they carry."""
+        return node_of(lambda name: getattr(self, name)[...] if hasattr(self, name) else None)
 
     def __call__(
         self, inputs: jax.Array, *, einsum_str: str | None = None, out_sharding: Any = None
@@ -160,7 +160,7 @@ class LoRALinear(LoRALayer):
     Args:
       in_features: number of input features.
       out_features: number of output features.
-      lora: settings of the adapter; with ``shadows=Shadows()``, OPLoRA can train the layer.
+      lora: settings of the adapter.
       rngs: streams for kernel, factors and dropout.
       **base_options: further arguments of ``nnx.Linear``.
 
@@ -194,7 +194,7 @@ class LoRALinearGeneral(LoRALayer):
     Args:
       in_features: sizes of the contracted axes.
       out_features: sizes of the output axes.
-      lora: settings of the adapter; with ``shadows=Shadows()``, OPLoRA can train the layer.
+      lora: settings of the adapter.
       rngs: streams for kernel, factors and dropout.
       **base_options: further arguments of ``nnx.LinearGeneral``, such as ``axis``.
 
@@ -227,7 +227,7 @@ class LoRAEinsum(LoRALayer):
     Args:
       einsum_str: contraction of input and kernel, such as ``'BTD,NDH->BTNH'``.
       kernel_shape: shape of the kernel.
-      lora: settings of the adapter; with ``shadows=Shadows()``, OPLoRA can train the layer.
+      lora: settings of the adapter.
       rngs: streams for kernel, factors and dropout.
       **base_options: further arguments of ``nnx.Einsum``, such as ``bias_shape``.
 
@@ -275,6 +275,19 @@ def require_supported(module: Any, path: str) -> BaseLayer:
             "nnx.Einsum: narrow the targets"
         )
     return module
+
+
+def require_rngs(rngs: Any) -> None:
+    """Refuses what is not `nnx.Rngs`, such as a bare seed.
+
+    Raises:
+        TypeError: it is something else.
+
+    Example:
+        >>> require_rngs(nnx.Rngs(0))
+    """
+    if not isinstance(rngs, nnx.Rngs):
+        raise TypeError(f"rngs must be nnx.Rngs, got {rngs!r}; write rngs=nnx.Rngs(0)")
 
 
 def _kernel_axes(base: BaseLayer) -> KernelAxes:

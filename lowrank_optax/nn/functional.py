@@ -1,20 +1,18 @@
 """The one place where an input meets LoRA factors, and the dense update that they stand for."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from lowrank_optax import adapters, frames, meshes
-from lowrank_optax.factors import FramedPair, LoRAPair, ShadowedPair
+from lowrank_optax._core.nodes import AxisName
 from lowrank_optax.nn.contraction import KernelAxes
-from lowrank_optax.nn.shadowed import AxisName, apply_shadowed
-
-_Two = tuple[jax.Array, jax.Array]
 
 
 def lora_apply(
     x: jax.Array,
-    pair: LoRAPair | ShadowedPair | FramedPair,
+    pair: Any,
     scale: float = 1.0,
     dtype: DTypeLike | None = None,
     axis_name: AxisName = None,
@@ -55,56 +53,10 @@ def lora_apply(
     if not jnp.issubdtype(x.dtype, jnp.inexact):
         x = x.astype(pair.a.dtype)  # casting the factors to an integer dtype would zero them
     operand = x.dtype if dtype is None else jnp.dtype(dtype)
-    if isinstance(pair, ShadowedPair):
-        return apply_shadowed(x.astype(operand), pair, scale, axis_name).astype(x.dtype)
-    into, out_of = _matmul, _matmul
-    if isinstance(pair, FramedPair):
-        constant = jax.lax.stop_gradient(pair)
-        pair = frames.plain(constant._replace(a=pair.a, b=pair.b))
-        into, out_of = _into_framed, _out_of_framed
-    narrow = into(x.astype(operand), pair.a.astype(operand))
-    y = out_of((scale * narrow).astype(operand), pair.b.astype(operand))
-    return y.astype(x.dtype)
+    return pair.apply(x.astype(operand), scale, axis_name).astype(x.dtype)
 
 
-def _matmul(x: jax.Array, y: jax.Array) -> jax.Array:
-    return meshes.matmul(x, y, jnp.promote_types(x.dtype, jnp.float32))
-
-
-# A framed layer is a pair of rank 2r, half of it constant. The derivatives say so, lest gradients
-# of frames be formed, which data parallelism would sum over devices.
-
-
-@jax.custom_jvp
-def _into_framed(x: jax.Array, columns: jax.Array) -> jax.Array:
-    """``x [a, E]``, where E is constant: only the gradient of a is formed."""
-    return _matmul(x, columns)
-
-
-@_into_framed.defjvp
-def _into_framed_jvp(primals: _Two, tangents: _Two) -> _Two:
-    (x, columns), (dx, d_columns) = primals, tangents
-    rank = columns.shape[-1] // 2
-    from_a = _matmul(x, d_columns[..., :rank])
-    padding = [(0, 0)] * (from_a.ndim - 1) + [(0, rank)]
-    return _matmul(x, columns), _matmul(dx, columns) + jnp.pad(from_a, padding)
-
-
-@jax.custom_jvp
-def _out_of_framed(narrow: jax.Array, rows: jax.Array) -> jax.Array:
-    """``narrow [F; b]``, where F is constant: only the gradient of b is formed."""
-    return _matmul(narrow, rows)
-
-
-@_out_of_framed.defjvp
-def _out_of_framed_jvp(primals: _Two, tangents: _Two) -> _Two:
-    (narrow, rows), (d_narrow, d_rows) = primals, tangents
-    rank = rows.shape[-2] // 2
-    from_b = _matmul(narrow[..., rank:], d_rows[..., rank:, :])
-    return _matmul(narrow, rows), _matmul(d_narrow, rows) + from_b
-
-
-def lora_delta(pair: LoRAPair | ShadowedPair | FramedPair, scale: float = 1.0) -> jax.Array:
+def lora_delta(pair: Any, scale: float = 1.0) -> jax.Array:
     r"""Forms the dense kernel update that a LoRA pair stands for.
 
     $$\Delta K = s \cdot a\,b$$
@@ -128,7 +80,7 @@ def lora_delta(pair: LoRAPair | ShadowedPair | FramedPair, scale: float = 1.0) -
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
     """
-    pair = adapters.plain_pair(pair)
+    pair = pair.plain()
     dtype = jnp.promote_types(jnp.result_type(pair.a, pair.b), jnp.float32)
     product = jnp.matmul(
         pair.a.astype(dtype), pair.b.astype(dtype), precision=jax.lax.Precision.HIGHEST
@@ -138,7 +90,7 @@ def lora_delta(pair: LoRAPair | ShadowedPair | FramedPair, scale: float = 1.0) -
 
 def merge_kernel(
     kernel: jax.Array,
-    pair: LoRAPair | ShadowedPair | FramedPair,
+    pair: Any,
     scale: float,
     axes: KernelAxes,
 ) -> jax.Array:

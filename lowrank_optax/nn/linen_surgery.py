@@ -2,14 +2,15 @@
 
 Training only the adapters::
 
-    with nn.lora_interceptor('query|value', rank=8) as adapters:
+    config = nn.LoRAConfig(rank=8)
+    with nn.lora_interceptor('query|value', config) as adapters:
         variables = model.init(key, x)
     params, lora = variables['params'], variables['lora']
 
     @jax.jit
     def step(lora, opt_state, x):
         def loss(lora):
-            with nn.lora_interceptor('query|value', rank=8):
+            with nn.lora_interceptor('query|value', config):
                 return loss_of(model.apply({'params': params, 'lora': lora}, x))
         updates, opt_state = tx.update(jax.grad(loss)(lora), opt_state, lora)
         return optax.apply_updates(lora, updates), opt_state
@@ -26,20 +27,11 @@ from typing import Any
 import flax.core
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax import traverse_util
 from flax.linen.module import InterceptorContext
-from jax.typing import DTypeLike
 
-from lowrank_optax.factors import AUXILIARY, make_node
-from lowrank_optax.nn.config import (
-    DEFAULT_A_INIT,
-    DEFAULT_B_INIT,
-    Frames,
-    Initializer,
-    LoRAConfig,
-    Shadows,
-)
+from lowrank_optax._core.layouts import node_of
+from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.flax_linen import (
     LinenAdapter,
     LinenLayer,
@@ -53,19 +45,7 @@ from lowrank_optax.nn.targets import TargetMatcher, Targets
 
 @contextlib.contextmanager
 def lora_interceptor(
-    targets: Targets,
-    *,
-    rank: int,
-    alpha: float = 16.0,
-    rslora: bool = False,
-    dropout: float = 0.0,
-    a_init: Initializer = DEFAULT_A_INIT,
-    b_init: Initializer = DEFAULT_B_INIT,
-    param_dtype: DTypeLike = jnp.float32,
-    dtype: DTypeLike | None = None,
-    shadows: Shadows | None = None,
-    frames: Frames | None = None,
-    deterministic: bool = False,
+    targets: Targets, config: LoRAConfig, *, deterministic: bool = False
 ) -> Iterator[dict[str, LinenAdapter]]:
     """Gives the targeted layers of any Linen model LoRA adapters while the context is open.
 
@@ -77,34 +57,25 @@ def lora_interceptor(
     Args:
       targets: a regular expression, a sequence of them, or ``(path, module) -> bool``. An
         expression matches the whole '/'-joined path or its last component (`re.fullmatch`).
-      rank: r of every adapter.
-      alpha: numerator of the scale, alpha / r.
-      rslora: scale by alpha / sqrt(r) instead.
-      dropout: probability of dropping an adapter input.
-      a_init: initializer of ``a``, called with the shape (in, r).
-      b_init: initializer of ``b``, called with the shape (r, out).
-      param_dtype: dtype of the factors.
-      dtype: dtype of the adapters' matmuls; None means that of the base layer's output.
-      shadows: ``Shadows()`` for layers that ``oplora(lr)`` can train, none by default; read only
-        where adapters are created.
-      frames: what SDS-LoRA needs beside the factors; ``Frames()`` for ``sds_lora``.
-      deterministic: if True, no dropout; else a positive ``dropout`` needs a ``'dropout'`` rng.
+      config: settings of the adapters, the same in ``init`` and ``apply``.
+      deterministic: if True, no dropout; else a positive dropout needs a ``'dropout'`` rng.
 
     Yields:
       A dictionary that is filled while models are traced: what `merge_lora_variables` needs to know
       of each adapter, by '/'-joined path.
 
     Raises:
-      ValueError: if a setting is out of range; if a target is not a ``nn.Dense``,
-        ``nn.DenseGeneral`` or ``nn.Einsum`` or has LoRA already; if the rank exceeds min(in, out);
-        if the variables hold no adapter for a target; at the end of the context, if a target
-        matched nothing while a model was initialized in it.
+      TypeError: if ``config`` is not a `LoRAConfig`.
+      ValueError: if a target is not a ``nn.Dense``, ``nn.DenseGeneral`` or ``nn.Einsum`` or has
+        LoRA already; if the rank exceeds min(in, out); if the variables hold no adapter for a
+        target, or one of another rank; at the end of the context, if a target matched nothing while
+        a model was initialized in it.
 
     Example:
       >>> import flax.linen
       >>> import jax, jax.numpy as jnp
       >>> model = flax.linen.Sequential([flax.linen.Dense(8), flax.linen.relu, flax.linen.Dense(2)])
-      >>> with lora_interceptor('layers_0', rank=2) as adapters:
+      >>> with lora_interceptor('layers_0', LoRAConfig(rank=2)) as adapters:
       ...     variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
       >>> jax.tree.map(jnp.shape, variables['lora'])
       {'layers_0': {'lora_a': (4, 2), 'lora_b': (2, 8)}}
@@ -113,9 +84,7 @@ def lora_interceptor(
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
     """
-    config = LoRAConfig(
-        rank, alpha, rslora, dropout, a_init, b_init, param_dtype, dtype, shadows, frames
-    )
+    require_config(config)
     matcher = TargetMatcher(targets)
     adapters: dict[str, LinenAdapter] = {}
     initialized: set[str] = set()
@@ -208,7 +177,8 @@ def merge_lora_variables(
       >>> import flax.linen
       >>> import jax, jax.numpy as jnp
       >>> model, x = flax.linen.Sequential([flax.linen.Dense(8)]), jnp.ones((1, 4))
-      >>> with lora_interceptor('layers_0', rank=2, b_init=jax.nn.initializers.ones) as adapters:
+      >>> config = LoRAConfig(rank=2, b_init=jax.nn.initializers.ones)
+      >>> with lora_interceptor('layers_0', config) as adapters:
       ...     y, variables = model.init_with_output(jax.random.key(0), x)
       >>> merged = merge_lora_variables(variables, adapters)
       >>> bool(jnp.allclose(model.apply({'params': merged}, x), y, rtol=1e-5))
@@ -239,7 +209,7 @@ def unmerge_lora_variables(
       >>> import flax.linen
       >>> import jax, jax.numpy as jnp
       >>> model = flax.linen.Sequential([flax.linen.Dense(8)])
-      >>> with lora_interceptor('layers_0', rank=2) as adapters:
+      >>> with lora_interceptor('layers_0', LoRAConfig(rank=2)) as adapters:
       ...     variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
       >>> merged = merge_lora_variables(variables, adapters)
       >>> params = unmerge_lora_variables({**variables, 'params': merged}, adapters)
@@ -280,10 +250,7 @@ def _add_deltas(
                 "jax.eval_shape(model.apply, variables, x) inside lora_interceptor, or call "
                 "lora_adapters(model, variables, x)"
             )
-        leaves = {name: (*scope, f"lora_{name}") for name in ("a", "b", *AUXILIARY)}
-        pair = make_node(
-            {name: nn.meta.unbox(factors[leaf]) for name, leaf in leaves.items() if leaf in factors}
-        )
+        pair = node_of(lambda leaf, scope=scope: nn.meta.unbox(factors.get((*scope, leaf))))
         boxed = params[*scope, "kernel"]
         axes, scale = adapters[name]
         try:

@@ -1,21 +1,12 @@
 """Adding LoRA to an existing NNX model, folding it into the kernels, and taking it off again."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 from flax import nnx
-from jax.typing import DTypeLike
 
-from lowrank_optax.nn.config import (
-    DEFAULT_A_INIT,
-    DEFAULT_B_INIT,
-    Frames,
-    Initializer,
-    LoRAConfig,
-    Shadows,
-)
-from lowrank_optax.nn.flax_nnx import BaseLayer, LoRALayer, require_supported
+from lowrank_optax.nn.config import LoRAConfig, require_config
+from lowrank_optax.nn.flax_nnx import BaseLayer, LoRALayer, require_rngs, require_supported
 from lowrank_optax.nn.functional import merge_kernel
 from lowrank_optax.nn.targets import TargetMatcher, Targets
 
@@ -30,20 +21,7 @@ class _Edge(NamedTuple):
 
 
 def add_lora(
-    model: nnx.Module,
-    targets: Targets,
-    *,
-    rank: int,
-    alpha: float = 16.0,
-    rslora: bool = False,
-    dropout: float = 0.0,
-    a_init: Initializer = DEFAULT_A_INIT,
-    b_init: Initializer = DEFAULT_B_INIT,
-    param_dtype: DTypeLike = jnp.float32,
-    dtype: DTypeLike | None = None,
-    shadows: Shadows | None = None,
-    frames: Frames | None = None,
-    rngs: nnx.Rngs,
+    model: nnx.Module, targets: Targets, config: LoRAConfig, *, rngs: nnx.Rngs
 ) -> list[str]:
     """Replaces the targeted layers of a model, in place, by `LoRALayer` around them.
 
@@ -56,41 +34,32 @@ def add_lora(
         ``nnx.Dict``, lists and dicts. Layers stacked along leading kernel axes get stacked factors.
       targets: a regular expression, a sequence of them, or ``(path, module) -> bool``. An
         expression matches the whole '/'-joined path or its last component (`re.fullmatch`).
-      rank: r of every adapter.
-      alpha: numerator of the scale, alpha / r.
-      rslora: scale by alpha / sqrt(r) instead.
-      dropout: probability of dropping an adapter input; ``model.train()`` and ``model.eval()``
-        switch it.
-      a_init: initializer of ``a``, called with the shape (in, r).
-      b_init: initializer of ``b``, called with the shape (r, out).
-      param_dtype: dtype of the factors.
-      dtype: dtype of the adapters' matmuls; None means that of the base layer's output.
-      shadows: ``Shadows()`` for layers that ``oplora(lr)`` can train; none by default.
-      frames: what SDS-LoRA needs beside the factors; ``Frames()`` for ``sds_lora``.
-      rngs: ``params`` draws the factors, ``dropout`` feeds the dropout.
+      config: settings of the adapters.
+      rngs: ``params`` draws the factors, ``dropout`` feeds the dropout, which ``model.train()`` and
+        ``model.eval()`` switch.
 
     Returns:
       The paths of the adapted layers, sorted.
 
     Raises:
+      TypeError: if ``config`` is not a `LoRAConfig`, or ``rngs`` not ``nnx.Rngs``.
       ValueError: if a target matches nothing, or matches a module that is not an ``nnx.Linear``,
-        ``nnx.LinearGeneral`` or ``nnx.Einsum`` or has LoRA already; if a setting is out of range or
-        the rank exceeds min(in, out) of a targeted kernel.
+        ``nnx.LinearGeneral`` or ``nnx.Einsum`` or has LoRA already; if the rank exceeds
+        min(in, out) of a targeted kernel.
 
     Example:
       >>> from flax import nnx
       >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu,
       ...                        nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
-      >>> add_lora(model, 'layers/0', rank=2, alpha=4.0, rngs=nnx.Rngs(2))
+      >>> add_lora(model, 'layers/0', LoRAConfig(rank=2, alpha=4.0), rngs=nnx.Rngs(2))
       ['layers/0']
       >>> model.layers[0].lora_a.shape
       (4, 2)
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
     """
-    config = LoRAConfig(
-        rank, alpha, rslora, dropout, a_init, b_init, param_dtype, dtype, shadows, frames
-    )
+    require_config(config)
+    require_rngs(rngs)
     matcher = TargetMatcher(targets)
     edges = list(_edges(model))
     matched: dict[int, tuple[str, BaseLayer]] = {}
@@ -134,7 +103,7 @@ def merge_lora(model: nnx.Module) -> list[str]:
     Example:
       >>> from flax import nnx
       >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-      >>> _ = add_lora(model, 'layers/0', rank=2, rngs=nnx.Rngs(1))
+      >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
       >>> merge_lora(model)
       ['layers/0']
     """
@@ -165,7 +134,7 @@ def unmerge_lora(model: nnx.Module) -> list[str]:
     Example:
       >>> from flax import nnx
       >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-      >>> _ = add_lora(model, 'layers/0', rank=2, rngs=nnx.Rngs(1))
+      >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
       >>> merge_lora(model) == unmerge_lora(model)
       True
     """
@@ -190,14 +159,14 @@ def unload_lora(model: nnx.Module) -> list[str]:
     Example:
       >>> from flax import nnx
       >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-      >>> _ = add_lora(model, 'layers/0', rank=2, rngs=nnx.Rngs(1))
+      >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
       >>> unload_lora(model)
       ['layers/0']
       >>> type(model.layers[0]).__name__
       'Linear'
     """
     merge_lora(model)
-    return _put_bases_back(model)
+    return replace_lora(model, lambda path, layer: layer.base)
 
 
 def remove_lora(model: nnx.Module) -> list[str]:
@@ -215,7 +184,7 @@ def remove_lora(model: nnx.Module) -> list[str]:
     Example:
       >>> from flax import nnx
       >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-      >>> _ = add_lora(model, 'layers/0', rank=2, rngs=nnx.Rngs(1))
+      >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
       >>> remove_lora(model)
       ['layers/0']
     """
@@ -225,7 +194,37 @@ def remove_lora(model: nnx.Module) -> list[str]:
                 f"{path or 'the model'} is merged: call unmerge_lora first to drop the adapter, or "
                 "unload_lora to keep it in the kernel"
             )
-    return _put_bases_back(model)
+    return replace_lora(model, lambda path, layer: layer.base)
+
+
+def replace_lora(model: nnx.Module, make: Callable[[str, LoRALayer], nnx.Module]) -> list[str]:
+    """Puts other modules in the places of a model's LoRA layers, in place.
+
+    Args:
+      model: a model with LoRA layers below its root.
+      make: returns the module for the path and the layer that was there; called once a layer.
+
+    Returns:
+      The paths of the layers that were replaced, sorted.
+
+    Raises:
+      ValueError: if there is no LoRA layer, or the model itself is the LoRA layer.
+
+    Example:
+      >>> from flax import nnx
+      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+      >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+      >>> replace_lora(model, lambda path, layer: layer.base)
+      ['layers/0']
+    """
+    if isinstance(model, LoRALayer):
+        raise ValueError("a LoRA layer cannot replace itself in place: use its attribute 'base'")
+    layers = _lora_layers(model)
+    made = {id(layer): make(path, layer) for path, layer in layers.items()}
+    for edge in list(_edges(model)):
+        if id(edge.module) in made:
+            _replace(edge, made[id(edge.module)])
+    return sorted(layers)
 
 
 def lora_scales(model: nnx.Module) -> dict[str, float]:
@@ -240,11 +239,11 @@ def lora_scales(model: nnx.Module) -> dict[str, float]:
     Example:
       >>> from flax import nnx
       >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-      >>> _ = add_lora(model, 'layers/0', rank=2, alpha=4.0, rngs=nnx.Rngs(1))
+      >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2, alpha=4.0), rngs=nnx.Rngs(1))
       >>> lora_scales(model)
       {'layers/0': 2.0}
     """
-    return {path: layer.scale for path, layer in _find_lora_layers(model)}
+    return {path: layer.scale for path, layer in find_lora_layers(model)}
 
 
 def _edges(root: nnx.Module) -> Iterator[_Edge]:
@@ -280,7 +279,14 @@ def _replace(edge: _Edge, module: nnx.Module) -> None:
         edge.parent[edge.key] = module
 
 
-def _find_lora_layers(model: nnx.Module) -> Iterator[tuple[str, LoRALayer]]:
+def find_lora_layers(model: nnx.Module) -> Iterator[tuple[str, LoRALayer]]:
+    """Yields path and layer of every LoRA layer of a model; a shared one comes once.
+
+    Example:
+      >>> from flax import nnx
+      >>> list(find_lora_layers(nnx.Linear(4, 8, rngs=nnx.Rngs(0))))
+      []
+    """
     if isinstance(model, LoRALayer):
         yield "", model
     seen: set[int] = set()
@@ -291,20 +297,10 @@ def _find_lora_layers(model: nnx.Module) -> Iterator[tuple[str, LoRALayer]]:
 
 
 def _lora_layers(model: nnx.Module) -> dict[str, LoRALayer]:
-    layers = dict(_find_lora_layers(model))
+    layers = dict(find_lora_layers(model))
     if not layers:
         raise ValueError("the model has no LoRA layer: call add_lora first")
     return layers
-
-
-def _put_bases_back(model: nnx.Module) -> list[str]:
-    if isinstance(model, LoRALayer):
-        raise ValueError("a LoRA layer cannot replace itself in place: use its attribute 'base'")
-    paths = sorted(_lora_layers(model))
-    for edge in list(_edges(model)):
-        if isinstance(edge.module, LoRALayer):
-            _replace(edge, edge.module.base)
-    return paths
 
 
 def _add_to_kernel(layer: LoRALayer, sign: int) -> None:

@@ -1,31 +1,26 @@
-"""The adapter whose backward pass returns products of the full gradient (see ``shadows``)."""
+"""The layer of a shadowed pair, whose backward pass returns products of the full gradient."""
 
 import functools
 import math
 import string
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax import meshes, shadows
-from lowrank_optax.factors import ShadowedPair
-
-AxisName = str | Sequence[str] | None
+from lowrank_optax._core import krylov, meshes
+from lowrank_optax._core.nodes import AxisName
 
 # Width of the blocks of the kernel's gradient that Shampoo's statistics are summed over.
 _BLOCK = 128
 
 
-def apply_shadowed(
-    x: jax.Array, node: ShadowedPair, scale: Any, axis_name: AxisName = None
-) -> jax.Array:
+def apply_shadowed(x: jax.Array, node: Any, scale: Any, axis_name: AxisName = None) -> jax.Array:
     r"""Applies a shadowed pair: forward $y = s (x a) b$, backward the block-Krylov bases.
 
     Args:
       x: input: any leading axes if the factors have no batch axes, else (batch..., tokens, in).
-      node: the pair with its shadows.
+      node: the pair with its krylov.
       scale: forward scale s.
       axis_name: axes of ``pmap``, or of ``shard_map`` without ``check_vma``, over which the tokens
         are spread, where each device's loss is the mean over its own.
@@ -60,20 +55,18 @@ def apply_shadowed(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apply(axis_name: AxisName, x: jax.Array, node: ShadowedPair, scale: Any) -> jax.Array:
+def _apply(axis_name: AxisName, x: jax.Array, node: Any, scale: Any) -> jax.Array:
     narrow = scale * _matmul(x, node.a, like=x)
     return _matmul(narrow, node.b, like=x)
 
 
-def _forward(
-    axis_name: AxisName, x: jax.Array, node: ShadowedPair, scale: Any
-) -> tuple[jax.Array, Any]:
+def _forward(axis_name: AxisName, x: jax.Array, node: Any, scale: Any) -> tuple[jax.Array, Any]:
     return _apply(axis_name, x, node, scale), (x, node, scale)
 
 
 def _backward(
     axis_name: AxisName, residuals: Any, dy: jax.Array
-) -> tuple[jax.Array, ShadowedPair, jax.Array]:
+) -> tuple[jax.Array, Any, jax.Array]:
     x, node, scale = residuals
     tokens = _Tokens.of(axis_name, x, dy)
     dy *= jnp.asarray(tokens.share, dy.dtype)
@@ -81,10 +74,10 @@ def _backward(
     over_tokens = functools.partial(_over_tokens, like=x, tokens=tokens)
 
     statistics = node._replace(**_statistics(x, dy, node, tokens))
-    metric = shadows.scaling(node, statistics)
-    element = shadows.start(node, metric)
-    products: shadows.Basis = {"a": [], "b": []}
-    lengths = shadows.lengths(shadows.iterations_of(node))
+    metric = krylov.metric_of(node, statistics)
+    element = krylov.first_elements(node, metric)
+    products: krylov.Basis = {"a": [], "b": []}
+    lengths = krylov.lengths(krylov.iterations_of(node))
     low = []
     while len(products["b"]) < lengths["b"]:
         narrow = {"a": matmul(x, element["a"]), "b": matmul(dy, _transposed(element["b"]))}
@@ -100,23 +93,25 @@ def _backward(
             element = {side: metric.divide(side, y) for side, y in element.items()}
 
     rank, last = node.a.shape[-1], products["a"][0].shape[-1]
-    q = 0 if node.m_a is None else node.m_a.shape[-1]
+    q = krylov.momentum_rank(node)
     grads = jax.tree.map(jnp.zeros_like, statistics)._replace(
         a=products["a"][0][..., :rank],
         b=products["b"][0][..., :rank, :],
-        **shadows.pack(node, products),
+        **krylov.pack(node, products),
         d_in=statistics.d_in,
         d_out=statistics.d_out,
     )
     if q:
         m_a, m_b = products["a"][0][..., last - q :], products["b"][0][..., last - q :, :]
         grads = grads._replace(m_a=m_a, m_b=m_b)
-    grads = jax.tree.map(lambda g, leaf: meshes.laid_as(g.astype(leaf.dtype), leaf), grads, node)
+    grads = jax.tree.map(
+        lambda g, leaf: meshes.reshard_like(g.astype(leaf.dtype), leaf), grads, node
+    )
 
     a = _after(node.a, (products, statistics.d_in, statistics.d_out))
     dx = scale / tokens.share * matmul(low[0], _transposed(a))  # the first is dy bᵀ
     d_scale = tokens.total(jnp.sum(matmul(scale * matmul(x, node.a), node.b) * dy)) / scale
-    return meshes.laid_as(dx.astype(x.dtype), x), grads, d_scale
+    return meshes.reshard_like(dx.astype(x.dtype), x), grads, d_scale
 
 
 _apply.defvjp(_forward, _backward)
@@ -148,9 +143,7 @@ class _Tokens(NamedTuple):
         return jax.lax.psum(part, self.axes) if self.axes else part
 
 
-def _statistics(
-    x: jax.Array, dy: jax.Array, node: ShadowedPair, tokens: _Tokens
-) -> dict[str, jax.Array]:
+def _statistics(x: jax.Array, dy: jax.Array, node: Any, tokens: _Tokens) -> dict[str, jax.Array]:
     """Computes what the metric averages, by field of the node."""
     over = tuple(range(node.a.ndim - 2, x.ndim - 1))
     number = tokens.devices * math.prod(x.shape[axis] for axis in over)
@@ -164,7 +157,7 @@ def _statistics(
 
 
 def _squared_norms(
-    x: jax.Array, dy: jax.Array, node: ShadowedPair, tokens: _Tokens
+    x: jax.Array, dy: jax.Array, node: Any, tokens: _Tokens
 ) -> tuple[jax.Array, jax.Array]:
     """Computes squared row and column norms of ``xᵀ dy``, which never exists as a whole."""
     if (spec := meshes.spec_of(dy)) is not None and spec[-1] is not None:

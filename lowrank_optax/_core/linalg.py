@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax import meshes
+from lowrank_optax._core import meshes
 
 Side = Literal["a", "b"]
 
@@ -63,7 +63,7 @@ def cross(side: Side, x: jax.Array, y: jax.Array) -> jax.Array:
         >>> cross("b", jnp.ones((2, 5)), jnp.ones((2, 5))).tolist()
         [[5.0, 5.0], [5.0, 5.0]]
     """
-    return meshes.summed(side, _einsum(_CROSS[side], x, y))
+    return meshes.sum_over_shards(side, _einsum(_CROSS[side], x, y))
 
 
 def gram(side: Side, x: jax.Array) -> jax.Array:
@@ -94,7 +94,7 @@ def dots(side: Side, x: jax.Array, y: jax.Array) -> jax.Array:
         [[3.0, 3.0]]
     """
     long_axis = -2 if side == "a" else -1
-    return meshes.summed(side, jnp.sum(x * y, axis=long_axis, keepdims=True))
+    return meshes.sum_over_shards(side, jnp.sum(x * y, axis=long_axis, keepdims=True))
 
 
 def mix(side: Side, x: jax.Array, m: jax.Array) -> jax.Array:
@@ -137,7 +137,7 @@ def weigh(side: Side, x: jax.Array, weights: jax.Array | None) -> jax.Array:
     return x.astype(compute_dtype(x)) * jnp.expand_dims(weights, -1 if side == "a" else -2)
 
 
-def moved(x: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
+def apply_rounded(x: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes what ``optax.apply_updates`` makes of a parameter, rounding included.
 
     A compiler may keep the sum of two bfloat16 numbers in float32 where it is used at once; the
@@ -153,7 +153,7 @@ def moved(x: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> new, change = moved(jnp.ones(1, jnp.bfloat16), jnp.full(1, 1e-4, jnp.bfloat16))
+        >>> new, change = apply_rounded(jnp.ones(1, jnp.bfloat16), jnp.full(1, 1e-4, jnp.bfloat16))
         >>> new.tolist(), change.tolist()
         ([1.0], [0.0])
     """

@@ -1,14 +1,14 @@
-"""Where arrays lie: what their types say of explicit meshes, and long axes cut up by ``shard_map``.
+"""Sharding as the r×r algebra sees it: Explicit meshes, and long axes sharded by `shard_map`.
 
-Three ways to many devices ask three things of the r×r algebra. On an Auto mesh the compiler places
-everything and nothing is asked. On an Explicit mesh shardings are part of the types, and a product
-that contracts a sharded axis must say how its result lies. Inside ``shard_map`` a product over a
-long axis that is cut up is one device's part of a sum; :func:`cut` says for the code under it which
-axes to sum over.
+There are three ways to use many devices. On an Auto mesh the compiler shards everything, and the
+algebra does nothing. On an Explicit mesh shardings are part of the types, and a product that
+contracts a sharded axis must name the sharding of its result. Inside `shard_map` a product over a
+sharded long axis is one device's part of a sum; `sharded_axes` tells the code under it which axes
+to sum over.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
@@ -16,71 +16,53 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 
-_CUT: ContextVar[Mapping[str, tuple[str, ...]] | None] = ContextVar("cut", default=None)
+_SHARDED: ContextVar[Mapping[str, tuple[str, ...]] | None] = ContextVar("sharded", default=None)
 
 
 @contextlib.contextmanager
-def cut(axes: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
-    """Declares over which mesh axes the factors of a pair are cut up.
+def sharded_axes(axes: Mapping[str, tuple[str, ...]]) -> Iterator[None]:
+    """Declares over which mesh axes the factors of a pair are sharded inside `shard_map`.
 
     Args:
-        axes: names of mesh axes: of the long axis by side, and those that share out the pairs of a
-            stack as ``"batch"``; ``{"a": ("model",), "b": (), "batch": ()}``.
+        axes: names of mesh axes: of the long axis by side, and of the batch axes as `"batch"`, as
+            in `{"a": ("model",), "b": (), "batch": ()}`.
 
     Example:
-        >>> with cut({"a": ("model",), "b": ()}):
-        ...     cut_axes("a")
+        >>> with sharded_axes({"a": ("model",), "b": ()}):
+        ...     sharded_axes_of("a")
         ('model',)
     """
-    token = _CUT.set(axes)
+    token = _SHARDED.set(axes)
     try:
         yield
     finally:
-        _CUT.reset(token)
+        _SHARDED.reset(token)
 
 
-def as_cut_here(function: Callable[[], Any]) -> Callable[[], Any]:
-    """Makes a function see, wherever it is called, the factors as they are cut up here.
-
-    Example:
-        >>> with cut({"a": ("model",), "b": ()}):
-        ...     axes = as_cut_here(lambda: cut_axes("a"))
-        >>> axes()
-        ('model',)
-    """
-    axes = _CUT.get() or {}
-
-    def call() -> Any:
-        with cut(axes):
-            return function()
-
-    return call
-
-
-def cut_axes(what: str) -> tuple[str, ...]:
-    """Returns the axes that :func:`cut` declares for a side or the batch; none outside of it.
+def sharded_axes_of(what: str) -> tuple[str, ...]:
+    """Returns the axes that `sharded_axes` declares for a side or the batch, none outside of it.
 
     Example:
-        >>> cut_axes("b")
+        >>> sharded_axes_of("b")
         ()
     """
-    return (_CUT.get() or {}).get(what, ())
+    return (_SHARDED.get() or {}).get(what, ())
 
 
-def summed(side: str, part: jax.Array) -> jax.Array:
+def sum_over_shards(side: str, part: jax.Array) -> jax.Array:
     """Sums one device's part of a sum over a factor's long axis over the devices that share it.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> summed("a", jnp.ones(2)).tolist()
+        >>> sum_over_shards("a", jnp.ones(2)).tolist()
         [1.0, 1.0]
     """
-    axes = cut_axes(side)
+    axes = sharded_axes_of(side)
     return jax.lax.psum(part, axes) if axes else part
 
 
 def spec_of(x: Any) -> jax.P | None:
-    """Reads how an array lies on the explicit axes of its mesh.
+    """Reads how an array is sharded over the explicit axes of its mesh.
 
     Args:
         x: an array, concrete or traced.
@@ -100,7 +82,7 @@ def spec_of(x: Any) -> jax.P | None:
 
 
 def contraction(subscripts: str, x: jax.Array, y: jax.Array) -> NamedSharding | None:
-    """Says how a product lies on an Explicit mesh: each of its axes as the operand has it.
+    """Finds the sharding of a product on an Explicit mesh: each axis is sharded like the operand's.
 
     Args:
         subscripts: of ``jnp.einsum``, for two operands that begin with ``...``.
@@ -134,10 +116,10 @@ def contraction(subscripts: str, x: jax.Array, y: jax.Array) -> NamedSharding | 
 
 
 def matmul(x: jax.Array, y: jax.Array, preferred_element_type: Any) -> jax.Array:
-    """Multiplies an input by a weight, on an Explicit mesh as a layer means it.
+    """Multiplies an input by a weight; on an Explicit mesh, with the sharding that a layer means.
 
-    The result keeps the input's leading axes and takes the weight's last one. A weight that lies
-    otherwise than its input needs, as under FSDP, is brought there for the product.
+    The result keeps the input's leading axes and takes the weight's last one. A weight whose
+    sharding does not fit its input, as under FSDP, is resharded for the product.
 
     Args:
         x: (..., k).
@@ -168,19 +150,19 @@ def matmul(x: jax.Array, y: jax.Array, preferred_element_type: Any) -> jax.Array
     )
 
 
-def laid_as(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Brings an array to where another of its shape lies on an Explicit mesh.
+def reshard_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Gives an array the sharding of another one of its shape on an Explicit mesh.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> laid_as(jnp.ones(2), jnp.zeros(2)).tolist()
+        >>> reshard_like(jnp.ones(2), jnp.zeros(2)).tolist()
         [1.0, 1.0]
     """
     return x if spec_of(like) is None else jax.sharding.reshard(x, jax.typeof(like).sharding)
 
 
 def varying(x: Any) -> frozenset[str]:
-    """Returns the mesh axes along which ``shard_map`` knows a value to differ.
+    """Returns the mesh axes along which `shard_map` knows a value to differ.
 
     Example:
         >>> import jax.numpy as jnp

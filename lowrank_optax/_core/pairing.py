@@ -1,0 +1,365 @@
+"""Pairing: takes any parameter tree apart into LoRA pairs and the rest, and puts it together."""
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax._core import layouts, meshes
+from lowrank_optax._core.layouts import DEFAULT_SPECS, Member, PairMatcher, PairSpec, path_name
+from lowrank_optax._core.linalg import SIDES
+from lowrank_optax._core.nodes import is_node, kind_with
+
+
+@dataclass(frozen=True)
+class PairLeaves:
+    """Where the leaves of one pair are in a flattened tree.
+
+    Args:
+        path: the pair's name, the path of what holds its leaves.
+        spec: the layout of its leaves.
+        leaves: leaf index by role.
+        kind: the pair's kind, the type of its values.
+    """
+
+    path: str
+    spec: PairSpec
+    leaves: Mapping[str, int]
+    kind: Any
+
+    def shapes(self, leaves: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Returns the shapes of the canonical factors, (batch..., in, r) and (batch..., r, out)."""
+        spec, shape = self.spec, lambda role: tuple(leaves[self.leaves[role]].shape)
+        batch, n_in, rank = layouts.matrix_shape(self.path, shape("a"), *spec.axes("a"))
+        *_, n_out = layouts.matrix_shape(self.path, shape("b"), *spec.axes("b"))
+        return (*batch, n_in, rank), (*batch, rank, n_out)
+
+    def partition(self, role: str, ndim: int, batch: Sequence[Any], long: Any) -> jax.P:
+        """Returns the partition of a factor's leaf from those of its canonical axes."""
+        rows, columns = self.spec.axes(role)
+        order = layouts.canonical_order(self.path, ndim, rows, columns)
+        along = self.spec.a_in if role == "a" else self.spec.b_out
+        entries: list[Any] = [None] * ndim
+        for axis, entry in zip(order, batch, strict=False):
+            entries[axis] = entry
+        entries[along[0]] = long  # several axes that are one canonical axis: the major one
+        return jax.P(*entries)
+
+    def take(self, leaves: Sequence[Any], kind: Any = None) -> Any:
+        """Takes this pair out of a flat list, factors canonical, as its own or another kind."""
+        kind = kind or self.kind
+        values = {role: leaves[i] for role, i in self.leaves.items() if role in kind._fields}
+        values = {role: None if _is_masked(x) else x for role, x in values.items()}
+        for role in SIDES:
+            values[role] = layouts.to_matrix(values[role], *self.spec.axes(role))
+        return kind(**values)
+
+    def put(self, leaves: list[Any], pair: Any, like: Sequence[Any]) -> None:
+        """Puts a canonical pair back into a flat list, each leaf in the layout of `like`.
+
+        A leaf that the given pair lacks becomes `MaskedNode`, as those outside pairs do.
+        """
+        for role, index in self.leaves.items():
+            value = getattr(pair, role, None)
+            if value is not None and role in SIDES:
+                value = layouts.from_matrix(value, *self.spec.axes(role), like[index].shape)
+            leaves[index] = optax.MaskedNode() if value is None else value
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """A parameter tree taken apart into pairs and the rest.
+
+    Made by `find_pairs`. It holds structure only, no arrays.
+
+    Args:
+        treedef: structure of the whole tree.
+        paths: name of every leaf.
+        pairs: where each pair is.
+    """
+
+    treedef: jax.tree_util.PyTreeDef
+    paths: tuple[str, ...]
+    pairs: tuple[PairLeaves, ...]
+
+    def take(self, tree: Any, kind: Any = None) -> list[Any]:
+        """Returns the pairs of a tree of this structure, factors canonical, in a fixed order.
+
+        Args:
+            tree: as the tree of `find_pairs`.
+            kind: the type of the values; each pair's own kind by default.
+        """
+        leaves = self.treedef.flatten_up_to(tree)
+        return [pair.take(leaves, kind) for pair in self.pairs]
+
+    def put(self, values: Sequence[Any], like: Any) -> Any:
+        """Builds a tree of pairs in the layout of `like`; other leaves become `MaskedNode`."""
+        like_leaves = self.treedef.flatten_up_to(like)
+        leaves: list[Any] = [optax.MaskedNode()] * len(self.paths)
+        for pair, value in zip(self.pairs, values, strict=True):
+            pair.put(leaves, value, like_leaves)
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def rest(self, tree: Any) -> Any:
+        """Returns the tree with the leaves of pairs replaced by `MaskedNode`."""
+        leaves = self.treedef.flatten_up_to(tree)
+        for index in self._paired:
+            leaves[index] = optax.MaskedNode()
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def merge(self, pairs: Any, rest: Any) -> Any:
+        """Joins what `put` and `rest` return into one whole tree."""
+        leaves = self.treedef.flatten_up_to(rest)
+        pair_leaves = self.treedef.flatten_up_to(pairs)
+        for index in self._paired:
+            leaves[index] = pair_leaves[index]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+    def by_leaf(self, tree: Any, what: str) -> list[Any]:
+        """Reads one value for each leaf from `tree`: a single value or a prefix tree of them."""
+        try:
+            full = jax.tree.broadcast(tree, jax.tree.unflatten(self.treedef, self.paths))
+        except ValueError as error:
+            raise ValueError(
+                f"`{what}` does not fit the parameter tree; give one value, or a tree (or a prefix"
+                f" of one) with the structure of the parameters. {error}"
+            ) from error
+        return jax.tree.leaves(full)
+
+    @property
+    def _paired(self) -> list[int]:
+        return [index for pair in self.pairs for index in pair.leaves.values()]
+
+
+def find_pairs(tree: Any, specs: Sequence[PairMatcher] | None = None) -> Pairing:
+    """Finds the LoRA pairs of a parameter tree.
+
+    Args:
+        tree: parameters: arrays, `ShapeDtypeStruct` or Flax variables in any nesting. Nodes, such
+            as `LoRAPair`, are pairs whatever `specs` says. `None` and `MaskedNode` are passed over.
+        specs: layouts, tried in order on every leaf's path: `PairSpec` objects, or callables from
+            the path to a `Member` or None. `DEFAULT_SPECS` by default.
+
+    Returns:
+        The pairing, with pairs in the order of the tree. It may hold no pairs at all.
+
+    Raises:
+        ValueError: half a pair, shapes that do not multiply, a rank above min(in, out), batch axes
+            that differ. The message names the path and the remedy.
+        TypeError: a factor that is not floating.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tree = {"q": {"kernel": jnp.ones((6, 4)),
+        ...               "lora_a": jnp.ones((6, 2)), "lora_b": jnp.zeros((2, 4))}}
+        >>> [pair.path for pair in find_pairs(tree).pairs]
+        ['q']
+    """
+    specs = DEFAULT_SPECS if specs is None else specs
+    flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
+    paths = tuple(path_name(path) for path, _ in flat)
+    leaves = [leaf for _, leaf in flat]
+    in_nodes = _members_of_nodes(tree)
+
+    found: dict[tuple[str, str], tuple[Member, dict[str, int]]] = {}
+    for index, path in enumerate(paths):
+        member = in_nodes.get(path) or layouts.first_match(specs, path)
+        if member is not None:
+            key = (member.pair, f"{member.spec.a}|{member.spec.b}")
+            _, indices = found.setdefault(key, (member, {}))
+            if member.role in indices:
+                raise ValueError(
+                    f"{paths[indices[member.role]]} and {path} both claim the role"
+                    f" {member.role!r} of the pair {member.pair!r}; make the spec tell them apart."
+                )
+            indices[member.role] = index
+    pairs = tuple(
+        PairLeaves(name, member.spec, indices, member.kind or _kind_of(name, indices))
+        for (name, _), (member, indices) in found.items()
+    )
+    for pair in pairs:
+        _check_whole(pair, paths)
+        _check_types(pair, paths, leaves)
+        _check_shapes(pair, paths, leaves)
+    if not pairs and (suspects := [path for path in paths if "lora" in path.lower()]):
+        warnings.warn(
+            f"No LoRA pairs found, but some leaves look like factors: {', '.join(suspects[:4])}."
+            " Declare their layout with a PairSpec (argument `specs`).",
+            stacklevel=2,
+        )
+    return Pairing(treedef, paths, pairs)
+
+
+def scales(pairing: Pairing, scale: Any) -> list[Any]:
+    r"""Reads the forward scale s of every pair, $\Delta K = s\,a\,b$.
+
+    Args:
+        pairing: the pairs.
+        scale: one number; a callable from a pair's path to its number; or a tree: numbers by path
+            (`{"layers/0/q": 2.0, ...}`), or a (prefix of a) tree shaped like the parameters.
+
+    Returns:
+        One number per pair.
+
+    Raises:
+        ValueError: a tree that does not fit or gives the factors of a pair different scales, or a
+            number that is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lowrank_optax import LoRAPair
+        >>> tree = {"q": LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4)))}
+        >>> scales(find_pairs(tree), lambda path: 16 / 2 if path == "q" else 1.0)
+        [8.0]
+    """
+    names = [pair.path for pair in pairing.pairs]
+    if callable(scale):
+        values = [scale(name) for name in names]
+    elif not names:
+        values = []
+    elif _is_by_path(scale, names):
+        values = [scale[name] for name in names]
+    else:
+        leaves = pairing.by_leaf(scale, "scale")
+        values = [leaves[pair.leaves["a"]] for pair in pairing.pairs]
+        for pair, value in zip(pairing.pairs, values, strict=True):
+            if leaves[pair.leaves["b"]] is not value and leaves[pair.leaves["b"]] != value:
+                raise ValueError(
+                    f"{pair.path}: `scale` differs between its two factors; give both the same."
+                )
+    for name, value in zip(names, values, strict=True):
+        if isinstance(value, int | float) and not value > 0:
+            raise ValueError(f"{name}: `scale` must be positive, got {value}.")
+    return values
+
+
+def sharded_axes(
+    pairing: Pairing, params: Any, param_specs: Any
+) -> list[dict[str, tuple[str, ...]]]:
+    """Reads over which mesh axes every pair's factors are sharded.
+
+    Args:
+        pairing: the pairs.
+        params: the parameters.
+        param_specs: a `PartitionSpec` for each of them: a tree, or a prefix of one.
+
+    Returns:
+        For each pair, the mesh axes of the long axes by side, and of the batch axes.
+
+    Raises:
+        ValueError: specs that do not fit, or that shard a rank axis.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lowrank_optax import LoRAPair
+        >>> tree = {"q": LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4)))}
+        >>> specs = {"q": LoRAPair(jax.P("model"), jax.P())}
+        >>> sharded_axes(find_pairs(tree), tree, specs)
+        [{'a': ('model',), 'b': (), 'batch': ()}]
+    """
+    by_leaf = pairing.by_leaf(param_specs, "param_specs")
+    leaves = pairing.treedef.flatten_up_to(params)
+
+    def names(pair: PairLeaves, role: str, axes: layouts.Axes) -> tuple[str, ...]:
+        index = pair.leaves[role]
+        spec, ndim = by_leaf[index], leaves[index].ndim
+        if not isinstance(spec, jax.P) or len(spec) > ndim:
+            raise ValueError(
+                f"{pairing.paths[index]}: `param_specs` must give a PartitionSpec of at most {ndim}"
+                f" entries, got {spec!r}."
+            )
+        entries = [*spec, *[None] * (ndim - len(spec))]
+        found = [entries[axis] for axis in axes if entries[axis] is not None]
+        return tuple(name for entry in found for name in jax.tree.leaves(entry))
+
+    result = []
+    for pair in pairing.pairs:
+        spec = pair.spec
+        for role, axis in (("a", spec.a_rank), ("b", spec.b_rank)):
+            _check_rank_axis(pairing.paths[pair.leaves[role]], names(pair, role, (axis,)))
+        long = {"a": names(pair, "a", spec.a_in), "b": names(pair, "b", spec.b_out)}
+        rest = set(range(-leaves[pair.leaves["a"]].ndim, 0)) - {spec.a_rank, *spec.a_in}
+        result.append({**long, "batch": names(pair, "a", tuple(sorted(rest)))})
+    return result
+
+
+def _is_by_path(scale: Any, names: Sequence[str]) -> bool:
+    by_path = isinstance(scale, Mapping) and set(names) <= set(scale)
+    return by_path and jax.tree_util.all_leaves([scale[name] for name in names])
+
+
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
+
+
+def _members_of_nodes(tree: Any) -> dict[str, Member]:
+    """Members of the pairs that stand in the tree as nodes, by leaf path."""
+    members = {}
+    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
+        if is_node(node):
+            kind, spec = type(node), PairSpec("a", "b")
+            for sub_path, _ in jax.tree_util.tree_leaves_with_path(node):
+                member = Member(path_name(path), sub_path[0].name, spec, kind)
+                members[path_name((*path, *sub_path))] = member
+    return members
+
+
+def _kind_of(name: str, leaves: Mapping[str, int]) -> Any:
+    try:
+        return kind_with(leaves)
+    except ValueError as error:
+        raise ValueError(f"{name}: {error}") from error
+
+
+def _check_whole(pair: PairLeaves, paths: Sequence[str]) -> None:
+    """Raises if a required leaf of the pair is missing."""
+    for role in pair.kind._fields:
+        if role not in pair.leaves and role not in pair.kind._field_defaults:
+            present = ", ".join(paths[i] for i in pair.leaves.values())
+            raise ValueError(
+                f"Half a pair at {pair.path!r}: found {present}, but no leaf for {role!r}. Keep the"
+                " factors of a pair together: give them the same label or mask, or leave both out."
+            )
+
+
+def _check_types(pair: PairLeaves, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Raises unless the factors are floating and their types say that no rank axis is sharded."""
+    for role, axis in (("a", pair.spec.a_rank), ("b", pair.spec.b_rank)):
+        path, leaf = paths[pair.leaves[role]], leaves[pair.leaves[role]]
+        if not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"{path}: a LoRA factor must be floating, got {leaf.dtype}.")
+        if isinstance(leaf, jax.Array) and (spec := meshes.spec_of(leaf)) is not None:
+            _check_rank_axis(path, spec[axis])
+
+
+def _check_shapes(pair: PairLeaves, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+    """Raises unless the factors multiply and their rank is possible."""
+    (path_a, shape_a), (path_b, shape_b) = (
+        (paths[pair.leaves[role]], tuple(leaves[pair.leaves[role]].shape)) for role in SIDES
+    )
+    both = f"{path_a} {shape_a} and {path_b} {shape_b}"
+    remedy = "If their axes are laid out differently, declare them with a PairSpec (`specs`)."
+    batch_a, n_in, rank = layouts.matrix_shape(path_a, shape_a, *pair.spec.axes("a"))
+    batch_b, rank_b, n_out = layouts.matrix_shape(path_b, shape_b, *pair.spec.axes("b"))
+    if rank != rank_b:
+        raise ValueError(f"{both} do not multiply: ranks {rank} and {rank_b}. {remedy}")
+    if batch_a != batch_b:
+        raise ValueError(f"{both} have different batch axes: {batch_a} and {batch_b}. {remedy}")
+    if not 1 <= rank <= min(n_in, n_out):
+        raise ValueError(
+            f"{both}: the rank {rank} must lie between 1 and min(in, out) = {min(n_in, n_out)};"
+            f" choose a smaller LoRA rank for this layer. {remedy}"
+        )
+
+
+def _check_rank_axis(path: str, names: Any) -> None:
+    if names:
+        raise ValueError(
+            f"{path}: its rank axis is sharded over {names!r}. Replicate it: the r×r algebra needs"
+            " all of it on every device, and it is too short to gain by sharding. Shard the in axis"
+            " of a and the out axis of b."
+        )

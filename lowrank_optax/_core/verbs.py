@@ -1,0 +1,148 @@
+"""The verbs in which rules are written; see `lowrank_optax.engine`."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax._core import batching, meshes
+from lowrank_optax._core.arguments import is_zero
+from lowrank_optax._core.linalg import Side
+from lowrank_optax._core.nodes import LoRAPair, both
+
+ShardedAxes = Mapping[str, tuple[str, ...]]
+
+
+class Verbs:
+    """What is done pair by pair, what for all pairs together, and what under a condition.
+
+    Args:
+        sharded_axes: for each pair, the mesh axes that shard it inside `shard_map`, by `"a"`, `"b"`
+            and `"batch"`.
+
+    Attributes:
+        failures: how many results of `together` were not finite, int32 scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> two = Verbs([{}, {}])
+        >>> two.each(lambda x, y: x + y, [1, 2], [10, 20])
+        [11, 22]
+        >>> [x.item() for x in two.together(jnp.linalg.inv, [2 * jnp.eye(1), 4 * jnp.eye(1)])]
+        [0.5, 0.25]
+    """
+
+    def __init__(self, sharded_axes: Sequence[ShardedAxes]) -> None:
+        self.failures = jnp.zeros([], jnp.int32)
+        self._sharded_axes = sharded_axes
+
+    def each(self, function: Callable[..., Any], *lists: Sequence[Any]) -> Any:
+        """Maps a function over lists, pair by pair.
+
+        Args:
+            function: of one entry of each list.
+            lists: one entry a pair. Where the first list has None, nothing is done.
+
+        Returns:
+            The list of results; a tuple of lists if the function returns tuples.
+        """
+        results = []
+        for axes, first, *others in zip(self._sharded_axes, *lists, strict=True):
+            with meshes.sharded_axes(axes):
+                results.append(None if first is None else function(first, *others))
+        if results and type(results[0]) is tuple:
+            return tuple(map(list, zip(*results, strict=True)))
+        return results
+
+    def together(self, function: Callable[..., Any], *lists: Sequence[Any]) -> Any:
+        """Maps a function of r×r matrices over all pairs, in one call for all matrices of a shape.
+
+        Args:
+            function: of stacks (n, r, r), to one array (n, ...) or a tuple of such.
+            lists: one entry a pair: a matrix (..., r, r), or a pytree of them, as a pair with one
+                for each side.
+
+        Returns:
+            The list of results; a tuple of lists if the function returns a tuple. A result that is
+            not finite is replaced by zeros and counted in `failures`.
+        """
+        batch_axes = [axes.get("batch", ()) for axes in self._sharded_axes]
+        results, failures = batching.together(function, *lists, batch_axes=batch_axes)
+        self.failures += failures
+        return results
+
+    def switch(self, index: Any, branches: Sequence[Callable[[], Any]]) -> Any:
+        """Runs one of several functions without arguments.
+
+        Args:
+            index: which one: a number or boolean, known when tracing or not.
+            branches: the functions. They return the same structure, shapes and dtypes.
+
+        Returns:
+            What the function returns.
+        """
+        if isinstance(index, int):
+            return branches[index]()
+        before = self.failures
+
+        def counted(branch: Callable[[], Any]) -> Any:
+            self.failures = jnp.zeros([], jnp.int32)
+            return branch(), self.failures
+
+        result, failures = jax.lax.switch(
+            jnp.int32(index), [functools.partial(counted, branch) for branch in branches]
+        )
+        self.failures = before + failures
+        return result
+
+
+class Pairs(Verbs):
+    """What a rule works with in one update: the verbs, and the numbers of this update.
+
+    Attributes:
+        count: updates done before this one, int32 scalar.
+        rate: the learning rate of this update, or None if the method has none.
+        scales: the forward scale s of every pair.
+    """
+
+    def __init__(
+        self,
+        *,
+        count: jax.Array,
+        rate: Any,
+        scales: Sequence[Any],
+        grads: Sequence[Any],
+        decays: Sequence[Mapping[str, Any]],
+        sharded_axes: Sequence[ShardedAxes],
+    ) -> None:
+        super().__init__(sharded_axes)
+        self.count = count
+        self.rate = rate
+        self.scales = scales
+        self._grads = grads
+        self._decays = decays
+
+    def descend(self, directions: Sequence[Any], params: Sequence[Any]) -> Any:
+        r"""Makes the updates of the factors from the directions of descent.
+
+        $$u = -\eta\,(d + \lambda x)$$
+
+        Args:
+            directions: d, pairs; None on a side that does not move.
+            params: x, the pairs that move.
+
+        Returns:
+            The list of updates as pairs, in the gradients' dtypes.
+        """
+
+        def update(direction: Any, pair: Any, grad: Any, decay: Mapping[str, Any]) -> LoRAPair:
+            def of(side: Side, d: jax.Array, x: jax.Array, g: jax.Array) -> jax.Array:
+                if not is_zero(decay[side]):
+                    d += decay[side] * x.astype(d.dtype)
+                return (-self.rate * d).astype(g.dtype)
+
+            return both(of, direction, pair, grad)
+
+        return self.each(update, directions, params, self._grads, self._decays)

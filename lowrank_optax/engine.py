@@ -1,0 +1,405 @@
+r"""The engine, for authors of methods: lifts an update rule for LoRA pairs to an optax transformation.
+
+A method is one function, its *rule*. It sees all pairs of a parameter tree as lists, one entry a
+pair, and says what is done pair by pair and what for all pairs together:
+
+- `pairs.each(f, ...)` maps over lists, pair by pair. Products with the large factors go here.
+- `pairs.together(f, ...)` maps a function of r×r matrices. Matrices of one shape are stacked, so
+  one factorization serves all layers.
+- `pairs.switch(index, branches)` is the one conditional.
+- `pairs.descend(directions, params)` makes the updates: learning rate, schedule, weight decay.
+
+The engine finds the pairs, hands the other leaves to a fallback transformation, and keeps the state
+in trees shaped like the parameters. Pairs never see each other's numbers: what is not finite in one
+stays there.
+
+Example:
+    A complete method, preconditioned LoRA with momentum:
+
+    >>> import jax, jax.numpy as jnp, optax
+    >>> from typing import Any, NamedTuple
+    >>> from lowrank_optax import LoRAPair, engine
+    >>> from lowrank_optax.engine import both, damped_inverse, gram, mix, swap
+    >>> class State(NamedTuple):
+    ...     mu: Any  # shaped like the factors, starts at zero
+    >>> def preconditioned(learning_rate, b1=0.9, damping=1e-6, scale=1.0, fallback=None):
+    ...     invert = lambda matrix: damped_inverse(matrix, damping)
+    ...     def rule(pairs, grads, params, state):
+    ...         inverses = pairs.together(invert, pairs.each(lambda p: both(gram, p), params))
+    ...         steps = pairs.each(lambda g, inv: both(mix, g, swap(inv)), grads, inverses)
+    ...         mu = optax.tree.update_moment(steps, state.mu, b1, 1)
+    ...         return pairs.descend(mu, params), State(mu)
+    ...     return engine.lift(rule, State, learning_rate=learning_rate, scale=scale,
+    ...                        fallback=fallback, name="preconditioned")
+    >>> params = {"q": LoRAPair(jnp.eye(4, 2), 2.0 * jnp.eye(2, 3)), "bias": jnp.ones(3)}
+    >>> tx = preconditioned(0.1)
+    >>> updates, state = tx.update(params, tx.init(params), params)
+    >>> updates["q"].b[0].round(4).tolist(), updates["bias"].shape
+    ([-0.02, 0.0, 0.0], (3,))
+"""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Annotated, Any, NamedTuple, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax._core import pairing
+from lowrank_optax._core.arguments import (
+    check,
+    check_choice,
+    check_decay,
+    check_integer,
+    check_positive,
+    is_zero,
+    unpaired_mask,
+)
+from lowrank_optax._core.layouts import PairMatcher
+from lowrank_optax._core.linalg import (
+    SIDES,
+    Side,
+    apply_rounded,
+    compute_dtype,
+    cross,
+    damped_inverse,
+    dots,
+    gram,
+    inverse_square_root,
+    mix,
+    other,
+    product,
+    weigh,
+)
+from lowrank_optax._core.nodes import LoRAPair, both, register_node, swap
+from lowrank_optax._core.verbs import Pairs
+
+__all__ = [
+    "SIDES",
+    "LoRAPair",
+    "NoState",
+    "Pairs",
+    "PairwiseState",
+    "Rule",
+    "Side",
+    "Small",
+    "apply_rounded",
+    "both",
+    "check",
+    "check_choice",
+    "check_decay",
+    "check_integer",
+    "check_positive",
+    "compute_dtype",
+    "cross",
+    "damped_inverse",
+    "dots",
+    "gram",
+    "inverse_square_root",
+    "is_zero",
+    "lift",
+    "mix",
+    "other",
+    "product",
+    "register_node",
+    "swap",
+    "weigh",
+]
+
+_SMALL = "not shaped like the factors"
+
+Small = Annotated[Any, _SMALL]
+"""Annotates a field of a state that is not shaped like the factors, such as r×r matrices."""
+
+Rule = Callable[["Pairs", list[Any], list[Any], Any], tuple[list[Any], Any]]
+"""`(pairs, grads, params, state) → (updates, state)`, lists and a state of lists."""
+
+
+class NoState(NamedTuple):
+    """The state of a method that keeps nothing, or only leaves among the parameters."""
+
+
+class PairwiseState(NamedTuple):
+    """State of a lifted method.
+
+    Args:
+        count: updates done, int32 scalar.
+        skipped: how often small algebra failed and its result was taken as zero; int32 scalar,
+            summed over pairs.
+        pairs: the method's own state, a NamedTuple. Each field is a tree shaped like the parameters
+            with `MaskedNode` in place of unpaired leaves, or, if declared `Small`, a list with one
+            entry a pair.
+        fallback: state of the transformation of the unpaired leaves.
+    """
+
+    count: jax.Array  # type: ignore[assignment]
+    skipped: jax.Array
+    pairs: Any
+    fallback: optax.OptState
+
+
+def lift(
+    rule: Rule,
+    state_type: Any,
+    *,
+    learning_rate: optax.ScalarOrSchedule | None = None,
+    weight_decay: Any = 0.0,
+    mask: Any = None,
+    scale: Any = 1.0,
+    fallback: optax.GradientTransformation | None = None,
+    adamw: Mapping[str, Any] | None = None,
+    specs: Sequence[PairMatcher] | None = None,
+    init: Callable[[Any], Any] | None = None,
+    node: Any = LoRAPair,
+    why_unfit: Callable[[Any], str] = lambda pair: "",
+    name: str = "this transformation",
+) -> optax.GradientTransformationExtraArgs:
+    r"""Lifts a rule for pairs to a transformation of a whole parameter tree.
+
+    Args:
+        rule: the method. Its state has the fields of `state_type`, each a list with one entry a
+            pair. It returns updates as nodes of the parameters' kind; None is no update.
+        state_type: the method's NamedTuple. A field is shaped like the factors, or declared
+            `Small`.
+        learning_rate: $\eta$, positive, or a schedule of the update count; None for a method
+            without one, as a chainable `scale_by_...`.
+        weight_decay: $\lambda$ of `Pairs.descend`, decoupled, not negative.
+        mask: what is decayed: a tree of booleans, or a callable from the parameters to one; None
+            for everything.
+        scale: the forward scale s, as alpha / r: a number, a callable from a pair's path, or a tree
+            of numbers.
+        fallback: transformation of every leaf that belongs to no pair. By default AdamW with the
+            same learning rate, decay and mask; nothing is done to them without a learning rate.
+        adamw: further arguments of that AdamW, such as `b1`.
+        specs: layouts of the pairs, see `find_pairs`.
+        init: the `state_type` of one pair at the start, from the pair. By default zeros, shaped
+            like the factors or, where `Small`, r×r for each side; in float32 or better.
+        node: the kind of pair that the rule understands. What is optional in it may be missing.
+        why_unfit: says why a pair does not fit this method, and the remedy; empty if it fits.
+        name: the method's name, for messages.
+
+    Returns:
+        A transformation that needs `params` in `update`. Updates have the gradients' dtypes. Inside
+        `shard_map`, `update` takes `param_specs`, a `PartitionSpec` for each parameter.
+
+    Raises:
+        ValueError: a learning rate or decay out of range; in `init` or `update`, pairs that do not
+            fit (see `find_pairs`), missing `params`, trees that do not match, or a rule that
+            returns another structure.
+        TypeError: a rule that is a generator.
+
+    Example:
+        See the module, `lowrank_optax.engine`.
+    """
+    check_positive("learning_rate", learning_rate)
+    check("weight_decay", weight_decay, lambda v: v >= 0, "must not be negative")
+    if fallback is None and learning_rate is not None:
+        decay = {"weight_decay": weight_decay, "mask": unpaired_mask(mask)}
+        fallback = optax.adamw(learning_rate, **decay, **(adamw or {}))
+    rest_tx = optax.with_extra_args_support(fallback or optax.identity())
+    small = _small_fields(state_type)
+    start = init or functools.partial(_zero_state, state_type, small)
+    find = functools.partial(find_nodes, specs=specs, node=node, why_unfit=why_unfit, name=name)
+
+    def init_fn(params: Any) -> PairwiseState:
+        found = find(params)
+        states = [start(pair) for pair in found.take(params, node)]
+        lists = state_type(*([getattr(s, f) for s in states] for f in state_type._fields))
+        return PairwiseState(
+            count=jnp.zeros([], jnp.int32),
+            skipped=jnp.zeros([], jnp.int32),
+            pairs=_to_trees(found, lists, small, params),
+            fallback=rest_tx.init(found.rest(params)),
+        )
+
+    def update_fn(
+        updates: Any,
+        state: PairwiseState,
+        params: Any = None,
+        *,
+        param_specs: Any = None,
+        **extra_args: Any,
+    ) -> tuple[Any, PairwiseState]:
+        if params is None:
+            raise ValueError(f"{name} needs the parameters: call `update(grads, state, params)`.")
+        found = find(params)
+        _check_same_tree(updates, found, name)
+        rest, fallback_state = rest_tx.update(
+            found.rest(updates), state.fallback, found.rest(params), **extra_args
+        )
+        count = optax.safe_increment(state.count)
+        if not found.pairs:
+            return rest, state._replace(count=count, fallback=fallback_state)
+
+        grads, values = found.take(updates, node), found.take(params, node)
+        old = _to_lists(found, state.pairs, small)
+        pairs = Pairs(
+            count=state.count,
+            rate=learning_rate(state.count) if callable(learning_rate) else learning_rate,
+            scales=pairing.scales(found, scale),
+            grads=grads,
+            decays=_decays(found, weight_decay, mask, params),
+            sharded_axes=_sharded_axes(found, params, param_specs),
+        )
+        moves, new = _checked(rule(pairs, grads, values, old), grads, values, old, name)
+        new_state = PairwiseState(
+            count=count,
+            skipped=state.skipped + pairs.failures,
+            pairs=_to_trees(found, new, small, params),
+            fallback=fallback_state,
+        )
+        return found.merge(found.put(moves, updates), rest), new_state
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def find_nodes(
+    params: Any,
+    *,
+    specs: Sequence[PairMatcher] | None,
+    node: Any,
+    why_unfit: Callable[[Any], str],
+    name: str,
+) -> pairing.Pairing:
+    """Finds the pairs of a tree and raises unless a method can work on all of them.
+
+    Args:
+        params: the parameters.
+        specs: layouts of the pairs.
+        node: see `lift`.
+        why_unfit: see `lift`.
+        name: the method's name.
+
+    Returns:
+        The pairing.
+
+    Raises:
+        ValueError: pairs that do not fit.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> pair = LoRAPair(jnp.ones((4, 2)), jnp.ones((2, 3)))
+        >>> keywords = {"specs": (), "node": LoRAPair, "why_unfit": lambda pair: "", "name": ""}
+        >>> len(find_nodes({"q": pair}, **keywords).pairs)
+        1
+    """
+    found = pairing.find_pairs(params, specs)
+    needed = set(node._fields) - set(node._field_defaults)
+    for pair in found.pairs:
+        if not needed <= set(pair.leaves) <= set(node._fields):
+            raise ValueError(
+                f"{pair.path}: {name} works on {node.__name__}, but this is a"
+                f" {pair.kind.__name__}. Use the optimizer made for it, or add or remove what the"
+                " pair has beside its factors."
+            )
+    for pair, value in zip(found.pairs, found.take(params, node), strict=True):
+        if reason := why_unfit(value):
+            raise ValueError(f"{pair.path}: {name} {reason}")
+    return found
+
+
+def _small_fields(state_type: Any) -> set[str]:
+    hints = get_type_hints(state_type, include_extras=True)
+    return {name for name, hint in hints.items() if hint is Small}
+
+
+def _zero_state(state_type: Any, small: set[str], pair: Any) -> Any:
+    like_factor = lambda side, x: jnp.zeros_like(x, dtype=compute_dtype(x))
+    like_gram = lambda side, x: jnp.zeros_like(gram(side, x))
+    return state_type(
+        *(both(like_gram if f in small else like_factor, pair) for f in state_type._fields)
+    )
+
+
+def _to_trees(found: pairing.Pairing, lists: Any, small: set[str], like: Any) -> Any:
+    """Turns a state of lists into one whose fields are trees shaped like the parameters.
+
+    Small fields stay lists, for they must not be taken for parameters. Without pairs such a field
+    is a leaf, which stands for the list where `optax.tree.map_params` asks.
+    """
+
+    def field(name: str, values: list[Any]) -> Any:
+        return (values or jnp.zeros([0])) if name in small else found.put(values, like)
+
+    return type(lists)(*(field(name, values) for name, values in lists._asdict().items()))
+
+
+def _to_lists(found: pairing.Pairing, trees: Any, small: set[str]) -> Any:
+    """Undoes `_to_trees`."""
+    fields = trees._asdict().items()
+    return type(trees)(
+        *(tree if name in small else found.take(tree, LoRAPair) for name, tree in fields)
+    )
+
+
+def _sharded_axes(found: pairing.Pairing, params: Any, param_specs: Any) -> list[Any]:
+    if param_specs is None:
+        return [{} for _ in found.pairs]
+    return pairing.sharded_axes(found, params, param_specs)
+
+
+def _decays(
+    found: pairing.Pairing, weight_decay: Any, mask: Any, params: Any
+) -> list[dict[str, Any]]:
+    """Reads the weight decay of every pair's leaves, by role."""
+    mask = mask(params) if callable(mask) else mask
+    decayed = found.by_leaf(True if mask is None else mask, "mask")
+    return [
+        {role: weight_decay if decayed[index] else 0.0 for role, index in pair.leaves.items()}
+        for pair in found.pairs
+    ]
+
+
+def _checked(result: Any, grads: Any, params: Any, state: Any, name: str) -> tuple[Any, Any]:
+    """Refuses what a rule must not return, fills updates up to whole nodes, and casts."""
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    if hasattr(result, "send"):
+        raise TypeError(f"the rule of {name} is a generator; return the updates and the state.")
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError(f"the rule of {name} must return (updates, state), got {shapes(result)}.")
+    updates, new = result
+    if shapes(new) != shapes(state):
+        raise ValueError(
+            f"the rule of {name} must return a state of the structure and shapes that it was given,"
+            f" {shapes(state)}; got {shapes(new)}."
+        )
+    if not isinstance(updates, list) or len(updates) != len(params):
+        raise ValueError(
+            f"the rule of {name} must return a list of updates, one for each of {len(params)}"
+            f" pairs; got {shapes(updates)}."
+        )
+
+    def whole(update: Any, pair: Any, grad: Any) -> Any:
+        values = {f: getattr(update, f, None) for f in pair._fields}
+        for field, x in pair._asdict().items():
+            if values[field] is None:
+                values[field] = None if x is None else jnp.zeros_like(getattr(grad, field))
+            elif jnp.shape(values[field]) != jnp.shape(x):
+                raise ValueError(
+                    f"the rule of {name} must return updates shaped as the parameters; for"
+                    f" {field!r} of shape {jnp.shape(x)} it gave {jnp.shape(values[field])}."
+                )
+            else:
+                values[field] = values[field].astype(getattr(grad, field).dtype)
+        return type(pair)(**values)
+
+    updates = [whole(*each) for each in zip(updates, params, grads, strict=True)]
+    return updates, jax.tree.map(lambda n, o: n.astype(o.dtype), new, state)
+
+
+def _check_same_tree(updates: Any, found: pairing.Pairing, name: str) -> None:
+    try:
+        leaves = found.treedef.flatten_up_to(updates)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: gradients and parameters differ in structure. {error}"
+        ) from error
+    for pair in found.pairs:
+        for role, index in pair.leaves.items():
+            if not hasattr(leaves[index], "shape"):
+                raise ValueError(
+                    f"{name}: {found.paths[index]} has no gradient ({leaves[index]!r}), so"
+                    f" {pair.path!r} is half a pair ({role!r} is missing). Take gradients of both"
+                    " factors, or mask both in the parameters too."
+                )

@@ -144,7 +144,7 @@ def lift(
     state_type: Any,
     *,
     learning_rate: optax.ScalarOrSchedule | None = None,
-    weight_decay: Any = 0.0,
+    weight_decay: Any = None,
     mask: Any = None,
     scale: Any = 1.0,
     fallback: optax.GradientTransformation | None = None,
@@ -164,7 +164,8 @@ def lift(
             `Small`.
         learning_rate: $\eta$, positive, or a schedule of the update count; None for a method
             without one, as a chainable `scale_by_...`.
-        weight_decay: $\lambda$ of `Pairs.descend`, decoupled, not negative.
+        weight_decay: $\lambda$ of `Pairs.descend`, decoupled, not negative; None for a method
+            without one.
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one; None
             for everything.
         scale: the forward scale s, as alpha / r: a number, a callable from a pair's path, or a tree
@@ -196,6 +197,7 @@ def lift(
     check("weight_decay", weight_decay, lambda v: v >= 0, "must not be negative")
     if fallback is None and learning_rate is not None:
         decay = {"weight_decay": weight_decay, "mask": unpaired_mask(mask)}
+        decay = {} if weight_decay is None else decay
         fallback = optax.adamw(learning_rate, **decay, **(adamw or {}))
     rest_tx = optax.with_extra_args_support(fallback or optax.identity())
     small = _small_fields(state_type)
@@ -346,7 +348,7 @@ def _decays(
     mask = mask(params) if callable(mask) else mask
     decayed = found.by_leaf(True if mask is None else mask, "mask")
     return [
-        {role: weight_decay if decayed[index] else 0.0 for role, index in pair.leaves.items()}
+        {role: weight_decay if decayed[i] else None for role, i in pair.leaves.items()}
         for pair in found.pairs
     ]
 

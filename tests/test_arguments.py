@@ -10,10 +10,9 @@ from lowrank_optax import (
     LoRAPair,
     altlora,
     altlora_plus,
+    lora_plus,
     oplora,
     oplora_proj,
-    scale_by_altlora,
-    scale_by_altlora_plus,
     scaled_oplora,
     sds_lora,
 )
@@ -33,10 +32,10 @@ IDENTITY = optax.identity()
         ({"damping": -1e-6}, "`damping` must be positive"),
         ({"b1": 1.0}, r"`b1` must lie in \[0, 1\), got 1.0"),
         ({"weight_decay": -0.1}, "`weight_decay` must not be negative"),
-        ({"order": "random"}, "`order` must be one of alternating, simultaneous, sequential"),
+        ({"order": "random"}, "`order` must be one of simultaneous, sequential, alternating"),
         ({"first": "c"}, "`first` must be one of a, b, got 'c'"),
-        ({"switch_every": 0}, "`switch_every` must be a whole number, 1 or more, got 0"),
-        ({"switch_every": 1.5}, "`switch_every` must be a whole number"),
+        ({"switch_every": 0, "order": "alternating"}, "`switch_every` must be a whole number, 1 or more, got 0"),
+        ({"switch_every": 1.5, "order": "alternating"}, "`switch_every` must be a whole number"),
         ({"switch_every": 2, "order": "sequential"}, "`switch_every` applies to order='alter"),
         ({"scale": 0.0}, "q: `scale` must be positive, got 0.0"),
         ({"scale": {"p": 1.0}}, "`scale` does not fit the parameter tree"),
@@ -56,12 +55,6 @@ def test_nonsense_is_refused(make, keywords, message):
 def test_second_moment_arguments(keywords):
     with pytest.raises(ValueError, match="must"):
         altlora_plus(0.1, **keywords)
-
-
-@pytest.mark.parametrize("make", [scale_by_altlora, scale_by_altlora_plus])
-def test_sequential_needs_the_alias(make):
-    with pytest.raises(ValueError, match=r"needs the learning rate; use altlora\(\.\.\.\)"):
-        make(order="sequential")
 
 
 def test_update_with_other_gradients_than_parameters():
@@ -88,8 +81,7 @@ def test_mask_tree_covers_pairs_and_the_fallback():
     [
         (altlora(0.1), optax.adamw(0.1, weight_decay=0.0)),
         (altlora_plus(0.1, 0.8, 0.9, 1e-3), optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0)),
-        (scale_by_altlora(0.8), optax.scale_by_adam(0.8)),
-        (scale_by_altlora_plus(0.8, 0.9, 1e-3), optax.scale_by_adam(0.8, 0.9, 1e-3)),
+        (lora_plus(0.1, 4.0, 0.8, 0.9, 1e-3), optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0)),
         (oplora(0.1), optax.adamw(0.1)),
         (oplora_proj(0.1), optax.adamw(0.1)),
         (scaled_oplora(0.1), optax.adamw(0.1)),

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank_optax import LoRAPair, altlora, altlora_plus, linalg, scale_by_altlora
+from lowrank_optax import LoRAPair, altlora, altlora_plus, engine
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -27,9 +27,9 @@ def factor_gradients(pair, full, scale=1.0):
 
 
 def first_direction(pair, scale=1.0, damping=1e-12, **keywords):
-    tx = scale_by_altlora(0.0, damping, order="simultaneous", scale=scale, **keywords)
+    tx = altlora(1.0, 0.0, damping, scale=scale, **keywords)
     grads = factor_gradients(pair, FULL_GRADIENT, scale)
-    return tx.update(grads, tx.init(pair), pair)[0]
+    return jax.tree.map(jnp.negative, tx.update(grads, tx.init(pair), pair)[0])
 
 
 def test_projected_gradient_is_the_best_approximation_in_the_row_space():
@@ -85,7 +85,7 @@ def test_first_step_from_b_zero_is_finite_and_moves_b(make, order):
 
 def test_momentum_transport_is_the_stated_least_squares_solution():
     """After b moves, a's next step begins from argmin_M ‖M b⁺ − m_a b‖."""
-    tx = altlora(0.3, damping=1e-12, first="a")
+    tx = altlora(0.3, damping=1e-12, order="alternating", first="a")
     state, pair = tx.init(PAIR), PAIR
     updates, state = tx.update(factor_gradients(pair, FULL_GRADIENT), state, pair)
     pair = optax.apply_updates(pair, updates)
@@ -100,7 +100,7 @@ def test_momentum_transport_is_the_stated_least_squares_solution():
 
 def test_momentum_rests_while_the_other_factor_rests():
     """Damping must not shrink a momentum whose partner has not moved."""
-    tx = altlora(0.3, damping=0.5, switch_every=3, first="b")
+    tx = altlora(0.3, damping=0.5, order="alternating", switch_every=3, first="b")
     state, pair = tx.init(PAIR), PAIR
     for _ in range(4):  # three moves of b and the first of a
         updates, state = tx.update(factor_gradients(pair, FULL_GRADIENT), state, pair)
@@ -126,14 +126,14 @@ def test_damped_inverse_of_singular_grams_is_finite(dtype, rank):
     """Equal columns make a Gram matrix singular up to rounding, where plain damping is lost."""
     column = jnp.asarray(30 * normal(5, 512, 1), dtype)
     x = jnp.concatenate([column] * rank, axis=1)
-    inverse = linalg.damped_inverse(linalg.gram("a", x), 1e-10)
+    inverse = engine.damped_inverse(engine.gram("a", x), 1e-10)
     assert inverse.dtype == dtype
     assert jnp.all(jnp.isfinite(inverse))
 
 
 def test_damped_inverse_is_the_inverse():
-    gram = linalg.gram("a", PAIR.a)
-    inverse = linalg.damped_inverse(gram, 0.1)
+    gram = engine.gram("a", PAIR.a)
+    inverse = engine.damped_inverse(gram, 0.1)
     np.testing.assert_allclose(inverse @ (gram + 0.1 * jnp.eye(RANK)), jnp.eye(RANK), atol=1e-12)
 
 
@@ -141,12 +141,12 @@ def test_damped_inverse_is_the_inverse():
 def test_weight_decay_is_decoupled_and_masked(make):
     """A factor that moves shrinks by lr·λ of its old value; the mask can exempt it."""
     pair, zero = PAIR, jax.tree.map(jnp.zeros_like, PAIR)
-    tx = make(0.1, weight_decay=0.5)
+    tx = make(0.1, weight_decay=0.5, order="alternating")
     updates, _ = tx.update(zero, tx.init(pair), pair)
     np.testing.assert_allclose(updates.b, -0.1 * 0.5 * pair.b, rtol=1e-12)
     assert not jnp.any(updates.a)
     for mask in (LoRAPair(True, False), lambda p: LoRAPair(True, False)):
-        masked = make(0.1, weight_decay=0.5, mask=mask)
+        masked = make(0.1, weight_decay=0.5, mask=mask, order="alternating")
         updates, _ = masked.update(zero, masked.init(pair), pair)
         assert not jnp.any(updates.b)
 
@@ -157,7 +157,7 @@ def test_transport_sees_the_rounded_factor():
     mu = LoRAPair(
         jnp.asarray(normal(6, N_IN, RANK), jnp.float32), jnp.zeros((RANK, N_OUT), jnp.float32)
     )
-    tx = altlora(0.05, damping=1e-9)
+    tx = altlora(0.05, damping=1e-9, order="alternating")
     state = tx.init(pair)
     state = state._replace(pairs=state.pairs._replace(mu=mu))
     grads = jax.tree.map(

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank_optax import LoRAPair, nn, oplora, oplora_proj, scaled_oplora, shadow, shadows
+from lowrank_optax import LoRAPair, Metric, nn, oplora, oplora_proj, scaled_oplora, shadow
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -44,7 +44,7 @@ def train(tx, node, scale=1.0, steps=3):
 
 
 TINY: dict[str, Any] = {"lmbd": 0.0, "momentum_damping": 1e-14}
-METRIC = shadows.Metric()
+METRIC = Metric()
 METHODS = {
     "preconditioned": (lambda s: oplora(RATE, 0.0, iterations=0, lmbd=1e-14, scale=s), None),
     "oplora": (lambda s: oplora(RATE, scale=s, **TINY), {}),
@@ -96,7 +96,7 @@ def test_momentum_lives_through_a_rate_of_zero(method, iterations):
 @pytest.mark.parametrize("kind", ["kfac", "shampoo"])
 def test_the_optimizer_hands_its_own_numbers_to_the_backward_pass(kind):
     """Only the first step is made in the numbers that the node was given."""
-    node = shadow(PAIR, KEY, metric=shadows.Metric(kind, b2=0.5, damping=1.0, power=1.0))
+    node = shadow(PAIR, KEY, metric=Metric(kind, b2=0.5, damping=1.0, power=1.0))
     tx = scaled_oplora(RATE, b2=0.9, damping=0.01, power=0.25)
     after = train(tx, node, steps=1)[0]
     np.testing.assert_allclose(getattr(after, kind), [0.9, 0.01, 0.25], rtol=1e-12)

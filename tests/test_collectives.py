@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, NamedSharding
 
-from lowrank_optax.collectives import Branch, Shape, collectives, traffic
+from tests.collectives import Branch, Shape, collectives, traffic
 
 # As XLA writes programs; what is between the lines here is left out.
 ASYNCHRONOUS = """\

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank_optax import LoRAPair, altlora, altlora_plus, scale_by_altlora, scale_by_altlora_plus
+from lowrank_optax import LoRAPair, altlora, altlora_plus
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 EQUATIONS = sorted(p.stem for p in GOLDEN.glob("altlora*_equations_*.npz"))
@@ -72,24 +72,6 @@ def test_alias_follows_the_equations(name):
         tx = altlora_plus(hp["lr"], hp["b1"], hp["b2"], hp["eps"], **shared)
     else:
         tx = altlora(hp["lr"], hp["b1"], **shared)
-    assert_trajectory(run(tx, data, hp["scale"]), data)
-
-
-@pytest.mark.parametrize("name", [name for name in EQUATIONS if "sequential" not in name])
-def test_chained_form_follows_the_equations(name):
-    data, hp = load(name)
-    shared = {
-        "damping": hp["damping"],
-        "order": order_of(name),
-        "switch_every": hp["switch_every"],
-        "first": "a",
-        "scale": hp["scale"],
-    }
-    if "plus" in name:
-        direction = scale_by_altlora_plus(hp["b1"], hp["b2"], hp["eps"], **shared)
-    else:
-        direction = scale_by_altlora(hp["b1"], **shared)
-    tx = optax.chain(direction, optax.scale_by_learning_rate(hp["lr"]))
     assert_trajectory(run(tx, data, hp["scale"]), data)
 
 

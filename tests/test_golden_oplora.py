@@ -10,6 +10,7 @@ import pytest
 
 from lowrank_optax import (
     LoRAPair,
+    Metric,
     ShadowedPair,
     lorsum,
     nn,
@@ -17,7 +18,6 @@ from lowrank_optax import (
     oplora_proj,
     scaled_oplora,
     shadow,
-    shadows,
 )
 
 pytestmark = pytest.mark.usefixtures("x64")
@@ -115,7 +115,7 @@ def scaled(hp, betas):
         lmbd=hp["lmbd"],
         solver_damping=RELEASED,
     )
-    metric = shadows.Metric("kfac", b2=b2, damping=damping, power=power)
+    metric = Metric("kfac", b2=b2, damping=damping, power=power)
     return tx, {"iterations": hp["iters"], "metric": metric}
 
 

@@ -7,7 +7,7 @@ import sys
 # Independent batched inverses, which the CPU's scheduler runs side by side.
 PROGRAM = """
 import jax, jax.numpy as jnp
-from lowrank_optax.linalg import damped_inverse
+from lowrank_optax.engine import damped_inverse
 
 @jax.jit
 def inverses(seed):

@@ -8,15 +8,18 @@ import pytest
 
 from lowrank_optax import (
     LoRAPair,
+    Metric,
+    clip_by_global_norm,
     frame,
     lorsum,
     nn,
     oplora,
     oplora_proj,
+    scale_gradients,
     scaled_oplora,
     shadow,
-    shadows,
 )
+from lowrank_optax._core import krylov
 
 TOKENS, N_IN, RANK, N_OUT, SCALE = 20, 7, 2, 150, 1.5
 KEY = jax.random.key(0)
@@ -77,7 +80,7 @@ def dense_bases(node, x, metric):
         a, b = [pair.a, node.m_a / d_in[:, None]], [pair.b, node.m_b / d_out]
     step = [(jnp.hstack(a), jnp.vstack(b))]
     momentum = [(node.m_a, node.m_b)] if has_momentum else []
-    for _ in range(2 * shadows.iterations_of(node)):
+    for _ in range(2 * krylov.iterations_of(node)):
         a, b = step[-1]
         step.append((g @ b.T / d_in[:, None], a.T @ g / d_out))
         if has_momentum:
@@ -91,7 +94,7 @@ def dense_bases(node, x, metric):
     return [(jnp.hstack([s[0], m[0]]), jnp.vstack([s[1], m[1]])) for s, m in pairs]
 
 
-METRICS = [None, shadows.Metric("kfac", b2=0.7), shadows.Metric("shampoo", b2=0.7, power=0.25)]
+METRICS = [None, Metric("kfac", b2=0.7), Metric("shampoo", b2=0.7, power=0.25)]
 
 
 @pytest.mark.usefixtures("x64")
@@ -103,8 +106,8 @@ def test_the_backward_pass_returns_products_of_the_dense_gradient(
 ):
     keywords = {"iterations": iterations, "momentum_rank": momentum_rank, "metric": metric}
     node, x = make_node(**keywords), normal(9, TOKENS, N_IN)
-    assert shadows.iterations_of(node) == iterations
-    basis, _ = shadows.bases(node, gradient(node, x))
+    assert krylov.iterations_of(node) == iterations
+    basis, _ = krylov.unpack(node, gradient(node, x))
     expected = dense_bases(node, x, metric)
     assert len(basis["a"]) == 2 * iterations
     assert len(basis["b"]) == 2 * iterations + 1
@@ -152,7 +155,7 @@ def test_batch_axes_are_separate_layers(metric):
     together = jax.grad(sum_of_losses)(node, x)
     alone = [gradient(jax.tree.map(lambda v: v[i], node), x[i]) for i in range(3)]  # noqa: B023
     assert_close(together, jax.tree.map(lambda *v: jnp.stack(v), *alone), rtol=1e-4)
-    basis, _ = shadows.bases(node, together)
+    basis, _ = krylov.unpack(node, together)
     assert basis["b"][4].shape[:2] == (3, basis["a"][0].shape[-1])
 
 
@@ -217,7 +220,7 @@ def test_bfloat16_activations_accumulate_in_float32():
     assert nn.lora_apply(x, node, SCALE).dtype == jnp.bfloat16
     exact = gradient(node, x.astype(jnp.float32))
     assert_close(grads, exact, rtol=0.1)
-    assert shadows.whole(grads.seal[None]).item() == 1
+    assert krylov.is_single_pass(grads.checksum[None]).item() == 1
 
 
 def test_eight_devices_with_the_batch_sharded_equal_one():
@@ -310,7 +313,7 @@ def test_scaled_gradients_are_the_gradients_of_the_scaled_loss():
     of = lambda factor: jax.grad(
         lambda p: factor * (loss(p["q"], x) + jnp.sum(jnp.exp(p["bias"])))
     )(params)
-    assert_close(shadows.scale_gradients(of(8.0), 1 / 8), of(1.0), rtol=1e-12)
+    assert_close(scale_gradients(of(8.0), 1 / 8), of(1.0), rtol=1e-12)
 
 
 @pytest.mark.usefixtures("x64")
@@ -318,11 +321,11 @@ def test_scaled_gradients_are_the_gradients_of_the_scaled_loss():
 def test_scaled_gradients_with_a_metric(metric):
     node, x = make_node(iterations=0, metric=metric), normal(9, TOKENS, N_IN)
     of = lambda factor: jax.grad(lambda node: factor * loss(node, x))(node)
-    scaled, expected = shadows.scale_gradients(of(8.0), 1 / 8), of(1.0)
+    scaled, expected = scale_gradients(of(8.0), 1 / 8), of(1.0)
     for name in ("a", "b", "m_a", "m_b", "d_in", "d_out"):
         assert_close(getattr(scaled, name), getattr(expected, name), rtol=1e-12)
     with pytest.raises(ValueError, match="Scale the loss instead"):
-        shadows.scale_gradients({"q": make_node(iterations=1, metric=metric)}, 0.5)
+        scale_gradients({"q": make_node(iterations=1, metric=metric)}, 0.5)
 
 
 @pytest.mark.usefixtures("x64")
@@ -334,9 +337,9 @@ def test_clipping_is_the_gradient_of_a_smaller_loss():
     )
     grads = of(1.0)
     norm = optax.tree.norm((grads["q"].a, grads["q"].b, grads["bias"]))
-    clip = shadows.clip_by_global_norm(0.25 * norm)
+    clip = clip_by_global_norm(0.25 * norm)
     assert_close(clip.update(grads, clip.init(params))[0], of(0.25), rtol=1e-12)
-    loose = shadows.clip_by_global_norm(4 * norm)
+    loose = clip_by_global_norm(4 * norm)
     assert_close(loose.update(grads, loose.init(params))[0], grads, rtol=1e-15)
     chained = optax.chain(clip, oplora(0.1, iterations=2))
     after, state = update(chained, params, grads)
@@ -352,7 +355,7 @@ def test_clipping_takes_every_kind_of_pair():
     of = lambda factor: jax.grad(lambda p: factor * sum(loss(n, x) for n in p.values()))(params)
     grads = of(1.0)
     norm = optax.tree.norm([(g.a, g.b) for g in grads.values()])
-    clip = shadows.clip_by_global_norm(0.25 * norm)
+    clip = clip_by_global_norm(0.25 * norm)
     assert_close(clip.update(grads, clip.init(params))[0], of(0.25), rtol=1e-12)
 
 
@@ -386,9 +389,9 @@ def test_errors_of_shadow():
     with pytest.raises(TypeError, match=r"`momentum_rank` must be an integer, got 1\.0"):
         shadow(pair, KEY, momentum_rank=1.0)
     with pytest.raises(ValueError, match=r"metric\.kind"):
-        shadow(pair, KEY, metric=shadows.Metric("newton"))
+        shadow(pair, KEY, metric=Metric("newton"))
     with pytest.raises(ValueError, match=r"metric\.damping"):
-        shadow(pair, KEY, metric=shadows.Metric(damping=0.0))
+        shadow(pair, KEY, metric=Metric(damping=0.0))
 
 
 def test_errors_of_lorsum():
@@ -417,9 +420,9 @@ def test_errors_of_lorsum():
         (oplora(0.1, 0.0), make_pair(), r"iterations=1, momentum_rank=0\)"),
         (oplora(0.1, iterations=2), make_node(), r"shadow\(pair, key, iterations=2\)"),
         (oplora(0.1), make_node(momentum_rank=0), r"shadow\(pair, key, iterations=1\)"),
-        (oplora(0.1), make_node(metric=shadows.Metric()), "It has a metric"),
+        (oplora(0.1), make_node(metric=Metric()), "It has a metric"),
         (oplora_proj(0.1), make_node(), r"iterations=2, momentum_rank=0\)"),
-        (scaled_oplora(0.1), make_node(), r"metric=shadows.Metric\(\)\)"),
+        (scaled_oplora(0.1), make_node(), r"metric=Metric\(\)\)"),
         (oplora(0.1), jax.tree.map(jnp.bfloat16, make_node()), "in bfloat16.*cast the factors al"),
     ],
 )

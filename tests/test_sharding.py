@@ -11,18 +11,20 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 
 from lowrank_optax import (
+    DEFAULT_SPECS,
     LoRAPair,
+    Metric,
     PairSpec,
+    ShadowedPair,
     altlora,
     altlora_plus,
-    factors,
     frame,
     nn,
     shadow,
-    shadows,
     sharding,
     svd_lora,
 )
+from lowrank_optax._core.layouts import path_name
 
 P = jax.P
 KEY = jax.random.key(0)
@@ -111,7 +113,7 @@ def test_pairs_lie_as_their_kernels_in_every_layout():
         "down": make_pair(),
     }
     several = PairSpec("down_a", "down_b", b_rank=-3, b_out=(-2, -1))
-    specs = (several, *factors.DEFAULT_SPECS)
+    specs = (several, *DEFAULT_SPECS)
     found = lying(sharding.tensor_parallel(["up"], ["^down"]), tree, specs=specs)
     a, b = P(None, None), P(None, "model")
     assert found == {
@@ -130,7 +132,7 @@ def test_auxiliary_leaves_lie_as_their_factors():
     """By each leaf's long axis; what has none is replicated but for its layers."""
     pair = make_pair(batch=(4,))
     nodes = {
-        "up": shadow(pair, KEY, iterations=2, metric=shadows.Metric()),
+        "up": shadow(pair, KEY, iterations=2, metric=Metric()),
         "up_framed": frame(pair),
     }
     found = lying(COLUMNS_AND_LAYERS, nodes)
@@ -138,7 +140,7 @@ def test_auxiliary_leaves_lie_as_their_factors():
     up, framed = found["up"], found["up_framed"]
     assert (up.a, up.m_a, up.krylov_a) == (rest,) * 3
     assert (up.b, up.m_b, up.krylov_b) == (out,) * 3
-    assert (up.seal, up.kfac) == (rest, P("data", None))
+    assert (up.checksum, up.kfac) == (rest, P("data", None))
     assert (up.d_in, up.d_out) == (P("data", None), P("data", "model"))
     assert (framed.a, framed.f_in, framed.b, framed.f_out) == (rest, rest, out, out)
     assert framed.warm == P("data")
@@ -173,11 +175,11 @@ def test_an_nnx_module_is_placed_and_trains():
     mesh = make_mesh()
     model = nnx.Linear(8, 16, rngs=nnx.Rngs(0))
     holder = nnx.Dict(up=model)
-    nn.add_lora(holder, "up", rank=2, rngs=nnx.Rngs(1))
+    nn.add_lora(holder, "up", nn.LoRAConfig(rank=2), rngs=nnx.Rngs(1))
     state = sharding.shard_model(nnx.state(holder), mesh, sharding.tensor_parallel(["up"]))
     nnx.update(holder, state)
     leaves = {
-        factors.path_name(path): leaf.sharding.spec
+        path_name(path): leaf.sharding.spec
         for path, leaf in jax.tree_util.tree_leaves_with_path(state)
     }
     ends = lambda end: [spec for path, spec in leaves.items() if path.endswith(end)]
@@ -352,7 +354,7 @@ def test_shadowed_factors_cut_up_by_shard_map():
 
 def test_shampoo_with_output_features_sharded_on_an_explicit_mesh():
     mesh = make_mesh(AxisType.Explicit)
-    node = shadow(make_pair(), KEY, metric=shadows.Metric("shampoo"))
+    node = shadow(make_pair(), KEY, metric=Metric("shampoo"))
     node = sharding.shard_model({"up": node}, mesh, sharding.tensor_parallel(["up"]))["up"]
     x = jax.device_put(jnp.ones((4, 8)), NamedSharding(mesh, P()))
     with (
@@ -376,7 +378,7 @@ def test_svd_lora_with_a_matrix_in_parts():
 NODES = {
     "plain": lambda pair: pair,
     "shadowed": functools.partial(shadow, key=KEY, iterations=2),
-    "metric": functools.partial(shadow, key=KEY, metric=shadows.Metric()),
+    "metric": functools.partial(shadow, key=KEY, metric=Metric()),
     "framed": frame,
 }
 
@@ -392,7 +394,7 @@ def checked(node, x):
 
 def unchecked(node, x):
     """Linear gradients are averaged afterwards, those of shadows in the layer."""
-    if isinstance(node, factors.ShadowedPair):
+    if isinstance(node, ShadowedPair):
         return jax.grad(mean_loss)(node, x, "data")
     return jax.lax.pmean(jax.grad(mean_loss)(node, x), "data")
 

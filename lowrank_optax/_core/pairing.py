@@ -178,7 +178,7 @@ def find_pairs(tree: Any, specs: Sequence[PairMatcher] | None = None) -> Pairing
                 )
             indices[member.role] = index
     pairs = tuple(
-        PairLeaves(name, member.spec, indices, member.kind or _kind_of(name, indices))
+        PairLeaves(name, member.spec, indices, _kind_of(name, member.kind, indices))
         for (name, _), (member, indices) in found.items()
     )
     for pair in pairs:
@@ -308,7 +308,10 @@ def _members_of_nodes(tree: Any) -> dict[str, Member]:
     return members
 
 
-def _kind_of(name: str, leaves: Mapping[str, int]) -> Any:
+def _kind_of(name: str, kind: Any, leaves: Mapping[str, int]) -> Any:
+    """The kind of a pair; one whose auxiliary leaves are all masked is a plain pair."""
+    if kind is not None and set(leaves) != set(SIDES):
+        return kind
     try:
         return kind_with(leaves)
     except ValueError as error:

@@ -139,7 +139,7 @@ class Pairs(Verbs):
 
         def update(direction: Any, pair: Any, grad: Any, decay: Mapping[str, Any]) -> LoRAPair:
             def of(side: Side, d: jax.Array, x: jax.Array, g: jax.Array) -> jax.Array:
-                if not is_zero(decay[side]):
+                if decay[side] is not None and not is_zero(decay[side]):
                     d += decay[side] * x.astype(d.dtype)
                 return (-self.rate * d).astype(g.dtype)
 

@@ -1,4 +1,4 @@
-"""The table of methods: one row buys a method every check of test_conformance.py."""
+"""The table of methods: one row buys a method every check of this folder."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -8,18 +8,17 @@ import optax
 
 from lowrank_optax import (
     LoRAPair,
+    Metric,
     altlora,
     altlora_plus,
     frame,
+    lora_plus,
     oplora,
     oplora_proj,
-    scale_by_altlora,
-    scale_by_altlora_plus,
     scale_by_inverse_sqrt_gram,
     scaled_oplora,
     sds_lora,
     shadow,
-    shadows,
 )
 
 
@@ -38,29 +37,6 @@ def random_frames(pair: LoRAPair) -> Any:
     return frame(pair, jax.random.key(9))
 
 
-class Method(NamedTuple):
-    """A row.
-
-    Args:
-        name: test id.
-        make: the transformation, from a learning rate (number or schedule) and keywords.
-        keywords: what the row fixes.
-        state_copies: bytes of state in units of the bytes of all factors, in float32.
-        node: what the method needs in place of a pair.
-        linear: whether mean gradients over micro-batches serve.
-    """
-
-    name: str
-    make: Callable[..., optax.GradientTransformation]
-    keywords: dict[str, Any]
-    state_copies: int
-    node: Callable[[LoRAPair], Any] = plain
-    linear: bool = True
-
-    def __call__(self, learning_rate: Any = 0.05, **more: Any) -> optax.GradientTransformation:
-        return self.make(learning_rate, **self.keywords, **more)
-
-
 def chained(scale_by: Callable[..., optax.GradientTransformation]) -> Callable[..., Any]:
     """Makes an alias of a transformation without a learning rate."""
 
@@ -70,25 +46,58 @@ def chained(scale_by: Callable[..., optax.GradientTransformation]) -> Callable[.
     return make
 
 
+class Method(NamedTuple):
+    """A row.
+
+    Args:
+        name: test id.
+        make: the transformation, from a learning rate (number or schedule) and keywords.
+        keywords: what the row fixes.
+        state_copies: bytes of state in units of the bytes of all factors, in float32.
+        node: what the method needs in place of a pair.
+        single_pass: whether the gradient must come from a single backward pass, so that mean
+            gradients over micro-batches do not serve.
+        learning_rate: a rate at which the method trains the pairs of this folder.
+        is_alias: whether it serves any parameter tree with a learning rate of its own, and so
+            passes the suite that optax has for contributed optimizers.
+    """
+
+    name: str
+    make: Callable[..., optax.GradientTransformation]
+    keywords: dict[str, Any]
+    state_copies: int
+    node: Callable[[LoRAPair], Any] = plain
+    single_pass: bool = False
+    learning_rate: float = 0.05
+    is_alias: bool = True
+
+    def __call__(self, learning_rate: Any = None, **more: Any) -> optax.GradientTransformation:
+        rate = self.learning_rate if learning_rate is None else learning_rate
+        return self.make(rate, **{**self.keywords, **more})
+
+
 # At momentum 0.9 this step is too long for these two: they overshoot and diverge.
 LIGHTER = {"momentum": 0.5}
 NO_WARMUP = {"total_steps": 30, "warmup_steps": 0, "refresh": "preserving"}
+PROJ = shadowed(iterations=2, momentum_rank=0)
 
 METHODS = [
     Method("altlora", altlora, {}, 1),
-    Method("altlora-simultaneous", altlora, {"order": "simultaneous"}, 1),
+    Method("altlora-alternating", altlora, {"order": "alternating"}, 1),
     Method("altlora-sequential", altlora, {"order": "sequential"}, 1),
     Method("altlora_plus", altlora_plus, {}, 2),
+    Method("altlora_plus-alternating", altlora_plus, {"order": "alternating"}, 2),
     Method("altlora_plus-sequential", altlora_plus, {"order": "sequential"}, 2),
-    Method("scale_by_altlora", chained(scale_by_altlora), {"order": "simultaneous"}, 2),
-    Method("scale_by_altlora_plus", chained(scale_by_altlora_plus), {}, 3),
+    Method("lora_plus", lora_plus, {"ratio": 4.0}, 2),
     Method("preconditioned", oplora, {"momentum": 0.0, "iterations": 0, "lmbd": 1.0}, 0),
     Method("oplora-0", oplora, {"iterations": 0, **LIGHTER}, 0, shadowed(iterations=0)),
-    Method("oplora-1", oplora, {}, 0, shadowed(), linear=False),
-    Method("oplora-2", oplora, {"iterations": 2}, 0, shadowed(iterations=2), linear=False),
-    Method("oplora_proj", oplora_proj, LIGHTER, 2, shadowed(iterations=2, momentum_rank=0), False),
+    Method("oplora-1", oplora, {}, 0, shadowed(), single_pass=True),
+    Method("oplora-2", oplora, {"iterations": 2}, 0, shadowed(iterations=2), single_pass=True),
+    Method("oplora_proj", oplora_proj, LIGHTER, 2, PROJ, single_pass=True),
+    Method("scaled_oplora", scaled_oplora, {}, 0, shadowed(metric=Metric()), single_pass=True),
     Method("sds_lora", sds_lora, {"total_steps": 30, "warmup_steps": 2}, 2, frame),
     Method("sds_lora-no-warmup", sds_lora, NO_WARMUP, 2, random_frames),
-    Method("scale_by_inverse_sqrt_gram", chained(scale_by_inverse_sqrt_gram), {}, 0),
-    Method("scaled_oplora", scaled_oplora, {}, 0, shadowed(metric=shadows.Metric()), False),
+    Method(
+        "scale_by_inverse_sqrt_gram", chained(scale_by_inverse_sqrt_gram), {}, 0, is_alias=False
+    ),
 ]

@@ -13,7 +13,6 @@ from jax.sharding import AxisType, NamedSharding
 from lowrank_optax import (
     LoRAPair,
     altlora_plus,
-    collectives,
     frame,
     nn,
     oplora,
@@ -21,6 +20,7 @@ from lowrank_optax import (
     shadow,
     sharding,
 )
+from tests import collectives
 from tests.conformance.test_conformance import assert_close
 
 P = jax.P

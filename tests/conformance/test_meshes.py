@@ -10,7 +10,8 @@ import optax
 import pytest
 from jax.sharding import AxisType
 
-from lowrank_optax import collectives, sharding
+from lowrank_optax import sharding
+from tests import collectives
 from tests.conformance.methods import METHODS
 from tests.conformance.test_conformance import each_method, make_pair, product_of
 

@@ -8,32 +8,24 @@ import pathlib
 
 import optax.contrib
 
-import lowrank_optax
+from tests.conformance.methods import METHODS
 
+ALIASES = {method.name: method for method in METHODS if method.is_alias}
 OPTIMIZERS = tuple(
-    {"opt_name": name, "opt_kwargs": kwargs, "wrapper_name": None, "wrapper_kwargs": None}
-    for name, kwargs in [
-        ("altlora", {"learning_rate": 1e-2}),
-        ("altlora", {"learning_rate": 1e-2, "order": "simultaneous"}),
-        ("altlora_plus", {"learning_rate": 1e-2}),
-        ("altlora_plus", {"learning_rate": 1e-2, "order": "sequential"}),
-        ("oplora", {"learning_rate": 1e-2}),
-        ("oplora_proj", {"learning_rate": 1e-2}),
-        ("scaled_oplora", {"learning_rate": 1e-2}),
-        ("sds_lora", {"inner": 1e-2}),
-    ]
+    {
+        "opt_name": name,
+        "opt_kwargs": {"learning_rate": 1e-2},
+        "wrapper_name": None,
+        "wrapper_kwargs": None,
+    }
+    for name in ALIASES
 )
 TABLES = "_MAIN_OPTIMIZERS_UNDER_TEST = _ALL_OPTIMIZERS_UNDER_TEST = OPTIMIZERS"
 
 
 def factory(name):
-    """An alias; the suite injects every number, and some of these must be static."""
-    alias = getattr(lowrank_optax, name)
-    if name == "sds_lora":
-        return lambda inner: alias(inner, total_steps=1000)
-    if "oplora" in name:
-        return lambda learning_rate, momentum=0.9: alias(learning_rate, momentum)
-    return alias
+    """A row as the suite wants it; the suite injects the learning rate."""
+    return lambda learning_rate: ALIASES[name](learning_rate)
 
 
 def load_suite():

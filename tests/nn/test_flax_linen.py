@@ -57,7 +57,7 @@ def test_modules_and_interceptor_equal_the_plain_layer_with_merged_kernel(
         base_y, base = plain.init_with_output(key, x)
         y, variables = built.init_with_output(key, x)
         adapters = nn.lora_adapters(built, variables, x)
-        with nn.lora_interceptor("", **NORMAL_B) as intercepted:
+        with nn.lora_interceptor("", nn.LoRAConfig(**NORMAL_B)) as intercepted:
             intercepted_y = plain.apply(variables, x)
         assert intercepted == adapters
         merged = {"params": nn.merge_lora_variables(variables, adapters)}
@@ -109,7 +109,7 @@ X = normal((2, 3, 8))
 def encoder():
     """Plain variables, LoRA variables with random b, and adapters of `Encoder`."""
     plain = jax.jit(Encoder().init)(KEY, X)
-    with nn.lora_interceptor("query|value", **NORMAL_B) as adapters:
+    with nn.lora_interceptor("query|value", nn.LoRAConfig(**NORMAL_B)) as adapters:
         variables = jax.jit(Encoder().init)(KEY, X)
     return plain, variables, adapters
 
@@ -117,7 +117,7 @@ def encoder():
 def apply(variables, **settings):
     @jax.jit
     def run(variables):
-        with nn.lora_interceptor("query|value", **{**NORMAL_B, **settings}):
+        with nn.lora_interceptor("query|value", nn.LoRAConfig(**{**NORMAL_B, **settings})):
             return Encoder().apply(variables, X)
 
     return run(variables)
@@ -169,7 +169,7 @@ def test_training_the_collection_lowers_the_loss(encoder):
     @jax.jit
     def step(lora, state):
         def loss(lora):
-            with nn.lora_interceptor("query|value", rank=2):
+            with nn.lora_interceptor("query|value", nn.LoRAConfig(rank=2)):
                 y = Encoder().apply({"params": params, "lora": lora}, X)
             return jnp.mean((jnp.asarray(y) - jnp.sin(X)) ** 2)
 
@@ -200,7 +200,7 @@ def test_gradients_are_those_of_the_effective_kernel():
 def test_pretrained_parameters_get_adapters_by_apply():
     model, x = linen.Sequential([linen.Dense(6)]), normal((2, 4))
     params = jax.jit(model.init)(KEY, x)["params"]
-    with nn.lora_interceptor("layers_0", rank=2):
+    with nn.lora_interceptor("layers_0", nn.LoRAConfig(rank=2)):
         y, lora = model.apply({"params": params}, x, mutable=["lora"], rngs={"lora": KEY})
     np.testing.assert_array_equal(y, model.apply({"params": params}, x))
     assert lora["lora"]["layers_0"]["lora_a"].shape == (4, 2)
@@ -221,7 +221,7 @@ def test_scanned_layers(remat):
 
     @jax.jit
     def init_and_apply(key):
-        with nn.lora_interceptor("query|out", **NORMAL_B) as adapters:
+        with nn.lora_interceptor("query|out", nn.LoRAConfig(**NORMAL_B)) as adapters:
             variables = model.init(key, X)
             value, grads = jax.value_and_grad(
                 lambda lora: model.apply({**variables, "lora": lora}, X).sum()
@@ -245,7 +245,7 @@ def test_scanned_layers(remat):
 def test_scan_without_the_collection_names_the_remedy():
     with (
         pytest.raises(ValueError, match=r"layers/attention/query: .*'lora': 0 to variable_axes"),
-        nn.lora_interceptor("query", rank=2),
+        nn.lora_interceptor("query", nn.LoRAConfig(rank=2)),
     ):
         jax.eval_shape(Scanned(collections=("params",)).init, KEY, X)
 
@@ -253,7 +253,7 @@ def test_scan_without_the_collection_names_the_remedy():
 def test_dtypes_and_settings():
     x = normal((3, 4), jnp.bfloat16)
     model = linen.Dense(6, param_dtype=jnp.bfloat16)
-    with nn.lora_interceptor("", rank=4, alpha=8.0, rslora=True) as adapters:
+    with nn.lora_interceptor("", nn.LoRAConfig(rank=4, alpha=8.0, rslora=True)) as adapters:
         y, variables = jax.jit(model.init_with_output)(KEY, x)
     assert y.dtype == jnp.bfloat16
     assert adapters[""].scale == 4.0
@@ -279,9 +279,9 @@ def test_dropout_needs_its_rng_unless_deterministic():
         model.apply(variables, x)
 
     settings: dict[str, Any] = {"rank": 2, "dropout": 0.5}
-    with nn.lora_interceptor("", **settings, deterministic=True):
+    with nn.lora_interceptor("", nn.LoRAConfig(**settings), deterministic=True):
         np.testing.assert_array_equal(linen.Dense(6).apply(variables, x), exact)
-    with nn.lora_interceptor("", **settings):
+    with nn.lora_interceptor("", nn.LoRAConfig(**settings)):
         intercepted: Any = linen.Dense(6).apply(variables, x, rngs={"dropout": jax.random.key(1)})
     np.testing.assert_allclose(intercepted, first, rtol=1e-5, atol=1e-5)
 
@@ -295,7 +295,7 @@ def test_sharding_boxes_of_parameters_and_factors_survive_a_merge():
         "a_init": boxed(init, ("embed", None)),
         "b_init": boxed(init, (None, "mlp")),
     }
-    with nn.lora_interceptor("", rank=2, **settings) as adapters:
+    with nn.lora_interceptor("", nn.LoRAConfig(rank=2, **settings)) as adapters:
         y, variables = model.init_with_output(KEY, x)
     assert linen.get_partition_spec(variables)["lora"]["lora_a"] == jax.P("embed", None)
     merged = nn.merge_lora_variables(variables, adapters)
@@ -320,20 +320,20 @@ def test_sharding_boxes_of_parameters_and_factors_survive_a_merge():
 def test_refusals(targets, settings, message):
     with (
         pytest.raises(ValueError, match=message),
-        nn.lora_interceptor(targets, **{"rank": 2, **settings}),
+        nn.lora_interceptor(targets, nn.LoRAConfig(**{"rank": 2, **settings})),
     ):
         jax.eval_shape(Encoder().init, KEY, X)
 
 
 def test_apply_alone_does_not_complain_about_layers_it_does_not_trace(encoder):
-    with nn.lora_interceptor(["query", "decoder"], rank=2):
+    with nn.lora_interceptor(["query", "decoder"], nn.LoRAConfig(rank=2)):
         pass
 
 
 def test_a_module_with_lora_is_refused_and_a_missing_adapter_is_named(encoder):
     with (
         pytest.raises(ValueError, match="layers_0 already has LoRA"),
-        nn.lora_interceptor("layers_0", rank=2),
+        nn.lora_interceptor("layers_0", nn.LoRAConfig(rank=2)),
     ):
         jax.eval_shape(linen.Sequential([nn.LoRADense(2)]).init, KEY, X)
     plain, variables, adapters = encoder
@@ -357,6 +357,6 @@ def test_a_kernel_used_in_two_roles_is_refused():
 
     with (
         pytest.raises(ValueError, match="proj: two calls of it"),
-        nn.lora_interceptor("proj", rank=2),
+        nn.lora_interceptor("proj", nn.LoRAConfig(rank=2)),
     ):
         jax.eval_shape(Tied().init, KEY, normal((3, 4)))

@@ -11,7 +11,7 @@ from lowrank_optax import FramedPair, frame, nn, sds_lora
 
 X = jax.random.normal(jax.random.key(1), (16, 6))
 TARGET = jax.random.normal(jax.random.key(2), (16, 5))
-CONFIG = nn.LoRAConfig(rank=2, alpha=4.0, frames=nn.Frames())
+CONFIG = nn.LoRAConfig(rank=2, alpha=4.0, extra=nn.Frames())
 SCALE = 4.0 / np.sqrt(2)
 STEPS = 12
 
@@ -75,7 +75,8 @@ def test_surgery_merges_and_unmerges_a_framed_adapter():
 
     model = Model(nnx.Rngs(0))
     base = model(X)
-    nn.add_lora(model, "dense", rank=2, frames=nn.Frames(warmup=False), rngs=nnx.Rngs(1))
+    config = nn.LoRAConfig(rank=2, extra=nn.Frames(warmup=False))
+    nn.add_lora(model, "dense", config, rngs=nnx.Rngs(1))
     assert model.dense.pair.warm is None
     np.testing.assert_array_equal(model(X), base)
     model.dense.lora_a[...] = jnp.ones((6, 2))
@@ -104,8 +105,8 @@ def test_linen_layers_and_the_interceptor():
 
 def test_the_linen_interceptor_and_merging():
     model = linen.Sequential([linen.Dense(5)])
-    options = {"rank": 2, "frames": nn.Frames(warmup=False)}
-    with nn.lora_interceptor("layers_0", **options) as adapters:
+    config = nn.LoRAConfig(rank=2, extra=nn.Frames(warmup=False))
+    with nn.lora_interceptor("layers_0", config) as adapters:
         adapted = model.init({"params": jax.random.key(0), "lora": jax.random.key(1)}, X)
         leaves = dict(adapted["lora"]["layers_0"])
         assert set(leaves) == {"lora_a", "lora_b", "lora_f_in", "lora_f_out"}
@@ -118,13 +119,8 @@ def test_the_linen_interceptor_and_merging():
 
 
 def test_stacked_kernels_have_stacked_frames():
-    pair = nn.LoRAConfig(rank=2, frames=nn.Frames()).init_pair(jax.random.key(0), (3,), 6, 5)
+    pair = nn.LoRAConfig(rank=2, extra=nn.Frames()).init_pair(jax.random.key(0), (3,), 6, 5)
     assert pair.f_in.shape == (3, 6, 2)
     assert pair.warm.shape == (3,)
     alone = frame(type(pair)(*(leaf[1] for leaf in pair)))
     np.testing.assert_array_equal(alone.f_in, pair.f_in[1])
-
-
-def test_shadows_and_frames_exclude_each_other():
-    with pytest.raises(ValueError, match="give one of them"):
-        nn.LoRAConfig(rank=2, shadows=nn.Shadows(), frames=nn.Frames())

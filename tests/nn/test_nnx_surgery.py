@@ -55,7 +55,7 @@ def randomize_b(model, seed=0):
 
 def adapted(encoder, targets="query|value", **settings):
     model = nnx.clone(encoder)
-    paths = nn.add_lora(model, targets, **{"rank": 2, **settings}, rngs=nnx.Rngs(1))
+    paths = nn.add_lora(model, targets, nn.LoRAConfig(**{"rank": 2, **settings}), rngs=nnx.Rngs(1))
     return model, paths
 
 
@@ -111,7 +111,7 @@ def test_layers_are_found_in_every_container():
         "plain",
     ]
     is_linear = lambda path, module: isinstance(module, nnx.Linear)
-    assert nn.add_lora(model, is_linear, rank=1, rngs=nnx.Rngs(0)) == expected
+    assert nn.add_lora(model, is_linear, nn.LoRAConfig(rank=1), rngs=nnx.Rngs(0)) == expected
     found = [model.plain, model.in_list[0], model.in_dict["q"], model.in_dict["k"]]
     found += [model.in_sequential.layers[0], model.in_python["x"][0]]
     assert all(isinstance(module, nn.LoRALayer) for module in found)
@@ -126,7 +126,7 @@ def test_a_shared_layer_is_adapted_once_for_all_its_places():
             self.decoder = nnx.Dict(proj=self.encoder.proj)
 
     model = Model()
-    assert nn.add_lora(model, "decoder/proj", rank=1, rngs=nnx.Rngs(0)) == ["decoder/proj"]
+    assert nn.add_lora(model, "decoder/proj", nn.LoRAConfig(rank=1), rngs=nnx.Rngs(0)) == ["decoder/proj"]
     assert model.encoder.proj is model.decoder.proj
     assert len(nn.lora_scales(model)) == 1
     nn.merge_lora(model)  # one owner of the kernel: allowed
@@ -186,7 +186,7 @@ def test_remove_restores_the_base_model_exactly(encoder):
 
 def test_bfloat16_kernels_keep_their_dtype_and_come_back_within_their_rounding():
     model = nnx.Sequential(nnx.Linear(8, 8, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))
-    nn.add_lora(model, "layers/0", rank=2, alpha=2.0, rngs=nnx.Rngs(1))
+    nn.add_lora(model, "layers/0", nn.LoRAConfig(rank=2, alpha=2.0), rngs=nnx.Rngs(1))
     randomize_b(model)
     layer: Any = model.layers[0]
     base = layer.base
@@ -237,8 +237,8 @@ def test_stacked_layers_get_stacked_factors():
 
     layers = make(nnx.Rngs(0))
     y = run(X, layers)
-    settings: dict[str, Any] = {"rank": 2, "dropout": 0.5, "rngs": nnx.Rngs(1)}
-    assert nn.add_lora(layers, "split|join", **settings) == ["join", "split"]
+    config = nn.LoRAConfig(rank=2, dropout=0.5)
+    assert nn.add_lora(layers, "split|join", config, rngs=nnx.Rngs(1)) == ["join", "split"]
     for layer in (layers.split, layers.join):
         assert layer.lora_a.shape == (3, 8, 2)
         assert layer.lora_b.shape == (3, 2, 8)
@@ -271,35 +271,35 @@ def test_stacked_layers_get_stacked_factors():
 def test_refusals_leave_the_model_alone(encoder, targets, settings, message):
     model = nnx.clone(encoder)
     with pytest.raises(ValueError, match=message):
-        nn.add_lora(model, targets, **{"rank": 2, **settings}, rngs=nnx.Rngs(0))
+        nn.add_lora(model, targets, nn.LoRAConfig(**{"rank": 2, **settings}), rngs=nnx.Rngs(0))
     assert nnx.graphdef(model) == nnx.graphdef(nnx.clone(encoder))
 
 
 def test_a_second_adapter_is_refused_and_others_can_be_added(encoder):
     model, _ = adapted(encoder, "query")
     with pytest.raises(ValueError, match="layers/0/attention/query already has LoRA"):
-        nn.add_lora(model, "query|key", rank=2, rngs=nnx.Rngs(0))
+        nn.add_lora(model, "query|key", nn.LoRAConfig(rank=2), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="layers/0/attention/query/base already has LoRA"):
-        nn.add_lora(model, "base", rank=2, rngs=nnx.Rngs(0))
-    assert len(nn.add_lora(model, "key", rank=2, rngs=nnx.Rngs(0))) == 2
+        nn.add_lora(model, "base", nn.LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    assert len(nn.add_lora(model, "key", nn.LoRAConfig(rank=2), rngs=nnx.Rngs(0))) == 2
     assert len(nn.lora_scales(model)) == 4
 
 
 def test_flax_lora_layers_are_refused():
     model = nnx.Dict(q=nnx.LoRALinear(4, 4, lora_rank=2, rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match="q already has LoRA"):
-        nn.add_lora(model, "q", rank=2, rngs=nnx.Rngs(0))
+        nn.add_lora(model, "q", nn.LoRAConfig(rank=2), rngs=nnx.Rngs(0))
 
 
 def test_a_layer_in_a_tuple_cannot_be_replaced():
     model = nnx.Dict(pair=nnx.data((nnx.Linear(2, 2, rngs=nnx.Rngs(0)),)))
     with pytest.raises(ValueError, match=r"pair/0 is inside a tuple: use nnx\.List"):
-        nn.add_lora(model, "pair/0", rank=1, rngs=nnx.Rngs(0))
+        nn.add_lora(model, "pair/0", nn.LoRAConfig(rank=1), rngs=nnx.Rngs(0))
 
 
 def test_a_bare_layer_has_to_be_wrapped_by_hand():
     with pytest.raises(ValueError, match=r"none \(wrap a bare layer by hand"):
-        nn.add_lora(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "kernel", rank=1, rngs=nnx.Rngs(0))
+        nn.add_lora(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "kernel", nn.LoRAConfig(rank=1), rngs=nnx.Rngs(0))
     layer = nn.LoRALinear(2, 2, lora=nn.LoRAConfig(rank=1), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="cannot replace itself"):
         nn.unload_lora(layer)
@@ -318,6 +318,6 @@ def test_models_without_lora_and_merged_adapters_are_refused(encoder):
 def test_a_kernel_shared_with_another_layer_is_not_merged():
     model = nnx.Dict(a=nnx.Linear(2, 2, rngs=nnx.Rngs(0)), b=nnx.Linear(2, 2, rngs=nnx.Rngs(1)))
     model.b.kernel = model.a.kernel
-    nn.add_lora(model, "a", rank=1, rngs=nnx.Rngs(0))
+    nn.add_lora(model, "a", nn.LoRAConfig(rank=1), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="a: its kernel is shared by a/base, b"):
         nn.merge_lora(model)

@@ -11,13 +11,14 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from lowrank_optax import LoRAPair, ShadowedPair, nn, oplora, oplora_proj, shadow, shadows
+from lowrank_optax import LoRAPair, ShadowedPair, nn, oplora, oplora_proj, shadow
+from lowrank_optax._core import krylov
 
 KEY = jax.random.key(0)
 NORMAL = jax.nn.initializers.normal(1.0)
 PLAIN = nn.LoRAConfig(rank=2, alpha=3.0, b_init=NORMAL)
 # Two iterations: the bases then have quadratic, cubic and quartic elements of both sides.
-SHADOWED = dataclasses.replace(PLAIN, shadows=nn.Shadows(iterations=2, momentum_rank=1))
+SHADOWED = dataclasses.replace(PLAIN, extra=nn.Shadows(iterations=2, momentum_rank=1))
 SETTINGS: dict[str, Any] = {"rank": 2, "alpha": 3.0, "b_init": NORMAL}
 WRT = nnx.DiffState(0, nnx.LoRAParam)
 
@@ -56,7 +57,7 @@ def assert_bases_are_of(gradient, pair, grads):
     for i in range(4):
         a.append(g @ b[i].swapaxes(-1, -2))
         b.append(a[i].swapaxes(-1, -2) @ g)
-    bases, _ = shadows.bases(ShadowedPair(**pair), ShadowedPair(**grads))
+    bases, _ = krylov.unpack(ShadowedPair(**pair), ShadowedPair(**grads))
     assert_close(bases, {"a": a[:4], "b": b[:5]})
 
 
@@ -133,7 +134,7 @@ def test_linen_layers_return_the_products_of_their_full_gradient(base, module, f
             return jnp.sum(jnp.sin(y)), y
 
         def intercepted(variables, x):  # the variables say that there are shadows
-            with nn.lora_interceptor("", rank=2, alpha=3.0):
+            with nn.lora_interceptor("", nn.LoRAConfig(rank=2, alpha=3.0)):
                 return base.apply(variables, x)
 
         grads, y = jax.grad(loss, has_aux=True)(variables)
@@ -156,7 +157,7 @@ def test_shadows_are_float32_leaves_beside_unchanged_factors():
         lora = dataclasses.replace(PLAIN, **settings)
         return nn.LoRAEinsum("BTED,EDF->BTEF", (3, 4, 6), lora=lora, rngs=nnx.Rngs(0))
 
-    plain, layer = pure(make()), pure(make(shadows=nn.Shadows()))
+    plain, layer = pure(make()), pure(make(extra=nn.Shadows()))
     node = shadow(LoRAPair(jnp.ones((3, 4, 2)), jnp.ones((3, 2, 6))), KEY)
     assert jax.tree.map(np.shape, ShadowedPair(**layer)) == jax.tree.map(np.shape, node)
     for side in "ab":  # the same key draws the same factors
@@ -168,14 +169,14 @@ def test_shadows_are_float32_leaves_beside_unchanged_factors():
 
     dtypes = jax.tree.map(
         lambda leaf: leaf.dtype.name,
-        pure(make(shadows=nn.Shadows(), param_dtype=jnp.bfloat16)),
+        pure(make(extra=nn.Shadows(), param_dtype=jnp.bfloat16)),
     )
     assert dtypes.pop("a") == dtypes.pop("b") == "bfloat16"
-    assert dtypes == dict.fromkeys(["m_a", "m_b", "krylov_b", "seal"], "float32")
+    assert dtypes == dict.fromkeys(["m_a", "m_b", "krylov_b", "checksum"], "float32")
 
-    jacobi = pure(make(shadows=nn.Shadows(iterations=0, momentum_rank=0)))
+    jacobi = pure(make(extra=nn.Shadows(iterations=0, momentum_rank=0)))
     assert set(jacobi) == {"a", "b"}
-    assert set(pure(make(shadows=nn.Shadows(iterations=0)))) == {"a", "b", "m_a", "m_b"}
+    assert set(pure(make(extra=nn.Shadows(iterations=0)))) == {"a", "b", "m_a", "m_b"}
 
 
 class MLP(nnx.Module):
@@ -191,10 +192,10 @@ class MLP(nnx.Module):
 X, TARGET = normal((32, 5)), normal((32, 4), seed=2)
 
 
-def adapted(config, model=None, **settings):
+def adapted(extra, model=None, **settings):
     model = MLP() if model is None else model
-    settings = {"rank": 2, "alpha": 3.0, "shadows": config, "rngs": nnx.Rngs(1), **settings}
-    nn.add_lora(model, "first|second", **settings)
+    config = nn.LoRAConfig(**{"rank": 2, "alpha": 3.0, "extra": extra, **settings})
+    nn.add_lora(model, "first|second", config, rngs=nnx.Rngs(1))
     return model
 
 
@@ -288,10 +289,10 @@ class LinenMLP(linen.Module):
 @pytest.mark.parametrize(("name", "intercepted"), [("oplora", False), ("oplora_proj", True)])
 def test_linen_training_equals_the_functional_one(name, intercepted):
     method, args, keywords, config = METHODS[name]
-    lora = nn.LoRAConfig(rank=2, alpha=3.0, shadows=config)
+    lora = nn.LoRAConfig(rank=2, alpha=3.0, extra=config)
     if intercepted:
         model: Any = LinenMLP()
-        with nn.lora_interceptor("first|second", rank=2, alpha=3.0, shadows=config):
+        with nn.lora_interceptor("first|second", nn.LoRAConfig(rank=2, alpha=3.0, extra=config)):
             variables = model.init(KEY, X)
     else:
         model = LinenMLP(lora)
@@ -304,7 +305,7 @@ def test_linen_training_equals_the_functional_one(name, intercepted):
             tree = {**variables, "lora": leaves}
             if not intercepted:
                 return jnp.mean((model.apply(tree, X) - TARGET) ** 2)
-            with nn.lora_interceptor("first|second", rank=2, alpha=3.0):
+            with nn.lora_interceptor("first|second", nn.LoRAConfig(rank=2, alpha=3.0)):
                 return jnp.mean((model.apply(tree, X) - TARGET) ** 2)
 
         value, grads = jax.value_and_grad(loss)(leaves)
@@ -337,7 +338,7 @@ def test_attention_of_an_existing_model_is_trained_and_merged():
     forward = nnx.jit(lambda model, x: model(x))
     plain = forward(model, x)
     rngs = nnx.Rngs(1)
-    assert nn.add_lora(model, "query|out", rank=2, shadows=nn.Shadows(), rngs=rngs) == [
+    assert nn.add_lora(model, "query|out", nn.LoRAConfig(rank=2, extra=nn.Shadows()), rngs=rngs) == [
         "attention/out",
         "attention/query",
     ]
@@ -361,7 +362,7 @@ def test_attention_of_an_existing_model_is_trained_and_merged():
 
 def test_linen_variables_with_shadows_merge_and_unmerge():
     model = LinenMLP()
-    with nn.lora_interceptor("first", **SETTINGS, shadows=nn.Shadows()) as adapters:
+    with nn.lora_interceptor("first", nn.LoRAConfig(**SETTINGS, extra=nn.Shadows())) as adapters:
         y, variables = model.init_with_output(KEY, X)
     merged = nn.merge_lora_variables(variables, adapters)
     np.testing.assert_allclose(model.apply({"params": merged}, X), y, atol=1e-5)
@@ -386,7 +387,7 @@ def test_a_model_without_the_shadows_that_the_optimizer_needs_is_refused(config,
 def test_an_adapter_used_twice_in_a_forward_pass_is_not_moved_but_counted():
     class Twice(nnx.Module):
         def __init__(self):
-            lora = dataclasses.replace(PLAIN, shadows=nn.Shadows())
+            lora = dataclasses.replace(PLAIN, extra=nn.Shadows())
             self.layer = nn.LoRALinear(5, 5, lora=lora, rngs=nnx.Rngs(0))
 
         def __call__(self, x):
@@ -458,7 +459,7 @@ class Stack(linen.Module):
 
 
 def test_linen_scan_and_remat_over_layers_equal_the_layers_one_by_one():
-    lora = dataclasses.replace(PLAIN, shadows=nn.Shadows())
+    lora = dataclasses.replace(PLAIN, extra=nn.Shadows())
     model, rematted, layer = (Stack(lora), Stack(lora, remat=True), Square(lora))
     variables: Any = jax.jit(model.init)(KEY, X)
     tx = oplora(0.1, scale=1.5)
@@ -503,7 +504,7 @@ def test_nnx_scan_over_stacked_layers_equals_the_layers_one_by_one():
         return nnx.split_rngs(splits=3)(nnx.vmap(make))(nnx.Rngs(0))
 
     added = stacked(base)
-    nn.add_lora(added, "dense", **SETTINGS, shadows=SHADOWED.shadows, rngs=nnx.Rngs(1))
+    nn.add_lora(added, "dense", nn.LoRAConfig(**SETTINGS, extra=SHADOWED.extra), rngs=nnx.Rngs(1))
 
     @nnx.scan(in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)
     @nnx.remat
@@ -532,7 +533,7 @@ def test_nnx_scan_over_stacked_layers_equals_the_layers_one_by_one():
 
 def assert_consistent(pair, grads):
     """Checks that linear and quadratic products are of one gradient: B₂ B₀ᵀ = A₁ᵀ A₁."""
-    bases, _ = shadows.bases(ShadowedPair(**pair), ShadowedPair(**grads))
+    bases, _ = krylov.unpack(ShadowedPair(**pair), ShadowedPair(**grads))
     [_, a], [b, _, b_quadratic] = bases["a"], bases["b"]
     assert np.any(a)
     assert_close(b_quadratic @ b.T, a.T @ a)
@@ -554,7 +555,7 @@ def test_nnx_dropout_drops_the_same_inputs_in_all_products():
 
 
 def test_linen_dropout_drops_the_same_inputs_in_all_products():
-    lora = nn.LoRAConfig(rank=2, dropout=0.5, b_init=NORMAL, shadows=nn.Shadows())
+    lora = nn.LoRAConfig(rank=2, dropout=0.5, b_init=NORMAL, extra=nn.Shadows())
     model: Any = nn.LoRADense(4, lora=lora)
     variables = model.init({"params": KEY, "dropout": KEY}, X)
     factors = {side: variables["lora"][side] for side in ("lora_a", "lora_b")}
@@ -572,7 +573,7 @@ def test_linen_dropout_drops_the_same_inputs_in_all_products():
 
 
 def test_initializers_that_box_factors_with_sharding_names_work_with_shadows():
-    settings = {"rank": 2, "shadows": nn.Shadows()}
+    settings = {"rank": 2, "extra": nn.Shadows()}
     boxed = linen.with_partitioning
     init: dict[str, Any] = {
         "a_init": boxed(NORMAL, ("embed", None)),
@@ -613,13 +614,13 @@ def test_a_momentum_rank_that_a_kernel_cannot_have_names_the_layer():
     with pytest.raises(ValueError, match="^second" + refused):
         adapted(config, model)
     assert nnx.graphdef(model) == nnx.graphdef(MLP())  # left alone
-    lora = dataclasses.replace(PLAIN, shadows=config)
+    lora = dataclasses.replace(PLAIN, extra=config)
     with pytest.raises(ValueError, match="^LoRALinear" + refused):
         nn.LoRALinear(8, 4, lora=lora, rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="^second" + refused):
         LinenMLP(lora).init(KEY, X)
     with (
         pytest.raises(ValueError, match="^second" + refused),
-        nn.lora_interceptor("first|second", rank=2, shadows=config),
+        nn.lora_interceptor("first|second", nn.LoRAConfig(rank=2, extra=config)),
     ):
         LinenMLP().init(KEY, X)

@@ -7,12 +7,13 @@ import optax
 import pytest
 from flax import nnx
 
-from lowrank_optax import LoRAPair, Member, PairSpec, altlora, factors, find_pairs
+from lowrank_optax import DEFAULT_SPECS, LoRAPair, Member, PairSpec, altlora, find_pairs
+from lowrank_optax._core import pairing
 
 A, B = jnp.arange(12.0).reshape(6, 2), jnp.arange(8.0).reshape(2, 4)
 
 
-def taken(tree, specs=factors.DEFAULT_SPECS):
+def taken(tree, specs=DEFAULT_SPECS):
     """Canonical pairs by path."""
     pairing = find_pairs(tree, specs)
     names = [pair.path for pair in pairing.pairs]
@@ -161,8 +162,8 @@ TWO = {"x": LoRAPair(A, B), "y": LoRAPair(A, B)}
     ],
 )
 def test_scales_by_path_by_name_and_by_tree(scale):
-    assert factors.scales(find_pairs(TWO), scale) == [2.0, 3.0]
-    assert factors.scales(find_pairs(TWO), 4.0) == [4.0, 4.0]
+    assert pairing.scales(find_pairs(TWO), scale) == [2.0, 3.0]
+    assert pairing.scales(find_pairs(TWO), 4.0) == [4.0, 4.0]
 
 
 @pytest.mark.parametrize(
@@ -175,4 +176,4 @@ def test_scales_by_path_by_name_and_by_tree(scale):
 )
 def test_scales_that_do_not_fit(scale, message):
     with pytest.raises(ValueError, match=message):
-        factors.scales(find_pairs(TWO), scale)
+        pairing.scales(find_pairs(TWO), scale)

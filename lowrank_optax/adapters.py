@@ -30,7 +30,7 @@ def plain_pair(node: Any) -> LoRAPair:
 def compress(node: Any, rank: int) -> tuple[LoRAPair, jax.Array]:
     r"""Computes the ordinary pair of a rank whose product is nearest to that of a pair.
 
-    With ``a = Q_a R_a`` and ``bᵀ = Q_b R_b`` only ``R_a R_bᵀ`` is decomposed; ΔK is never formed.
+    With `a = Q_a R_a` and `bᵀ = Q_b R_b` only `R_a R_bᵀ` is decomposed; ΔK is never formed.
 
     Args:
         node: the pair; factors (..., in, r) and (..., r, out).
@@ -38,7 +38,7 @@ def compress(node: Any, rank: int) -> tuple[LoRAPair, jax.Array]:
 
     Returns:
         The pair, whose factors have equal Gram matrices, in float32 or better, and the relative
-        error ``‖ΔK' - ΔK‖ / ‖ΔK‖`` in the Frobenius norm, (...), 0 for ΔK = 0.
+        error `‖ΔK' - ΔK‖ / ‖ΔK‖` in the Frobenius norm, (...), 0 for ΔK = 0.
 
     Raises:
         ValueError: a rank above that of the pair or below 1.

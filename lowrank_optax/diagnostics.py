@@ -11,7 +11,7 @@ from lowrank_optax._core.linalg import compute_dtype, gram, product, svd
 def effective_rank(matrix: jax.Array) -> jax.Array:
     r"""Computes how many directions a matrix uses, by the entropy of its singular values.
 
-    .. math:: \exp\Big(-\sum_i p_i \log p_i\Big) \qquad p_i = \sigma_i / \sum_j \sigma_j
+    $$\exp\Big(-\sum_i p_i \log p_i\Big) \qquad p_i = \sigma_i / \sum_j \sigma_j$$
 
     The singular values come from the Gram matrix of the shorter axis, r×r for a factor or its
     gradient. That resolves them down to the root of the dtype's epsilon times the largest, where
@@ -44,7 +44,7 @@ def alignment(pair: Any, grads: Any, full_gradient: jax.Array) -> jax.Array:
 
     To first order such a step changes ΔK by a multiple of
 
-    .. math:: g_a\,b + a\,g_b \qquad\text{or, with frames,}\qquad g_a\,F + E\,g_b.
+    $$g_a\,b + a\,g_b \qquad\text{or, with frames,}\qquad g_a\,F + E\,g_b.$$
 
     Args:
         pair: the factors, (..., in, r) and (..., r, out), and their frames if they have some.
@@ -57,6 +57,7 @@ def alignment(pair: Any, grads: Any, full_gradient: jax.Array) -> jax.Array:
 
     Example:
         >>> import jax.numpy as jnp
+        >>> from lowrank_optax import LoRAPair
         >>> full = jnp.ones((4, 3))
         >>> pair = LoRAPair(jnp.eye(4, 1), jnp.zeros((1, 3)))
         >>> alignment(pair, LoRAPair(full @ pair.b.T, pair.a.T @ full), full).round(3).item()

@@ -34,7 +34,10 @@ IDENTITY = optax.identity()
         ({"weight_decay": -0.1}, "`weight_decay` must not be negative"),
         ({"order": "random"}, "`order` must be one of simultaneous, sequential, alternating"),
         ({"first": "c"}, "`first` must be one of a, b, got 'c'"),
-        ({"switch_every": 0, "order": "alternating"}, "`switch_every` must be a whole number, 1 or more, got 0"),
+        (
+            {"switch_every": 0, "order": "alternating"},
+            "`switch_every` must be a whole number, 1 or more, got 0",
+        ),
         ({"switch_every": 1.5, "order": "alternating"}, "`switch_every` must be a whole number"),
         ({"switch_every": 2, "order": "sequential"}, "`switch_every` applies to order='alter"),
         ({"scale": 0.0}, "q: `scale` must be positive, got 0.0"),

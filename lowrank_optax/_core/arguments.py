@@ -96,7 +96,7 @@ def unpaired_mask(mask: Any) -> Any:
         mask: None, a callable from parameters to booleans, or a (prefix) tree of booleans.
 
     Returns:
-        What an optax transformation of the unpaired leaves takes as its ``mask``.
+        What an optax transformation of the unpaired leaves takes as its `mask`.
 
     Example:
         >>> import optax

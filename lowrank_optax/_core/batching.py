@@ -46,16 +46,17 @@ def together(
         ([[0.5, 0.0], [0.0, 0.5]], [[0.0, 0.0], [0.0, 0.0]], 1)
     """
     first, *others = lists
-    columns, treedef = jax.tree.flatten(list(first))
-    columns = [columns, *(treedef.flatten_up_to(list(other)) for other in others)]
+    treedef: Any
+    leaves, treedef = jax.tree.flatten(list(first))
+    columns = [leaves, *(treedef.flatten_up_to(list(o)) for o in others)]
     owners = [i for i, entry in enumerate(first) for _ in jax.tree.leaves(entry)]
     axes = [batch_axes[owner] if batch_axes else () for owner in owners]
     items = [_Item(*item) for item in zip(zip(*columns, strict=True), axes, strict=True)]
     results, failures = _call_all(function, items)
     if results and isinstance(results[0], tuple):
         parts = zip(*results, strict=True)
-        return tuple(treedef.unflatten(part) for part in parts), failures
-    return treedef.unflatten(results), failures
+        return tuple(jax.tree.unflatten(treedef, part) for part in parts), failures
+    return jax.tree.unflatten(treedef, results), failures
 
 
 def _call_all(function: Function, items: Sequence[_Item]) -> tuple[list[Any], jax.Array]:

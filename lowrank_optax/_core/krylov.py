@@ -19,9 +19,10 @@ momentum is kept without metric, so there is one block more, which is not divide
 The metric is of the same backward pass: statistics of x and of the output's gradient arrive as the
 gradients of `d_in` and `d_out`, and `D = (β₂ d + (1 − β₂) statistic + damping)^power`.
 
-Elements with index i are of degree i in the gradient: twice the gradient gives 2ⁱ times the element.
-So sums over micro-batches are right for degree 1 alone. The gradient of `checksum` holds numbers of
-degree 1 and their squares; after a sum or a scaling they no longer fit, which `is_single_pass` sees.
+An element with index i is of degree i in the gradient: twice the gradient gives 2ⁱ times the
+element. So the sum over micro-batches is right for degree 1 only. The gradient of `checksum` holds
+numbers of degree 1 and their squares. After a sum or a scaling they no longer fit each other, and
+`is_single_pass` sees that.
 """
 
 from typing import Any, NamedTuple

@@ -1,8 +1,8 @@
 """Algebra over the rank axis of LoRA factors: everything here is r×r or r-wide.
 
-A factor's *side* is ``"a"`` for (..., in, r) or ``"b"`` for (..., r, out). One notation serves
-both: :func:`cross` contracts the long axis, :func:`mix` multiplies the rank axis, so an equation
-for ``a`` reads the same for ``b``. Inputs are brought to float32 or better, and matrix products run
+A factor's *side* is `"a"` for (..., in, r) or `"b"` for (..., r, out). One notation serves
+both: `cross` contracts the long axis, `mix` multiplies the rank axis, so an equation
+for `a` reads the same for `b`. Inputs are brought to float32 or better, and matrix products run
 at full precision, which TPUs and GPUs do not do by default.
 """
 
@@ -25,7 +25,7 @@ _MIX = {"a": "...ni,...ij->...nj", "b": "...in,...ij->...jn"}
 
 
 def other(side: Side) -> Side:
-    """Returns the side across from ``side``.
+    """Returns the side across from `side`.
 
     Example:
         >>> other("a"), other("b")
@@ -46,17 +46,17 @@ def compute_dtype(*arrays: Any) -> jnp.dtype:
 
 
 def cross(side: Side, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Computes the r×r product of two factors of one side: ``xᵀy`` for a, ``x yᵀ`` for b.
+    """Computes the r×r product of two factors of one side: `xᵀy` for a, `x yᵀ` for b.
 
     It is that of the whole factors, wherever their long axis lies.
 
     Args:
-        side: which factor ``x`` and ``y`` are.
+        side: which factor `x` and `y` are.
         x: (..., in, r) or (..., r, out).
-        y: as ``x``.
+        y: as `x`.
 
     Returns:
-        (..., r, r) in :func:`compute_dtype`.
+        (..., r, r) in `compute_dtype`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -67,7 +67,7 @@ def cross(side: Side, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def gram(side: Side, x: jax.Array) -> jax.Array:
-    """Computes the Gram matrix of a factor over its rank axis, :func:`cross` of it with itself.
+    """Computes the Gram matrix of a factor over its rank axis, `cross` of it with itself.
 
     Example:
         >>> import jax.numpy as jnp
@@ -78,12 +78,12 @@ def gram(side: Side, x: jax.Array) -> jax.Array:
 
 
 def dots(side: Side, x: jax.Array, y: jax.Array) -> jax.Array:
-    """Computes the diagonal of :func:`cross`: inner products of the rank components.
+    """Computes the diagonal of `cross`: inner products of the rank components.
 
     Args:
-        side: which factor ``x`` and ``y`` are.
+        side: which factor `x` and `y` are.
         x: (..., in, r) or (..., r, out).
-        y: as ``x``.
+        y: as `x`.
 
     Returns:
         (..., 1, r) or (..., r, 1).
@@ -98,15 +98,15 @@ def dots(side: Side, x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def mix(side: Side, x: jax.Array, m: jax.Array) -> jax.Array:
-    """Mixes a factor's rank components: ``x m`` for a, ``mᵀ x`` for b.
+    """Mixes a factor's rank components: `x m` for a, `mᵀ x` for b.
 
     Args:
-        side: which factor ``x`` is.
+        side: which factor `x` is.
         x: (..., in, r) or (..., r, out).
         m: (..., r, r).
 
     Returns:
-        As ``x``, in :func:`compute_dtype`.
+        As `x`, in `compute_dtype`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -117,15 +117,15 @@ def mix(side: Side, x: jax.Array, m: jax.Array) -> jax.Array:
 
 
 def weigh(side: Side, x: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Multiplies a factor along its long axis: ``D x`` for a, ``x D`` for b.
+    """Multiplies a factor along its long axis: `D x` for a, `x D` for b.
 
     Args:
-        side: which factor ``x`` is.
+        side: which factor `x` is.
         x: (..., in, r) or (..., r, out).
         weights: the diagonal D, (..., in) or (..., out); None for the identity.
 
     Returns:
-        As ``x``, in :func:`compute_dtype`.
+        As `x`, in `compute_dtype`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -138,7 +138,7 @@ def weigh(side: Side, x: jax.Array, weights: jax.Array | None) -> jax.Array:
 
 
 def apply_rounded(x: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes what ``optax.apply_updates`` makes of a parameter, rounding included.
+    """Computes what `optax.apply_updates` makes of a parameter, rounding included.
 
     A compiler may keep the sum of two bfloat16 numbers in float32 where it is used at once; the
     stored parameter is rounded, and momentum must follow the stored one.
@@ -148,8 +148,8 @@ def apply_rounded(x: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array
         update: its update.
 
     Returns:
-        The new value, exactly representable in the dtype of ``x``, and its difference to the old
-        one in :func:`compute_dtype`.
+        The new value, exactly representable in the dtype of `x`, and its difference to the old
+        one in `compute_dtype`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -167,7 +167,7 @@ def apply_rounded(x: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array
 
 
 def product(x: jax.Array, y: jax.Array) -> jax.Array:
-    """Computes the matrix product ``x y`` of small matrices (..., r, r) at full precision.
+    """Computes the matrix product `x y` of small matrices (..., r, r) at full precision.
 
     Example:
         >>> import jax.numpy as jnp
@@ -178,10 +178,10 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
 
 
 def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
-    r"""Inverts damped Gram matrices by Cholesky: ``(M + δ I)⁻¹``.
+    r"""Inverts damped Gram matrices by Cholesky: `(M + δ I)⁻¹`.
 
     Rounding makes a singular Gram matrix indefinite at the level of eps·trace, where a smaller δ
-    would be lost and Cholesky fail. The damping is therefore ``max(δ, 4 eps trace(M))``: δ itself
+    would be lost and Cholesky fail. The damping is therefore `max(δ, 4 eps trace(M))`: δ itself
     in float64 with any sensible value, and a floor in float32.
 
     Args:
@@ -205,13 +205,13 @@ def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
 
 
 def orthonormalizer(matrix: jax.Array) -> jax.Array:
-    r"""Computes the mixing that makes a factor orthonormal: ``R⁻¹`` of ``x = Q R``, from its Gram.
+    r"""Computes the mixing that makes a factor orthonormal: `R⁻¹` of `x = Q R`, from its Gram.
 
     Args:
-        matrix: ``M = xᵀ x``, (..., r, r), float32 or float64.
+        matrix: `M = xᵀ x`, (..., r, r), float32 or float64.
 
     Returns:
-        (..., r, r), upper triangular, so that ``mix(side, x, R⁻¹)`` has orthonormal rank components
+        (..., r, r), upper triangular, so that `mix(side, x, R⁻¹)` has orthonormal rank components
         up to rounding of the size of the condition number of M. A component of zeros stays zero.
 
     Example:
@@ -229,7 +229,7 @@ def orthonormalizer(matrix: jax.Array) -> jax.Array:
 
 
 def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes singular value decompositions ``U Σ Vᵀ``.
+    """Computes singular value decompositions `U Σ Vᵀ`.
 
     Args:
         matrix: (..., m, n), float32 or float64.
@@ -263,11 +263,11 @@ def qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def inverse_square_root(matrix: jax.Array, damping: Any) -> jax.Array:
-    """Computes symmetric roots ``(M + δ I)^(-1/2)`` of Gram matrices.
+    """Computes symmetric roots `(M + δ I)^(-1/2)` of Gram matrices.
 
     Args:
         matrix: (..., r, r), symmetric positive semi-definite, float32 or float64.
-        damping: δ, a positive scalar; rounding raises it as in :func:`damped_inverse`.
+        damping: δ, a positive scalar; rounding raises it as in `damped_inverse`.
 
     Returns:
         (..., r, r).

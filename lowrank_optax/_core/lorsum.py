@@ -1,7 +1,7 @@
 r"""LoRSum: the best rank-r approximation of a sum of low-rank terms by alternating least squares.
 
-For a target S and a start (a₀, b₀), one iteration is two half-steps. Each is the ridge regression of
-one factor with the other one fixed, pulled towards its start:
+For a target S and a start (a₀, b₀), one iteration is two half-steps. Each is the ridge regression
+of one factor with the other one fixed, pulled towards its start:
 
     a⁺ = (λ a₀ + S bᵀ) (b bᵀ + λ I)⁻¹
     b⁺ = (a⁺ᵀ a⁺ + λ I)⁻¹ (λ b₀ + a⁺ᵀ S)

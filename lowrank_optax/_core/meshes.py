@@ -85,12 +85,12 @@ def contraction(subscripts: str, x: jax.Array, y: jax.Array) -> NamedSharding | 
     """Finds the sharding of a product on an Explicit mesh: each axis is sharded like the operand's.
 
     Args:
-        subscripts: of ``jnp.einsum``, for two operands that begin with ``...``.
+        subscripts: of `jnp.einsum`, for two operands that begin with `...`.
         x: first operand.
         y: second operand.
 
     Returns:
-        The sharding to give to ``jnp.einsum`` as ``out_sharding``.
+        The sharding to give to `jnp.einsum` as `out_sharding`.
 
     Example:
         >>> import jax.numpy as jnp

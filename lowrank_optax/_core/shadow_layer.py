@@ -19,26 +19,26 @@ def apply_shadowed(x: jax.Array, node: Any, scale: Any, axis_name: AxisName = No
     r"""Applies a shadowed pair: forward $y = s (x a) b$, backward the block-Krylov bases.
 
     Args:
-      x: input: any leading axes if the factors have no batch axes, else (batch..., tokens, in).
-      node: the pair with its krylov.
-      scale: forward scale s.
-      axis_name: axes of ``pmap``, or of ``shard_map`` without ``check_vma``, over which the tokens
-        are spread, where each device's loss is the mean over its own.
+        x: input: any leading axes if the factors have no batch axes, else (batch..., tokens, in).
+        node: the pair with its krylov.
+        scale: forward scale s.
+        axis_name: axes of `pmap`, or of `shard_map` without `check_vma`, over which the tokens
+          are spread, where each device's loss is the mean over its own.
 
     Returns:
-      y, (..., out), in at least float32.
+        y, (..., out), in at least float32.
 
     Raises:
-      ValueError: if the input's leading axes do not fit the factors' batch axes, or the factors
-        differ between devices.
+        ValueError: if the input's leading axes do not fit the factors' batch axes, or the factors
+          differ between devices.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from lowrank_optax import LoRAPair, shadow
-      >>> node = shadow(LoRAPair(jnp.ones((3, 1)), jnp.ones((1, 2))), jax.random.key(0))
-      >>> grads = jax.grad(lambda node: apply_shadowed(jnp.eye(3), node, 2.0).sum())(node)
-      >>> grads.krylov_b.tolist()  # G = 2 everywhere, so A₁ = [4, 0] and B₂ = A₁ᵀ G
-      [[24.0, 24.0], [0.0, 0.0]]
+        >>> import jax, jax.numpy as jnp
+        >>> from lowrank_optax import LoRAPair, shadow
+        >>> node = shadow(LoRAPair(jnp.ones((3, 1)), jnp.ones((1, 2))), jax.random.key(0))
+        >>> grads = jax.grad(lambda node: apply_shadowed(jnp.eye(3), node, 2.0).sum())(node)
+        >>> grads.krylov_b.tolist()  # G = 2 everywhere, so A₁ = [4, 0] and B₂ = A₁ᵀ G
+        [[24.0, 24.0], [0.0, 0.0]]
     """
     batch = node.a.shape[:-2]
     if batch and x.shape[:-2] != batch:
@@ -118,7 +118,7 @@ _apply.defvjp(_forward, _backward)
 
 
 class _Tokens(NamedTuple):
-    """Over which devices of ``pmap`` or ``shard_map`` the tokens are spread.
+    """Over which devices of `pmap` or `shard_map` the tokens are spread.
 
     Args:
         axes: the mesh axes.
@@ -159,7 +159,7 @@ def _statistics(x: jax.Array, dy: jax.Array, node: Any, tokens: _Tokens) -> dict
 def _squared_norms(
     x: jax.Array, dy: jax.Array, node: Any, tokens: _Tokens
 ) -> tuple[jax.Array, jax.Array]:
-    """Computes squared row and column norms of ``xᵀ dy``, which never exists as a whole."""
+    """Computes squared row and column norms of `xᵀ dy`, which never exists as a whole."""
     if (spec := meshes.spec_of(dy)) is not None and spec[-1] is not None:
         raise ValueError(
             f"Shampoo's metric goes through blocks of output features, which lie as {spec} on an"
@@ -213,7 +213,7 @@ def _wide(x: jax.Array) -> jax.Array:
 
 
 def _matmul(x: jax.Array, y: jax.Array, like: jax.Array) -> jax.Array:
-    """Multiplies in the dtype of ``like``, accumulating in at least float32."""
+    """Multiplies in the dtype of `like`, accumulating in at least float32."""
     accumulate = jnp.promote_types(like.dtype, jnp.float32)
     return meshes.matmul(x.astype(like.dtype), y.astype(like.dtype), accumulate)
 
@@ -221,7 +221,7 @@ def _matmul(x: jax.Array, y: jax.Array, like: jax.Array) -> jax.Array:
 def _over_tokens(
     x: jax.Array, y: jax.Array, leaf: jax.Array, like: jax.Array, tokens: _Tokens
 ) -> jax.Array:
-    """Computes ``xᵀ y`` over all tokens as :func:`_matmul` would, sharded as the leaf is."""
+    """Computes `xᵀ y` over all tokens as `_matmul` would, sharded as the leaf is."""
     batch = string.ascii_lowercase[: leaf.ndim - 2]
     axes = string.ascii_uppercase[: x.ndim - 1 - len(batch)]
     mesh, sharding = jax.typeof(x).sharding.mesh, jax.typeof(leaf).sharding

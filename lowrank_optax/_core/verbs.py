@@ -146,3 +146,60 @@ class Pairs(Verbs):
             return both(of, direction, pair, grad)
 
         return self.each(update, directions, params, self._grads, self._decays)
+
+
+def checked(result: Any, grads: Any, params: Any, state: Any, name: str) -> tuple[Any, Any]:
+    """Refuses what a rule must not return, fills updates up to whole nodes, and casts.
+
+    Args:
+        result: what the rule returned.
+        grads: the gradients, nodes.
+        params: the parameters, nodes.
+        state: the state that the rule was given.
+        name: the method's name, for messages.
+
+    Returns:
+        Updates in the gradients' dtypes, zero where the rule gave none; the state in its dtypes.
+
+    Raises:
+        TypeError: the rule is a generator.
+        ValueError: another structure or other shapes than they must be.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> pair = LoRAPair(jnp.ones((4, 2)), jnp.ones((2, 3)))
+        >>> checked(([LoRAPair(pair.a, None)], ()), [pair], [pair], (), "mine")[0][0].b.sum().item()
+        0.0
+    """
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    if hasattr(result, "send"):
+        raise TypeError(f"the rule of {name} is a generator; return the updates and the state.")
+    if not isinstance(result, tuple) or len(result) != 2:
+        raise ValueError(f"the rule of {name} must return (updates, state), got {shapes(result)}.")
+    updates, new = result
+    if shapes(new) != shapes(state):
+        raise ValueError(
+            f"the rule of {name} must return a state of the structure and shapes that it was given,"
+            f" {shapes(state)}; got {shapes(new)}."
+        )
+    if not isinstance(updates, list) or len(updates) != len(params):
+        raise ValueError(
+            f"the rule of {name} must return a list of updates, one for each of {len(params)}"
+            f" pairs; got {shapes(updates)}."
+        )
+
+    def whole(update: Any, pair: Any, grad: Any) -> Any:
+        values: dict[str, Any] = dict.fromkeys(pair._fields)
+        for field, g in grad._asdict().items():
+            u = getattr(update, field, None)
+            if u is not None and jnp.shape(u) != jnp.shape(g):
+                raise ValueError(
+                    f"the rule of {name} must return updates shaped as the parameters; for"
+                    f" {field!r} of shape {jnp.shape(g)} it gave {jnp.shape(u)}."
+                )
+            if g is not None:
+                values[field] = jnp.zeros_like(g) if u is None else u.astype(g.dtype)
+        return type(pair)(**values)
+
+    updates = [whole(*each) for each in zip(updates, params, grads, strict=True)]
+    return updates, jax.tree.map(lambda n, o: n.astype(o.dtype), new, state)

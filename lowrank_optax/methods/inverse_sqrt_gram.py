@@ -2,8 +2,8 @@ r"""The preconditioner that SDS-LoRA is compared with: inverse square roots of G
 
     ĝ_a = g_a (b bᵀ)^(−1/2)        ĝ_b = (aᵀ a)^(−1/2) g_b
 
-`(b bᵀ)^(−1/2) b` is a frame of b, so these are SDS-LoRA's gradients without its parameterization: the
-step that they make is still multiplied by the other factor.
+`(b bᵀ)^(−1/2) b` is a frame of b, so these are SDS-LoRA's gradients without its parameterization.
+The step that they make is still multiplied by the other factor.
 """
 
 from __future__ import annotations

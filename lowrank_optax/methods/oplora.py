@@ -49,7 +49,8 @@ def oplora(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Optimizes shadowed LoRA pairs by OPLoRA, and all other leaves by a fallback.
 
-    $$a\,b \leftarrow \mathrm{LoRSum}\big(a\,b - \tfrac{\eta}{s^2}((1 - d)\,G + \mu\, m_a m_b)\big)$$
+    $$a\,b \leftarrow \mathrm{LoRSum}\big(a\,b
+      - \tfrac{\eta}{s^2}((1 - d)\,G + \mu\, m_a m_b)\big)$$
 
     Args:
         learning_rate: $\eta$, positive, or a schedule; in units of SGD's.

@@ -1,7 +1,8 @@
 r"""OPLoRA-proj: LoRSum on the gradient alone, then each factor's own momentum (arXiv 2509.19977).
 
-With G the gradient in the product a b and s the forward scale, LoRSum makes the step of the gradient
-alone, and each factor adds its momentum, transported from the last b̂° to the new b̂ as AltLoRA does:
+With G the gradient in the product a b and s the forward scale, LoRSum makes the step of the
+gradient alone, and each factor adds its momentum, transported from the last b̂° to the new b̂ as in
+AltLoRA:
 
     â, b̂ = LoRSum(a b − (η / s²) G), started from (a, b)        λ = η ℓ
     t_a  = μ m_a (b̂° b̂ᵀ) P        P = (b̂ b̂ᵀ + λ I)⁻¹

@@ -1,25 +1,20 @@
 r"""SDS-LoRA: gradients through orthonormal frames instead of the factors (arXiv 2606.16454).
 
-LoRA's gradients ``s G bᵀ`` and ``s aᵀ G`` are stretched by the singular values of the other factor.
-With frames E and F, orthonormal bases of the factors' spaces, the adapter
-``ΔK = s (a F + E b)`` has the gradients ``s G Fᵀ`` and ``s Eᵀ G``, which are not. Any optimizer
-moves the factors; the frames are moved by this schedule::
+LoRA's gradients `s G bᵀ` and `s aᵀ G` are stretched by the singular values of the other factor.
+With frames E and F, orthonormal bases of the factors' spaces, the adapter `ΔK = s (a F + E b)` has
+the gradients `s G Fᵀ` and `s Eᵀ G`, which are not. Any optimizer moves the factors. The frames
+follow this schedule:
 
     warm-up   ordinary LoRA: the frames are the factors (b = 0 has no row space)
     switch    s a b = U Σ Vᵀ       E, F = U, Vᵀ      a, b = U Σ / 2s, Σ Vᵀ / 2s      moments restart
     refresh   E, F = Q of a, Q of bᵀ, their signs as before
 
-after step t of T, with W steps of warm-up and P phases: refresh if ``t - W`` is a multiple of
-``1 + (t - W - 1) P // (T - W)``, so more and more rarely.
+With T steps in all, W of them warm-up, and P phases, a refresh follows step t if `t − W` is a
+multiple of `1 + (t − W − 1) P // (T − W)`: ever more rarely. A refresh changes ΔK, as in the paper,
+by how much the factors left the spaces of the old frames.
 
-A refresh changes ΔK, as in the paper: by how much the factors left the spaces of the old frames.
-
-Beyond the paper: a start without warm-up (``frame(pair, key)``, ``warmup_steps=0``), and a refresh
-that keeps ΔK. For the latter, with new frames E, F and D the ΔK/s before::
-
-    a = (1 - E Eᵀ) D Fᵀ + ½ E (Eᵀ D Fᵀ)        b = Eᵀ D (1 - Fᵀ F) + ½ (Eᵀ D Fᵀ) F
-
-which is exact, because E spans the old a and F the old b.
+Beyond the paper: a start without warm-up (`frame(pair, key)`, `warmup_steps=0`), and a refresh that
+keeps ΔK (`refresh="preserving"`).
 """
 
 from __future__ import annotations
@@ -40,7 +35,7 @@ from lowrank_optax.engine import LoRAPair, apply_rounded, both, compute_dtype
 
 
 class SDSLoRAState(NamedTuple):
-    """State of :func:`sds_lora`.
+    """State of `sds_lora`.
 
     Args:
         inner: state of the optimizer of the factors.
@@ -128,7 +123,7 @@ def sds_lora(
         "specs": specs,
         "name": "sds_lora",
     }
-    rule = functools.partial(_move_frames, turn, _REFRESHES[refresh])
+    rule = functools.partial(_move_frames, turn, refresh == "preserving")
     framing = engine.lift(rule, engine.NoState, fallback=fallback or inner, scale=scale, **what)
 
     def init(params: Any) -> SDSLoRAState:
@@ -171,7 +166,7 @@ def sds_lora(
 
 def _move_frames(
     turn: Callable[[jax.Array], jax.Array],
-    refresh: Callable[..., list[FramedPair]],
+    preserving: bool,
     pairs: engine.Pairs,
     steps: list[FramedPair],
     params: list[FramedPair],
@@ -200,35 +195,21 @@ def _move_frames(
         return pairs.each(to, params, steps, vectors, values, pairs.scales)
 
     def renew() -> list[FramedPair]:
-        return refresh(pairs, steps, params, moved())
+        """A refresh: the frames become those of the factors, and ΔK stays if it is to."""
+        factors = moved()
+
+        def to(pair: FramedPair, step: FramedPair, x: LoRAPair, frame: LoRAPair) -> FramedPair:
+            values = {"f_in": frame.a, "f_out": frame.b}
+            if preserving:
+                values["a"], values["b"] = seen_from(frame, pair._replace(a=x.a, b=x.b))
+            return _updates(pair, step, **values)
+
+        return pairs.each(to, params, steps, factors, renewed(pairs, factors, params))
 
     def stay() -> list[FramedPair]:
         return pairs.each(_updates, params, steps)
 
     return pairs.switch(turn(pairs.count), [follow, switch, renew, stay]), state
-
-
-def _refresh(
-    pairs: engine.Pairs, steps: list[FramedPair], params: list[FramedPair], factors: list[LoRAPair]
-) -> list[FramedPair]:
-    """The frames become those of the factors, which stay what they are."""
-    to = lambda pair, step, frame: _updates(pair, step, f_in=frame.a, f_out=frame.b)
-    return pairs.each(to, params, steps, renewed(pairs, factors, params))
-
-
-def _preserving_refresh(
-    pairs: engine.Pairs, steps: list[FramedPair], params: list[FramedPair], factors: list[LoRAPair]
-) -> list[FramedPair]:
-    """The frames become those of the factors, and the factors such that ΔK stays."""
-
-    def to(pair: FramedPair, step: FramedPair, x: LoRAPair, frame: LoRAPair) -> FramedPair:
-        a, b = seen_from(frame, pair._replace(a=x.a, b=x.b))
-        return _updates(pair, step, a=a, b=b, f_in=frame.a, f_out=frame.b)
-
-    return pairs.each(to, params, steps, factors, renewed(pairs, factors, params))
-
-
-_REFRESHES = {"frames": _refresh, "preserving": _preserving_refresh}
 
 
 def _updates(pair: FramedPair, step: FramedPair, **values: Any) -> FramedPair:

@@ -1,7 +1,7 @@
 r"""SVDLoRA: dense training projected to low rank after each step (arXiv 2509.19977).
 
 The parameter is the dense ΔK itself. With u the update of any inner optimizer and Π_r the truncated
-singular value decomposition, the nearest matrix of rank r::
+singular value decomposition, the nearest matrix of rank r:
 
     ΔK ← Π_r(ΔK + u)
 
@@ -26,7 +26,7 @@ _LEAVE_OUT = (
 
 
 class SVDLoRAState(NamedTuple):
-    """State of :func:`svd_lora`.
+    """State of `svd_lora`.
 
     Args:
         inner: state of the inner optimizer, of dense matrices; it is not projected.
@@ -40,7 +40,7 @@ def svd_lora(
 ) -> optax.GradientTransformationExtraArgs:
     r"""Keeps dense updates ΔK at a rank by projecting them after each step of an inner optimizer.
 
-    .. math:: \Delta K \leftarrow \Pi_r(\Delta K + u)
+    $$\Delta K \leftarrow \Pi_r(\Delta K + u)$$
 
     Args:
         inner: the optimizer of the dense matrices, learning rate included.
@@ -52,8 +52,8 @@ def svd_lora(
         where it starts with a higher one. State: the inner optimizer's.
 
     Raises:
-        ValueError: from ``init`` and ``update``, a leaf without two axes or too small for the rank,
-            or a LoRA pair; from ``update``, no ``params``.
+        ValueError: from `init` and `update`, a leaf without two axes or too small for the rank,
+            or a LoRA pair; from `update`, no `params`.
         TypeError: a leaf that is not floating.
 
     Example:
@@ -108,7 +108,7 @@ def svd_lora(
 def pair_of_delta(delta: jax.Array, rank: int) -> LoRAPair:
     r"""Factors a dense update into the LoRA pair that is nearest to it.
 
-    .. math:: a = U_r \Sigma_r^{1/2} \qquad b = \Sigma_r^{1/2} V_r^\top
+    $$a = U_r \Sigma_r^{1/2} \qquad b = \Sigma_r^{1/2} V_r^\top$$
 
     Args:
         delta: ΔK, (..., in, out), floating.
@@ -116,11 +116,11 @@ def pair_of_delta(delta: jax.Array, rank: int) -> LoRAPair:
 
     Returns:
         The pair, (..., in, r) and (..., r, out), in float32 or better, with equal Gram matrices
-        ``aᵀ a = b bᵀ``.
+        `aᵀ a = b bᵀ`.
 
     Raises:
         ValueError: fewer than two axes, or a rank out of range.
-        TypeError: ``delta`` is not floating.
+        TypeError: `delta` is not floating.
 
     Example:
         >>> import jax.numpy as jnp
@@ -164,7 +164,7 @@ def _check(name: str, matrix: jax.Array, rank: int, remedy: str = "") -> None:
 
 
 def _check_uncut(params: Any, param_specs: Any) -> None:
-    """Raises if ``shard_map`` gives a device only part of a matrix."""
+    """Raises if `shard_map` gives a device only part of a matrix."""
     specs = jax.tree.leaves(jax.tree.broadcast(param_specs, params))
     leaves = jax.tree_util.tree_leaves_with_path(params)
     for (path, leaf), spec in zip(leaves, specs, strict=True):

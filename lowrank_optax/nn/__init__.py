@@ -1,7 +1,7 @@
 """LoRA for Flax: NNX layers and surgery, Linen modules and an interceptor.
 
-All of them take a `LoRAConfig`. With `extra=Shadows()` it makes layers that `oplora` can train, with
-`extra=Frames()` layers for `sds_lora`.
+All of them take a `LoRAConfig`. With `extra=Shadows()` it makes layers that `oplora` can train,
+with `extra=Frames()` layers for `sds_lora`.
 """
 
 from lowrank_optax.nn.config import Extra, Frames, Initializer, LoRAConfig, Shadows

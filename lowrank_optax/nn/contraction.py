@@ -1,6 +1,6 @@
 """How a kernel of any shape contracts with its input, and the matrices that LoRA sees.
 
-LoRA factors are always flat: ``a`` (batch..., in, r) and ``b`` (batch..., r, out), where *in* is
+LoRA factors are always flat: `a` (batch..., in, r) and `b` (batch..., r, out), where *in* is
 the product of the contracted kernel axes, *out* that of the output axes, and *batch* are axes that
 input, kernel and output share (experts). `KernelAxes` describes the weight side of a layer,
 `Contraction` the activation side.
@@ -21,18 +21,18 @@ class KernelAxes:
     """The role of every axis of a kernel.
 
     Axes are counted from the end, so a kernel that gains leading axes (layers stacked by
-    ``nnx.vmap`` or ``nn.scan``) keeps its description; the leading axes count as batch.
+    `nnx.vmap` or `nn.scan`) keeps its description; the leading axes count as batch.
 
     Attributes:
-      batch: negative positions of the batch axes.
-      contracted: negative positions of the axes contracted with the input.
-      out: negative positions of the output axes.
+        batch: negative positions of the batch axes.
+        contracted: negative positions of the axes contracted with the input.
+        out: negative positions of the output axes.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> axes = KernelAxes.in_order(0, 1, 2)
-      >>> axes.to_matrix(jnp.zeros((4, 2, 3))).shape
-      (4, 6)
+        >>> import jax.numpy as jnp
+        >>> axes = KernelAxes.in_order(0, 1, 2)
+        >>> axes.to_matrix(jnp.zeros((4, 2, 3))).shape
+        (4, 6)
     """
 
     batch: tuple[int, ...]
@@ -44,16 +44,16 @@ class KernelAxes:
         """Describes a kernel laid out as (batch..., contracted..., out...), as Dense kernels are.
 
         Args:
-          n_batch: number of batch axes.
-          n_contracted: number of contracted axes.
-          n_out: number of output axes.
+            n_batch: number of batch axes.
+            n_contracted: number of contracted axes.
+            n_out: number of output axes.
 
         Returns:
-          The description.
+            The description.
 
         Example:
-          >>> KernelAxes.in_order(0, 1, 1)
-          KernelAxes(batch=(), contracted=(-2,), out=(-1,))
+            >>> KernelAxes.in_order(0, 1, 1)
+            KernelAxes(batch=(), contracted=(-2,), out=(-1,))
         """
         ndim = n_batch + n_contracted + n_out
         axes = tuple(range(-ndim, 0))
@@ -63,17 +63,17 @@ class KernelAxes:
         """Returns the sizes that the factors of a kernel need.
 
         Args:
-          kernel_shape: shape of the kernel.
+            kernel_shape: shape of the kernel.
 
         Returns:
-          The batch shape (stacking axes first), the size of *in* and the size of *out*.
+            The batch shape (stacking axes first), the size of *in* and the size of *out*.
 
         Raises:
-          ValueError: if the kernel has fewer axes than described.
+            ValueError: if the kernel has fewer axes than described.
 
         Example:
-          >>> KernelAxes.in_order(0, 1, 2).sizes((12, 4, 2, 3))
-          ((12,), 4, 6)
+            >>> KernelAxes.in_order(0, 1, 2).sizes((12, 4, 2, 3))
+            ((12,), 4, 6)
         """
         shape = tuple(kernel_shape)
         stack = self.stack_shape(shape)
@@ -86,17 +86,17 @@ class KernelAxes:
         """Returns the leading sizes of a kernel that the description does not cover.
 
         Args:
-          kernel_shape: shape of the kernel.
+            kernel_shape: shape of the kernel.
 
         Returns:
-          The sizes, empty for a layer that is not stacked.
+            The sizes, empty for a layer that is not stacked.
 
         Raises:
-          ValueError: if the kernel has fewer axes than described.
+            ValueError: if the kernel has fewer axes than described.
 
         Example:
-          >>> KernelAxes.in_order(0, 1, 2).stack_shape((12, 4, 2, 3))
-          (12,)
+            >>> KernelAxes.in_order(0, 1, 2).stack_shape((12, 4, 2, 3))
+            (12,)
         """
         shape = tuple(kernel_shape)
         described = len(self.batch) + len(self.contracted) + len(self.out)
@@ -108,13 +108,13 @@ class KernelAxes:
         """Lays a kernel out as a stack of matrices.
 
         Args:
-          kernel: the kernel, with the described axes last.
+            kernel: the kernel, with the described axes last.
 
         Returns:
-          The same numbers as (batch..., in, out).
+            The same numbers as (batch..., in, out).
 
         Raises:
-          ValueError: if the kernel has fewer axes than described.
+            ValueError: if the kernel has fewer axes than described.
         """
         batch, n_in, n_out = self.sizes(kernel.shape)
         return jnp.transpose(kernel, self._order(kernel.shape)).reshape(*batch, n_in, n_out)
@@ -123,14 +123,14 @@ class KernelAxes:
         """Undoes `to_matrix`.
 
         Args:
-          matrix: (batch..., in, out).
-          kernel_shape: shape of the kernel to return.
+            matrix: (batch..., in, out).
+            kernel_shape: shape of the kernel to return.
 
         Returns:
-          The same numbers in the kernel's layout.
+            The same numbers in the kernel's layout.
 
         Raises:
-          ValueError: if the sizes do not fit.
+            ValueError: if the sizes do not fit.
         """
         shape = tuple(kernel_shape)
         batch, n_in, n_out = self.sizes(shape)
@@ -154,19 +154,19 @@ class Contraction:
 
     A label that stands in input and kernel only is contracted, one in kernel and output only is an
     output axis, one in all three is a batch axis, one in input and output only is a token axis.
-    ``'...'`` in input and output stands for any number of token axes.
+    `'...'` in input and output stands for any number of token axes.
 
     Attributes:
-      x: labels of the input's axes.
-      kernel: labels of the kernel's axes.
-      y: labels of the output's axes.
+        x: labels of the input's axes.
+        kernel: labels of the kernel's axes.
+        y: labels of the output's axes.
 
     Raises:
-      ValueError: if the labels do not describe a linear layer of that kind.
+        ValueError: if the labels do not describe a linear layer of that kind.
 
     Example:
-      >>> Contraction.from_einsum('BTD,NDH->BTNH').kernel_axes
-      KernelAxes(batch=(), contracted=(-2,), out=(-3, -1))
+        >>> Contraction.from_einsum('BTD,NDH->BTNH').kernel_axes
+        KernelAxes(batch=(), contracted=(-2,), out=(-3, -1))
     """
 
     x: tuple[str, ...]
@@ -202,17 +202,17 @@ class Contraction:
         """Reads a contraction from an einsum string with the input first and the kernel second.
 
         Args:
-          einsum_str: such as ``'BTD,NDH->BTNH'`` or ``'...d,df->...f'``; spaces are ignored.
+            einsum_str: such as `'BTD,NDH->BTNH'` or `'...d,df->...f'`; spaces are ignored.
 
         Returns:
-          The contraction.
+            The contraction.
 
         Raises:
-          ValueError: if the string is not of the form ``'x,kernel->y'`` or is no linear layer.
+            ValueError: if the string is not of the form `'x,kernel->y'` or is no linear layer.
 
         Example:
-          >>> Contraction.from_einsum('...d, df -> ...f').x
-          ('...', 'd')
+            >>> Contraction.from_einsum('...d, df -> ...f').x
+            ('...', 'd')
         """
         text = einsum_str.replace(" ", "")
         inputs, arrow, output = text.partition("->")
@@ -225,20 +225,20 @@ class Contraction:
     def from_dense_general(
         cls, ndim: int, axis: Sequence[int], batch_axes: Sequence[int], n_out: int
     ) -> "Contraction":
-        """Describes what ``DenseGeneral`` and ``LinearGeneral`` do to an input of ``ndim`` axes.
+        """Describes what `DenseGeneral` and `LinearGeneral` do to an input of `ndim` axes.
 
         Args:
-          ndim: number of axes of the input.
-          axis: contracted axes of the input; flax takes them in increasing order.
-          batch_axes: batch axes of the input.
-          n_out: number of output axes; they come last in the output, batch axes first.
+            ndim: number of axes of the input.
+            axis: contracted axes of the input; flax takes them in increasing order.
+            batch_axes: batch axes of the input.
+            n_out: number of output axes; they come last in the output, batch axes first.
 
         Returns:
-          The contraction.
+            The contraction.
 
         Example:
-          >>> print(Contraction.from_dense_general(3, axis=(-1,), batch_axes=(), n_out=2))
-          'x0x1x2,x2o0o1->x0x1o0o1'
+            >>> print(Contraction.from_dense_general(3, axis=(-1,), batch_axes=(), n_out=2))
+            'x0x1x2,x2o0o1->x0x1o0o1'
         """
         x = tuple(f"x{i}" for i in range(ndim))
         contracted = tuple(x[i] for i in sorted(i % ndim for i in axis))
@@ -263,13 +263,13 @@ class Contraction:
         """Lays the input out so that a matmul with flat factors is right.
 
         Args:
-          x: the layer's input.
+            x: the layer's input.
 
         Returns:
-          (tokens..., in) without batch axes, else (batch..., tokens, in) with one token axis.
+            (tokens..., in) without batch axes, else (batch..., tokens, in) with one token axis.
 
         Raises:
-          ValueError: if the input has too few axes.
+            ValueError: if the input has too few axes.
         """
         labels, batch, tokens, contracted = self._input_roles(x.ndim)
         order = [labels.index(label) for label in (*batch, *tokens, *contracted)]
@@ -285,12 +285,12 @@ class Contraction:
         """Brings the product of a flattened input with flat factors to the layer's output layout.
 
         Args:
-          y: (tokens..., out) or (batch..., tokens, out), as `flatten_input` and a matmul leave it.
-          x_shape: shape of the layer's input.
-          kernel_shape: shape of the layer's kernel.
+            y: (tokens..., out) or (batch..., tokens, out): a flattened input times flat factors.
+            x_shape: shape of the layer's input.
+            kernel_shape: shape of the layer's kernel.
 
         Returns:
-          The layer's output layout.
+            The layer's output layout.
         """
         labels, batch, tokens, _ = self._input_roles(len(x_shape))
         shape = dict(zip(labels, x_shape, strict=True))
@@ -304,7 +304,7 @@ class Contraction:
         )
 
     def _input_roles(self, ndim: int) -> tuple[tuple[str, ...], ...]:
-        """Returns the labels of an input of ``ndim`` axes: all, batch, tokens, contracted."""
+        """Returns the labels of an input of `ndim` axes: all, batch, tokens, contracted."""
         unnamed = ndim - len([label for label in self.x if label != _ELLIPSIS])
         if unnamed < 0 or (unnamed and _ELLIPSIS not in self.x):
             raise ValueError(f"{self}: the input has {ndim} axes")

@@ -1,19 +1,19 @@
 """LoRA modules for Flax Linen.
 
-A LoRA module is its plain counterpart, with ``kernel`` and ``bias`` at the same place in
-``'params'``, and two factors in a collection of their own, ``'lora'``. Kernels are therefore
-neither differentiated nor touched by the optimizer when one trains the adapters::
+A LoRA module is its plain counterpart, with `kernel` and `bias` at the same place in
+`'params'`, and two factors in a collection of their own, `'lora'`. Kernels are therefore
+neither differentiated nor touched by the optimizer when one trains the adapters:
 
     variables = model.init(key, x)
     params, lora = variables['params'], variables['lora']
     grads = jax.grad(lambda lora: loss(model.apply({'params': params, 'lora': lora}, x)))(lora)
     updates, state = tx.update(grads, tx.init(lora), lora)
 
-Factors are drawn from the ``'lora'`` rng stream, or else from ``'params'``, after the layer's own
+Factors are drawn from the `'lora'` rng stream, or else from `'params'`, after the layer's own
 parameters, which keep the values they have without LoRA. A module made with
-``LoRAConfig(rank, extra=Shadows())`` is ready for ``oplora`` as ``tx``: what that needs stands
-beside the factors. ``nn.remat`` needs nothing special; ``nn.scan`` and ``nn.vmap`` over layers need
-``'lora': 0`` in ``variable_axes`` next to ``'params': 0``. To adapt models that exist already, see
+`LoRAConfig(rank, extra=Shadows())` is ready for `oplora` as `tx`: what that needs stands
+beside the factors. `nn.remat` needs nothing special; `nn.scan` and `nn.vmap` over layers need
+`'lora': 0` in `variable_axes` next to `'params': 0`. To adapt models that exist already, see
 `lora_interceptor`.
 """
 
@@ -39,8 +39,8 @@ class LinenAdapter(NamedTuple):
     """What the arrays of a Linen adapter do not say about it.
 
     Attributes:
-      axes: the roles of the base kernel's axes.
-      scale: the forward scale s.
+        axes: the roles of the base kernel's axes.
+        scale: the forward scale s.
     """
 
     axes: KernelAxes
@@ -48,20 +48,20 @@ class LinenAdapter(NamedTuple):
 
 
 class LoRADense(nn.Dense):
-    r"""``nn.Dense`` with a LoRA adapter.
+    r"""`nn.Dense` with a LoRA adapter.
 
     $$y = x K + \mathrm{bias} + s\,(x\,a)\,b$$
 
     Attributes:
-      lora: settings of the adapter.
-      deterministic: if True, no dropout; else ``lora.dropout`` needs a ``'dropout'`` rng.
+        lora: settings of the adapter.
+        deterministic: if True, no dropout; else `lora.dropout` needs a `'dropout'` rng.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> layer = LoRADense(6, lora=LoRAConfig(rank=2))
-      >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4)))
-      >>> jax.tree.map(jnp.shape, variables['lora'])
-      {'lora_a': (4, 2), 'lora_b': (2, 6)}
+        >>> import jax, jax.numpy as jnp
+        >>> layer = LoRADense(6, lora=LoRAConfig(rank=2))
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4)))
+        >>> jax.tree.map(jnp.shape, variables['lora'])
+        {'lora_a': (4, 2), 'lora_b': (2, 6)}
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
     """
@@ -74,13 +74,13 @@ class LoRADense(nn.Dense):
         """Applies the layer.
 
         Args:
-          inputs: (..., in).
+            inputs: (..., in).
 
         Returns:
-          (..., out), in the dtype ``nn.Dense`` returns.
+            (..., out), in the dtype `nn.Dense` returns.
 
         Raises:
-          ValueError: if the rank exceeds min(in, out) or the variables hold no adapter.
+            ValueError: if the rank exceeds min(in, out) or the variables hold no adapter.
         """
         y = super().__call__(inputs)
         contraction = layer_contraction(self, inputs)
@@ -90,18 +90,18 @@ class LoRADense(nn.Dense):
 
 
 class LoRADenseGeneral(nn.DenseGeneral):
-    """``nn.DenseGeneral`` with a LoRA adapter on the flattened kernel.
+    """`nn.DenseGeneral` with a LoRA adapter on the flattened kernel.
 
     Attributes:
-      lora: settings of the adapter.
-      deterministic: if True, no dropout; else ``lora.dropout`` needs a ``'dropout'`` rng.
+        lora: settings of the adapter.
+        deterministic: if True, no dropout; else `lora.dropout` needs a `'dropout'` rng.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> layer = LoRADenseGeneral((2, 3), lora=LoRAConfig(rank=2))
-      >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4)))
-      >>> jax.tree.map(jnp.shape, variables['lora'])
-      {'lora_a': (4, 2), 'lora_b': (2, 6)}
+        >>> import jax, jax.numpy as jnp
+        >>> layer = LoRADenseGeneral((2, 3), lora=LoRAConfig(rank=2))
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 4)))
+        >>> jax.tree.map(jnp.shape, variables['lora'])
+        {'lora_a': (4, 2), 'lora_b': (2, 6)}
     """
 
     lora: LoRAConfig = _DEFAULT_CONFIG
@@ -112,13 +112,13 @@ class LoRADenseGeneral(nn.DenseGeneral):
         """Applies the layer.
 
         Args:
-          inputs: what ``nn.DenseGeneral`` takes.
+            inputs: what `nn.DenseGeneral` takes.
 
         Returns:
-          What ``nn.DenseGeneral`` returns, in the same dtype.
+            What `nn.DenseGeneral` returns, in the same dtype.
 
         Raises:
-          ValueError: if the rank exceeds min(in, out) or the variables hold no adapter.
+            ValueError: if the rank exceeds min(in, out) or the variables hold no adapter.
         """
         y = super().__call__(inputs)
         contraction = layer_contraction(self, inputs)
@@ -128,18 +128,18 @@ class LoRADenseGeneral(nn.DenseGeneral):
 
 
 class LoRAEinsumDense(nn.Einsum):
-    """``nn.Einsum`` with a LoRA adapter on the flattened kernel.
+    """`nn.Einsum` with a LoRA adapter on the flattened kernel.
 
     Attributes:
-      lora: settings of the adapter.
-      deterministic: if True, no dropout; else ``lora.dropout`` needs a ``'dropout'`` rng.
+        lora: settings of the adapter.
+        deterministic: if True, no dropout; else `lora.dropout` needs a `'dropout'` rng.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> layer = LoRAEinsumDense((2, 4, 3), 'BTD,NDH->BTNH', lora=LoRAConfig(rank=2))
-      >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 5, 4)))
-      >>> jax.tree.map(jnp.shape, variables['lora'])
-      {'lora_a': (4, 2), 'lora_b': (2, 6)}
+        >>> import jax, jax.numpy as jnp
+        >>> layer = LoRAEinsumDense((2, 4, 3), 'BTD,NDH->BTNH', lora=LoRAConfig(rank=2))
+        >>> variables = layer.init(jax.random.key(0), jnp.ones((1, 5, 4)))
+        >>> jax.tree.map(jnp.shape, variables['lora'])
+        {'lora_a': (4, 2), 'lora_b': (2, 6)}
     """
 
     lora: LoRAConfig = _DEFAULT_CONFIG
@@ -150,15 +150,15 @@ class LoRAEinsumDense(nn.Einsum):
         """Applies the layer.
 
         Args:
-          inputs: what ``nn.Einsum`` takes.
-          einsum_str: the contraction, if the module was made without one.
+            inputs: what `nn.Einsum` takes.
+            einsum_str: the contraction, if the module was made without one.
 
         Returns:
-          What ``nn.Einsum`` returns, in the same dtype.
+            What `nn.Einsum` returns, in the same dtype.
 
         Raises:
-          ValueError: if the contraction is no linear layer, the rank exceeds min(in, out) or the
-            variables hold no adapter.
+            ValueError: if the contraction is no linear layer, the rank exceeds min(in, out) or the
+                variables hold no adapter.
         """
         y = super().__call__(inputs, einsum_str)
         contraction = layer_contraction(self, inputs, einsum_str)
@@ -182,18 +182,18 @@ def adapter_output(
     """Computes what the adapter of a bound layer adds to the layer's output.
 
     Args:
-      layer: the layer, while it is being called, after its own parameters exist.
-      config: settings of the adapter.
-      contraction: how the layer contracts its kernel with ``inputs``.
-      inputs: the layer's input.
-      y: the layer's output.
-      deterministic: if True, no dropout.
+        layer: the layer, while it is being called, after its own parameters exist.
+        config: settings of the adapter.
+        contraction: how the layer contracts its kernel with `inputs`.
+        inputs: the layer's input.
+        y: the layer's output.
+        deterministic: if True, no dropout.
 
     Returns:
-      The addition, in the shape and dtype of ``y``.
+        The addition, in the shape and dtype of `y`.
 
     Raises:
-      ValueError: if the rank exceeds min(in, out) or the variables hold no adapter.
+        ValueError: if the rank exceeds min(in, out) or the variables hold no adapter.
     """
     kernel_shape = nn.meta.unbox(layer.get_variable("params", "kernel")).shape
     pair = _factors(layer, config, *contraction.kernel_axes.sizes(kernel_shape))
@@ -213,15 +213,15 @@ def layer_contraction(
     """Describes how a layer contracts its kernel with an input.
 
     Args:
-      layer: the layer.
-      inputs: the layer's input.
-      einsum_str: the contraction that an ``nn.Einsum`` was called with.
+        layer: the layer.
+        inputs: the layer's input.
+        einsum_str: the contraction that an `nn.Einsum` was called with.
 
     Returns:
-      The contraction.
+        The contraction.
 
     Raises:
-      ValueError: if an einsum string is no linear layer.
+        ValueError: if an einsum string is no linear layer.
     """
     if isinstance(layer, nn.Dense):
         return Contraction.from_dense_general(inputs.ndim, (-1,), (), 1)

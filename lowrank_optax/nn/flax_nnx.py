@@ -1,18 +1,18 @@
 """LoRA layers for Flax NNX.
 
-`LoRALayer` wraps an ``nnx.Linear``, ``nnx.LinearGeneral`` or ``nnx.Einsum``; `LoRALinear`,
+`LoRALayer` wraps an `nnx.Linear`, `nnx.LinearGeneral` or `nnx.Einsum`; `LoRALinear`,
 `LoRALinearGeneral` and `LoRAEinsum` build the layer that they wrap. The base weights stay frozen
-because one trains with respect to ``nnx.LoRAParam`` only::
+because one trains with respect to `nnx.LoRAParam` only:
 
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
     grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, batch)
     optimizer.update(model, grads)
 
-``nnx.LoRAParam`` is a subclass of ``nnx.Param``: ``wrt=nnx.Param`` selects factors *and* kernels.
+`nnx.LoRAParam` is a subclass of `nnx.Param`: `wrt=nnx.Param` selects factors *and* kernels.
 
-A layer built with ``LoRAConfig(rank, extra=Shadows())`` is ready for ``oplora`` as ``tx``.
+A layer built with `LoRAConfig(rank, extra=Shadows())` is ready for `oplora` as `tx`.
 
-Layers may be built inside ``nnx.vmap`` (factors then are (layers, in, r) and (layers, r, out)), and
+Layers may be built inside `nnx.vmap` (factors then are (layers, in, r) and (layers, r, out)), and
 a layer whose kernel is already stacked along leading axes may be wrapped: the factors get the same
 leading axes. Stacks along other axes than the leading ones are not supported.
 """
@@ -37,36 +37,36 @@ class LoRALayer(nnx.Module):
     $$y = \mathrm{base}(x) + s\,(x\,a)\,b$$
 
     Args:
-      base: the layer to adapt. It is kept, not copied, as attribute ``base``.
-      lora: settings of the adapter.
-      rngs: the ``params`` stream draws the factors; the ``dropout`` stream is used if
-        ``lora.dropout`` is positive.
-      path: name of the layer in error messages.
+        base: the layer to adapt. It is kept, not copied, as attribute `base`.
+        lora: settings of the adapter.
+        rngs: the `params` stream draws the factors; the `dropout` stream is used if
+            `lora.dropout` is positive.
+        path: name of the layer in error messages.
 
     Attributes:
-      base: the wrapped layer.
-      lora: the settings.
-      axes: roles of the base kernel's axes; *in* and *out* below are the flattened ones.
-      lora_a: ``nnx.LoRAParam``, (stacked..., batch..., in, r).
-      lora_b: ``nnx.LoRAParam``, (stacked..., batch..., r, out).
-      lora_m_a, lora_f_in, …: ``nnx.LoRAParam``, what ``lora.extra`` adds; a layer without it lacks
-        the attributes.
-      dropout: ``nnx.Dropout`` on the adapter's input, or None.
-      merged: whether the kernel already contains the update; the adapter is then skipped.
+        base: the wrapped layer.
+        lora: the settings.
+        axes: roles of the base kernel's axes; *in* and *out* below are the flattened ones.
+        lora_a: `nnx.LoRAParam`, (stacked..., batch..., in, r).
+        lora_b: `nnx.LoRAParam`, (stacked..., batch..., r, out).
+        lora_m_a, lora_f_in, …: `nnx.LoRAParam`, what `lora.extra` adds; a layer without it lacks
+            the attributes.
+        dropout: `nnx.Dropout` on the adapter's input, or None.
+        merged: whether the kernel already contains the update; the adapter is then skipped.
 
     Raises:
-      ValueError: if the base is not a supported layer, has an adapter already, or its kernel is too
-        small for the rank.
+        ValueError: if the base is not a supported layer, has an adapter already, or its kernel is
+            too small for the rank.
 
     Example:
-      >>> from flax import nnx
-      >>> import jax.numpy as jnp
-      >>> base = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
-      >>> layer = LoRALayer(base, LoRAConfig(rank=2), rngs=nnx.Rngs(1))
-      >>> layer.lora_a.shape, layer.lora_b.shape
-      ((4, 2), (2, 6))
-      >>> bool((layer(jnp.ones((1, 4))) == base(jnp.ones((1, 4)))).all())
-      True
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> base = nnx.Linear(4, 6, rngs=nnx.Rngs(0))
+        >>> layer = LoRALayer(base, LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+        >>> layer.lora_a.shape, layer.lora_b.shape
+        ((4, 2), (2, 6))
+        >>> bool((layer(jnp.ones((1, 4))) == base(jnp.ones((1, 4)))).all())
+        True
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
     """
@@ -113,17 +113,17 @@ class LoRALayer(nnx.Module):
         """Applies the base layer and its adapter.
 
         Args:
-          inputs: what the base layer takes.
-          einsum_str: overrides the string of an ``nnx.Einsum`` base; the kernel's axes must keep
-            their roles.
-          out_sharding: passed to the base layer; the adapter's output is brought to it.
+            inputs: what the base layer takes.
+            einsum_str: overrides the string of an `nnx.Einsum` base; the kernel's axes must keep
+                their roles.
+            out_sharding: passed to the base layer; the adapter's output is brought to it.
 
         Returns:
-          What the base layer returns, in the same dtype. The adapter works in that dtype unless
-          ``lora.dtype`` says otherwise.
+            What the base layer returns, in the same dtype. The adapter works in that dtype unless
+            `lora.dtype` says otherwise.
 
         Raises:
-          ValueError: if ``einsum_str`` changes the role of a kernel axis.
+            ValueError: if `einsum_str` changes the role of a kernel axis.
         """
         override = {} if einsum_str is None else {"einsum_str": einsum_str}
         y = self.base(inputs, out_sharding=out_sharding, **override)
@@ -155,24 +155,24 @@ class LoRALayer(nnx.Module):
 
 
 class LoRALinear(LoRALayer):
-    """``nnx.Linear`` with a LoRA adapter.
+    """`nnx.Linear` with a LoRA adapter.
 
     Args:
-      in_features: number of input features.
-      out_features: number of output features.
-      lora: settings of the adapter.
-      rngs: streams for kernel, factors and dropout.
-      **base_options: further arguments of ``nnx.Linear``.
+        in_features: number of input features.
+        out_features: number of output features.
+        lora: settings of the adapter.
+        rngs: streams for kernel, factors and dropout.
+        **base_options: further arguments of `nnx.Linear`.
 
     Raises:
-      ValueError: if the rank exceeds min(in, out).
+        ValueError: if the rank exceeds min(in, out).
 
     Example:
-      >>> from flax import nnx
-      >>> import jax.numpy as jnp
-      >>> layer = LoRALinear(4, 6, lora=LoRAConfig(rank=2), rngs=nnx.Rngs(0))
-      >>> layer(jnp.ones((1, 4))).shape
-      (1, 6)
+        >>> from flax import nnx
+        >>> import jax.numpy as jnp
+        >>> layer = LoRALinear(4, 6, lora=LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+        >>> layer(jnp.ones((1, 4))).shape
+        (1, 6)
     """
 
     def __init__(
@@ -189,23 +189,23 @@ class LoRALinear(LoRALayer):
 
 
 class LoRALinearGeneral(LoRALayer):
-    """``nnx.LinearGeneral`` with a LoRA adapter on the flattened kernel.
+    """`nnx.LinearGeneral` with a LoRA adapter on the flattened kernel.
 
     Args:
-      in_features: sizes of the contracted axes.
-      out_features: sizes of the output axes.
-      lora: settings of the adapter.
-      rngs: streams for kernel, factors and dropout.
-      **base_options: further arguments of ``nnx.LinearGeneral``, such as ``axis``.
+        in_features: sizes of the contracted axes.
+        out_features: sizes of the output axes.
+        lora: settings of the adapter.
+        rngs: streams for kernel, factors and dropout.
+        **base_options: further arguments of `nnx.LinearGeneral`, such as `axis`.
 
     Raises:
-      ValueError: if the rank exceeds min(in, out).
+        ValueError: if the rank exceeds min(in, out).
 
     Example:
-      >>> from flax import nnx
-      >>> layer = LoRALinearGeneral(4, (2, 3), lora=LoRAConfig(rank=2), rngs=nnx.Rngs(0))
-      >>> layer.base.kernel.shape, layer.lora_b.shape
-      ((4, 2, 3), (2, 6))
+        >>> from flax import nnx
+        >>> layer = LoRALinearGeneral(4, (2, 3), lora=LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+        >>> layer.base.kernel.shape, layer.lora_b.shape
+        ((4, 2, 3), (2, 6))
     """
 
     def __init__(
@@ -222,23 +222,25 @@ class LoRALinearGeneral(LoRALayer):
 
 
 class LoRAEinsum(LoRALayer):
-    """``nnx.Einsum`` with a LoRA adapter on the flattened kernel.
+    """`nnx.Einsum` with a LoRA adapter on the flattened kernel.
 
     Args:
-      einsum_str: contraction of input and kernel, such as ``'BTD,NDH->BTNH'``.
-      kernel_shape: shape of the kernel.
-      lora: settings of the adapter.
-      rngs: streams for kernel, factors and dropout.
-      **base_options: further arguments of ``nnx.Einsum``, such as ``bias_shape``.
+        einsum_str: contraction of input and kernel, such as `'BTD,NDH->BTNH'`.
+        kernel_shape: shape of the kernel.
+        lora: settings of the adapter.
+        rngs: streams for kernel, factors and dropout.
+        **base_options: further arguments of `nnx.Einsum`, such as `bias_shape`.
 
     Raises:
-      ValueError: if the string does not describe a linear layer, or the rank exceeds min(in, out).
+        ValueError: if the string does not describe a linear layer, or the rank exceeds
+            min(in, out).
 
     Example:
-      >>> from flax import nnx
-      >>> layer = LoRAEinsum('BTD,NDH->BTNH', (2, 4, 3), lora=LoRAConfig(rank=2), rngs=nnx.Rngs(0))
-      >>> layer.lora_a.shape, layer.lora_b.shape
-      ((4, 2), (2, 6))
+        >>> from flax import nnx
+        >>> config, rngs = LoRAConfig(rank=2), nnx.Rngs(0)
+        >>> layer = LoRAEinsum('BTD,NDH->BTNH', (2, 4, 3), lora=config, rngs=rngs)
+        >>> layer.lora_a.shape, layer.lora_b.shape
+        ((4, 2), (2, 6))
     """
 
     def __init__(
@@ -258,14 +260,14 @@ def require_supported(module: Any, path: str) -> BaseLayer:
     """Refuses modules that cannot be given an adapter.
 
     Args:
-      module: the candidate.
-      path: its path, for the message.
+        module: the candidate.
+        path: its path, for the message.
 
     Returns:
-      The module.
+        The module.
 
     Raises:
-      ValueError: if it has an adapter already, or is no Linear, LinearGeneral or Einsum.
+        ValueError: if it has an adapter already, or is no Linear, LinearGeneral or Einsum.
     """
     if isinstance(module, LoRALayer | nnx.LoRA | nnx.LoRALinear):
         raise ValueError(f"{path} already has LoRA; remove it first or leave it out of the targets")

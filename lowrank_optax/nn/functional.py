@@ -21,32 +21,32 @@ def lora_apply(
 
     $$y = s \cdot (x\,a)\,b$$
 
-    Both products accumulate in at least float32. The scale is applied to the narrow ``x @ a``.
+    Both products accumulate in at least float32. The scale is applied to the narrow `x @ a`.
     Leading axes of the factors are batch axes and broadcast as in `jax.numpy.matmul`.
 
     Args:
-      x: input, (..., in). Not a floating dtype: taken as the dtype of ``pair.a``.
-      pair: the factors, ``a`` (..., in, r) and ``b`` (..., r, out), of any floating dtype. With
-        shadows, the backward pass also returns the products of the full gradient that OPLoRA
-        needs. They are quadratic in the gradient: right for one call in one backward pass. With
-        frames, the gradients of the factors flow through these, as SDS-LoRA has it.
-      scale: forward scale s.
-      dtype: dtype of the two products' operands; None means the dtype of ``x``.
-      axis_name: for pairs with shadows inside ``pmap``, or ``shard_map`` with ``check_vma=False``:
-        the axes over which the tokens are spread, each device's loss being the mean over its own.
-        The gradients of the pair are then those of the mean loss on every device. Where
-        ``shard_map`` checks, it is not needed; other pairs ignore it, as their gradients are linear
-        and can be averaged afterwards.
+        x: input, (..., in). Not a floating dtype: taken as the dtype of `pair.a`.
+        pair: the factors, `a` (..., in, r) and `b` (..., r, out), of any floating dtype. With
+            shadows, the backward pass also returns the products of the full gradient that OPLoRA
+            needs. They are quadratic in the gradient: right for one call in one backward pass. With
+            frames, the gradients of the factors flow through these, as SDS-LoRA has it.
+        scale: forward scale s.
+        dtype: dtype of the two products' operands; None means the dtype of `x`.
+        axis_name: for pairs with shadows inside `pmap`, or `shard_map` with `check_vma=False`: the
+            axes over which the tokens are spread, each device's loss being the mean over its own.
+            The gradients of the pair are then those of the mean loss on every device. Where
+            `shard_map` checks, it is not needed. Other pairs ignore it: their gradients are linear
+            and can be averaged afterwards.
 
     Returns:
-      y, (..., out), in the dtype of ``x``.
+        y, (..., out), in the dtype of `x`.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from lowrank_optax import LoRAPair
-      >>> pair = LoRAPair(a=jnp.ones((3, 1)), b=jnp.ones((1, 2)))
-      >>> lora_apply(jnp.ones((1, 3)), pair, scale=2.0)
-      Array([[6., 6.]], dtype=float32)
+        >>> import jax.numpy as jnp
+        >>> from lowrank_optax import LoRAPair
+        >>> pair = LoRAPair(a=jnp.ones((3, 1)), b=jnp.ones((1, 2)))
+        >>> lora_apply(jnp.ones((1, 3)), pair, scale=2.0)
+        Array([[6., 6.]], dtype=float32)
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
     """
@@ -64,19 +64,19 @@ def lora_delta(pair: Any, scale: float = 1.0) -> jax.Array:
     Computed at the highest matmul precision, because the result is meant to be added to a kernel.
 
     Args:
-      pair: any kind of pair, ``a`` (..., in, r) and ``b`` (..., r, out), of any floating dtype.
-      scale: forward scale s.
+        pair: any kind of pair, `a` (..., in, r) and `b` (..., r, out), of any floating dtype.
+        scale: forward scale s.
 
     Returns:
-      The update, (..., in, out), in at least float32.
+        The update, (..., in, out), in at least float32.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from lowrank_optax import LoRAPair
-      >>> lora_delta(LoRAPair(a=jnp.ones((3, 1)), b=jnp.ones((1, 2))), scale=0.5)
-      Array([[0.5, 0.5],
-             [0.5, 0.5],
-             [0.5, 0.5]], dtype=float32)
+        >>> import jax.numpy as jnp
+        >>> from lowrank_optax import LoRAPair
+        >>> lora_delta(LoRAPair(a=jnp.ones((3, 1)), b=jnp.ones((1, 2))), scale=0.5)
+        Array([[0.5, 0.5],
+               [0.5, 0.5],
+               [0.5, 0.5]], dtype=float32)
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
     """
@@ -99,25 +99,25 @@ def merge_kernel(
     $$K + s \cdot a\,b$$
 
     Args:
-      kernel: base kernel, with the axes that ``axes`` describes last.
-      pair: any kind of pair with the flat factors of that kernel.
-      scale: forward scale s; its negative takes the update out again.
-      axes: the roles of the kernel's axes.
+        kernel: base kernel, with the axes that `axes` describes last.
+        pair: any kind of pair with the flat factors of that kernel.
+        scale: forward scale s; its negative takes the update out again.
+        axes: the roles of the kernel's axes.
 
     Returns:
-      The sum, formed in at least float32 and rounded to the kernel's dtype.
+        The sum, formed in at least float32 and rounded to the kernel's dtype.
 
     Raises:
-      ValueError: if the factors do not fit the kernel.
+        ValueError: if the factors do not fit the kernel.
 
     Example:
-      >>> import jax.numpy as jnp
-      >>> from lowrank_optax import LoRAPair
-      >>> pair = LoRAPair(a=jnp.ones((3, 1)), b=jnp.ones((1, 4)))
-      >>> kernel = jnp.zeros((3, 2, 2), jnp.bfloat16)
-      >>> merge_kernel(kernel, pair, 0.5, KernelAxes.in_order(0, 1, 2))[0]
-      Array([[0.5, 0.5],
-             [0.5, 0.5]], dtype=bfloat16)
+        >>> import jax.numpy as jnp
+        >>> from lowrank_optax import LoRAPair
+        >>> pair = LoRAPair(a=jnp.ones((3, 1)), b=jnp.ones((1, 4)))
+        >>> kernel = jnp.zeros((3, 2, 2), jnp.bfloat16)
+        >>> merge_kernel(kernel, pair, 0.5, KernelAxes.in_order(0, 1, 2))[0]
+        Array([[0.5, 0.5],
+               [0.5, 0.5]], dtype=bfloat16)
     """
     delta = axes.from_matrix(lora_delta(pair, scale), kernel.shape)
     wide = jnp.promote_types(kernel.dtype, delta.dtype)

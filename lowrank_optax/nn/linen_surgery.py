@@ -1,6 +1,6 @@
 """Adding LoRA to an existing Linen model, and folding it into the kernels.
 
-Training only the adapters::
+Training only the adapters:
 
     config = nn.LoRAConfig(rank=8)
     with nn.lora_interceptor('query|value', config) as adapters:
@@ -17,7 +17,7 @@ Training only the adapters::
 
 The `with` belongs inside the function that is jitted: the interceptor acts while JAX traces, and a
 function traced outside of it ignores the adapters. Pretrained parameters get adapters by
-``model.apply({'params': params}, x, mutable=['lora'], rngs={'lora': key})``.
+`model.apply({'params': params}, x, mutable=['lora'], rngs={'lora': key})`.
 """
 
 import contextlib
@@ -49,38 +49,38 @@ def lora_interceptor(
 ) -> Iterator[dict[str, LinenAdapter]]:
     """Gives the targeted layers of any Linen model LoRA adapters while the context is open.
 
-    ``init`` creates them in the collection ``'lora'`` (from the ``'lora'`` rng stream, or else
-    ``'params'``) and leaves every parameter bit for bit what it is without the interceptor;
-    ``apply`` uses them. Works under ``jit``, ``grad``, ``nn.remat``, and ``nn.scan`` or ``nn.vmap``
-    with ``'lora': 0`` in their ``variable_axes``.
+    `init` creates them in the collection `'lora'` (from the `'lora'` rng stream, or else
+    `'params'`) and leaves every parameter bit for bit what it is without the interceptor;
+    `apply` uses them. Works under `jit`, `grad`, `nn.remat`, and `nn.scan` or `nn.vmap`
+    with `'lora': 0` in their `variable_axes`.
 
     Args:
-      targets: a regular expression, a sequence of them, or ``(path, module) -> bool``. An
-        expression matches the whole '/'-joined path or its last component (`re.fullmatch`).
-      config: settings of the adapters, the same in ``init`` and ``apply``.
-      deterministic: if True, no dropout; else a positive dropout needs a ``'dropout'`` rng.
+        targets: a regular expression, a sequence of them, or `(path, module) -> bool`. An
+            expression matches the whole '/'-joined path or its last component (`re.fullmatch`).
+        config: settings of the adapters, the same in `init` and `apply`.
+        deterministic: if True, no dropout; else a positive dropout needs a `'dropout'` rng.
 
     Yields:
-      A dictionary that is filled while models are traced: what `merge_lora_variables` needs to know
-      of each adapter, by '/'-joined path.
+        A dictionary that is filled while models are traced: what `merge_lora_variables` needs to
+        know of each adapter, by '/'-joined path.
 
     Raises:
-      TypeError: if ``config`` is not a `LoRAConfig`.
-      ValueError: if a target is not a ``nn.Dense``, ``nn.DenseGeneral`` or ``nn.Einsum`` or has
-        LoRA already; if the rank exceeds min(in, out); if the variables hold no adapter for a
-        target, or one of another rank; at the end of the context, if a target matched nothing while
-        a model was initialized in it.
+        TypeError: if `config` is not a `LoRAConfig`.
+        ValueError: if a target is not a `nn.Dense`, `nn.DenseGeneral` or `nn.Einsum` or has
+            LoRA already; if the rank exceeds min(in, out); if the variables hold no adapter for a
+            target, or one of another rank; at the end of the context, if a target matched nothing
+            while a model was initialized in it.
 
     Example:
-      >>> import flax.linen
-      >>> import jax, jax.numpy as jnp
-      >>> model = flax.linen.Sequential([flax.linen.Dense(8), flax.linen.relu, flax.linen.Dense(2)])
-      >>> with lora_interceptor('layers_0', LoRAConfig(rank=2)) as adapters:
-      ...     variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
-      >>> jax.tree.map(jnp.shape, variables['lora'])
-      {'layers_0': {'lora_a': (4, 2), 'lora_b': (2, 8)}}
-      >>> adapters['layers_0'].scale
-      8.0
+        >>> import flax.linen
+        >>> import jax, jax.numpy as jnp
+        >>> model = flax.linen.Sequential([flax.linen.Dense(8), flax.linen.Dense(2)])
+        >>> with lora_interceptor('layers_0', LoRAConfig(rank=2)) as adapters:
+        ...     variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
+        >>> jax.tree.map(jnp.shape, variables['lora'])
+        {'layers_0': {'lora_a': (4, 2), 'lora_b': (2, 8)}}
+        >>> adapters['layers_0'].scale
+        8.0
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
     """
@@ -123,20 +123,20 @@ def lora_adapters(
     The model is traced, not run.
 
     Args:
-      model: the model.
-      variables: its variables.
-      *args: example arguments of ``model.apply``.
-      **kwargs: keyword arguments of ``model.apply``, such as ``rngs``.
+        model: the model.
+        variables: its variables.
+        *args: example arguments of `model.apply`.
+        **kwargs: keyword arguments of `model.apply`, such as `rngs`.
 
     Returns:
-      What `merge_lora_variables` needs to know of each adapter, by '/'-joined path.
+        What `merge_lora_variables` needs to know of each adapter, by '/'-joined path.
 
     Example:
-      >>> import jax, jax.numpy as jnp
-      >>> from lowrank_optax.nn.flax_linen import LoRADense
-      >>> model, x = LoRADense(6, lora=LoRAConfig(rank=2)), jnp.ones((1, 4))
-      >>> lora_adapters(model, model.init(jax.random.key(0), x), x)['']
-      LinenAdapter(axes=KernelAxes(batch=(), contracted=(-2,), out=(-1,)), scale=8.0)
+        >>> import jax, jax.numpy as jnp
+        >>> from lowrank_optax.nn.flax_linen import LoRADense
+        >>> model, x = LoRADense(6, lora=LoRAConfig(rank=2)), jnp.ones((1, 4))
+        >>> lora_adapters(model, model.init(jax.random.key(0), x), x)['']
+        LinenAdapter(axes=KernelAxes(batch=(), contracted=(-2,), out=(-1,)), scale=8.0)
     """
     adapters: dict[str, LinenAdapter] = {}
 
@@ -162,27 +162,27 @@ def merge_lora_variables(
     Sums are formed in at least float32 and rounded to the kernel's dtype.
 
     Args:
-      variables: with the collections ``'params'`` and ``'lora'``; layers may be stacked along
-        leading axes (``nn.scan`` with ``variable_axes={'params': 0, 'lora': 0}``).
-      adapters: what `lora_interceptor` yielded or `lora_adapters` returned.
+        variables: with the collections `'params'` and `'lora'`; layers may be stacked along
+            leading axes (`nn.scan` with `variable_axes={'params': 0, 'lora': 0}`).
+        adapters: what `lora_interceptor` yielded or `lora_adapters` returned.
 
     Returns:
-      Parameters for the plain model; ``variables`` is left as it is.
+        Parameters for the plain model; `variables` is left as it is.
 
     Raises:
-      ValueError: if ``variables`` has no adapters, or one that ``adapters`` does not describe or
-        that does not fit its kernel.
+        ValueError: if `variables` has no adapters, or one that `adapters` does not describe or
+            that does not fit its kernel.
 
     Example:
-      >>> import flax.linen
-      >>> import jax, jax.numpy as jnp
-      >>> model, x = flax.linen.Sequential([flax.linen.Dense(8)]), jnp.ones((1, 4))
-      >>> config = LoRAConfig(rank=2, b_init=jax.nn.initializers.ones)
-      >>> with lora_interceptor('layers_0', config) as adapters:
-      ...     y, variables = model.init_with_output(jax.random.key(0), x)
-      >>> merged = merge_lora_variables(variables, adapters)
-      >>> bool(jnp.allclose(model.apply({'params': merged}, x), y, rtol=1e-5))
-      True
+        >>> import flax.linen
+        >>> import jax, jax.numpy as jnp
+        >>> model, x = flax.linen.Sequential([flax.linen.Dense(8)]), jnp.ones((1, 4))
+        >>> config = LoRAConfig(rank=2, b_init=jax.nn.initializers.ones)
+        >>> with lora_interceptor('layers_0', config) as adapters:
+        ...     y, variables = model.init_with_output(jax.random.key(0), x)
+        >>> merged = merge_lora_variables(variables, adapters)
+        >>> bool(jnp.allclose(model.apply({'params': merged}, x), y, rtol=1e-5))
+        True
     """
     return _add_deltas(variables, adapters, 1)
 
@@ -196,25 +196,25 @@ def unmerge_lora_variables(
     bit for bit. Keep the original parameters where that matters.
 
     Args:
-      variables: with the merged ``'params'`` and the unchanged ``'lora'``.
-      adapters: as for `merge_lora_variables`.
+        variables: with the merged `'params'` and the unchanged `'lora'`.
+        adapters: as for `merge_lora_variables`.
 
     Returns:
-      The parameters without the adapters.
+        The parameters without the adapters.
 
     Raises:
-      ValueError: as `merge_lora_variables`.
+        ValueError: as `merge_lora_variables`.
 
     Example:
-      >>> import flax.linen
-      >>> import jax, jax.numpy as jnp
-      >>> model = flax.linen.Sequential([flax.linen.Dense(8)])
-      >>> with lora_interceptor('layers_0', LoRAConfig(rank=2)) as adapters:
-      ...     variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
-      >>> merged = merge_lora_variables(variables, adapters)
-      >>> params = unmerge_lora_variables({**variables, 'params': merged}, adapters)
-      >>> bool((params['layers_0']['kernel'] == variables['params']['layers_0']['kernel']).all())
-      True
+        >>> import flax.linen
+        >>> import jax, jax.numpy as jnp
+        >>> model = flax.linen.Sequential([flax.linen.Dense(8)])
+        >>> with lora_interceptor('layers_0', LoRAConfig(rank=2)) as adapters:
+        ...     variables = model.init(jax.random.key(0), jnp.ones((1, 4)))
+        >>> merged = merge_lora_variables(variables, adapters)
+        >>> params = unmerge_lora_variables({**variables, 'params': merged}, adapters)
+        >>> bool((params['layers_0']['kernel'] == variables['params']['layers_0']['kernel']).all())
+        True
     """
     return _add_deltas(variables, adapters, -1)
 
@@ -250,7 +250,8 @@ def _add_deltas(
                 "jax.eval_shape(model.apply, variables, x) inside lora_interceptor, or call "
                 "lora_adapters(model, variables, x)"
             )
-        pair = node_of(lambda leaf, scope=scope: nn.meta.unbox(factors.get((*scope, leaf))))
+        leaves = {path[-1]: nn.meta.unbox(x) for path, x in factors.items() if path[:-1] == scope}
+        pair = node_of(leaves.get)
         boxed = params[*scope, "kernel"]
         axes, scale = adapters[name]
         try:

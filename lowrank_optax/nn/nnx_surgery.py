@@ -12,7 +12,7 @@ from lowrank_optax.nn.targets import TargetMatcher, Targets
 
 
 class _Edge(NamedTuple):
-    """A place in the model that holds a module: ``parent.key`` or ``parent[key]`` is ``module``."""
+    """A place in the model that holds a module: `parent.key` or `parent[key]` is `module`."""
 
     path: str
     parent: Any
@@ -25,36 +25,36 @@ def add_lora(
 ) -> list[str]:
     """Replaces the targeted layers of a model, in place, by `LoRALayer` around them.
 
-    A kernel at ``layers/0/query/kernel`` moves to ``layers/0/query/base/kernel``: restore a
+    A kernel at `layers/0/query/kernel` moves to `layers/0/query/base/kernel`: restore a
     checkpoint of the plain model before the call. A module that several places share is adapted
     once for all of them. Nothing is changed if an error is raised.
 
     Args:
-      model: any NNX module; the targets are among its descendants, also in ``nnx.List``,
-        ``nnx.Dict``, lists and dicts. Layers stacked along leading kernel axes get stacked factors.
-      targets: a regular expression, a sequence of them, or ``(path, module) -> bool``. An
-        expression matches the whole '/'-joined path or its last component (`re.fullmatch`).
-      config: settings of the adapters.
-      rngs: ``params`` draws the factors, ``dropout`` feeds the dropout, which ``model.train()`` and
-        ``model.eval()`` switch.
+        model: any NNX module; the targets are among its descendants, also in `nnx.List`,
+            `nnx.Dict`, lists and dicts. Layers stacked along leading axes get stacked factors.
+        targets: a regular expression, a sequence of them, or `(path, module) -> bool`. An
+            expression matches the whole '/'-joined path or its last component (`re.fullmatch`).
+        config: settings of the adapters.
+        rngs: `params` draws the factors, `dropout` feeds the dropout, which `model.train()` and
+            `model.eval()` switch.
 
     Returns:
-      The paths of the adapted layers, sorted.
+        The paths of the adapted layers, sorted.
 
     Raises:
-      TypeError: if ``config`` is not a `LoRAConfig`, or ``rngs`` not ``nnx.Rngs``.
-      ValueError: if a target matches nothing, or matches a module that is not an ``nnx.Linear``,
-        ``nnx.LinearGeneral`` or ``nnx.Einsum`` or has LoRA already; if the rank exceeds
-        min(in, out) of a targeted kernel.
+        TypeError: if `config` is not a `LoRAConfig`, or `rngs` not `nnx.Rngs`.
+        ValueError: if a target matches nothing, or matches a module that is not an `nnx.Linear`,
+            `nnx.LinearGeneral` or `nnx.Einsum` or has LoRA already; if the rank exceeds
+            min(in, out) of a targeted kernel.
 
     Example:
-      >>> from flax import nnx
-      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu,
-      ...                        nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
-      >>> add_lora(model, 'layers/0', LoRAConfig(rank=2, alpha=4.0), rngs=nnx.Rngs(2))
-      ['layers/0']
-      >>> model.layers[0].lora_a.shape
-      (4, 2)
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)), nnx.relu,
+        ...                        nnx.Linear(8, 2, rngs=nnx.Rngs(1)))
+        >>> add_lora(model, 'layers/0', LoRAConfig(rank=2, alpha=4.0), rngs=nnx.Rngs(2))
+        ['layers/0']
+        >>> model.layers[0].lora_a.shape
+        (4, 2)
 
     Source: Hu et al., LoRA, https://arxiv.org/abs/2106.09685.
     """
@@ -91,21 +91,21 @@ def merge_lora(model: nnx.Module) -> list[str]:
     adapters are zero: merge for inference. Layers that are merged already are left alone.
 
     Args:
-      model: a model with LoRA layers, or a LoRA layer.
+        model: a model with LoRA layers, or a LoRA layer.
 
     Returns:
-      The paths of the layers merged by this call, sorted.
+        The paths of the layers merged by this call, sorted.
 
     Raises:
-      ValueError: if there is no LoRA layer, or a kernel is shared with another layer, which would
-        change too.
+        ValueError: if there is no LoRA layer, or a kernel is shared with another layer, which would
+            change too.
 
     Example:
-      >>> from flax import nnx
-      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-      >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
-      >>> merge_lora(model)
-      ['layers/0']
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+        >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+        >>> merge_lora(model)
+        ['layers/0']
     """
     layers = {path: layer for path, layer in _lora_layers(model).items() if not layer.merged}
     _refuse_shared_kernels(model, layers)
@@ -119,24 +119,24 @@ def unmerge_lora(model: nnx.Module) -> list[str]:
 
     Both directions round to the kernel's dtype, so the kernel comes back to within its rounding
     (about one unit in the last place of the larger of kernel and merged kernel), not bit for bit;
-    in bfloat16 that is a relative 2⁻⁸. Merge an ``nnx.clone(model)`` where exactness matters.
+    in bfloat16 that is a relative 2⁻⁸. Merge an `nnx.clone(model)` where exactness matters.
     The factors must not have changed since the merge.
 
     Args:
-      model: a model with LoRA layers, or a LoRA layer.
+        model: a model with LoRA layers, or a LoRA layer.
 
     Returns:
-      The paths of the layers unmerged by this call, sorted.
+        The paths of the layers unmerged by this call, sorted.
 
     Raises:
-      ValueError: if there is no LoRA layer.
+        ValueError: if there is no LoRA layer.
 
     Example:
-      >>> from flax import nnx
-      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-      >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
-      >>> merge_lora(model) == unmerge_lora(model)
-      True
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+        >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+        >>> merge_lora(model) == unmerge_lora(model)
+        True
     """
     layers = {path: layer for path, layer in _lora_layers(model).items() if layer.merged}
     for layer in layers.values():
@@ -148,22 +148,22 @@ def unload_lora(model: nnx.Module) -> list[str]:
     """Merges every adapter and puts the plain base layers back, in place.
 
     Args:
-      model: a model with LoRA layers below its root.
+        model: a model with LoRA layers below its root.
 
     Returns:
-      The paths of the layers that were put back, sorted.
+        The paths of the layers that were put back, sorted.
 
     Raises:
-      ValueError: as `merge_lora`, or if the model itself is the LoRA layer.
+        ValueError: as `merge_lora`, or if the model itself is the LoRA layer.
 
     Example:
-      >>> from flax import nnx
-      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-      >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
-      >>> unload_lora(model)
-      ['layers/0']
-      >>> type(model.layers[0]).__name__
-      'Linear'
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+        >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+        >>> unload_lora(model)
+        ['layers/0']
+        >>> type(model.layers[0]).__name__
+        'Linear'
     """
     merge_lora(model)
     return replace_lora(model, lambda path, layer: layer.base)
@@ -173,20 +173,20 @@ def remove_lora(model: nnx.Module) -> list[str]:
     """Drops every adapter and puts the plain base layers back, in place.
 
     Args:
-      model: a model with LoRA layers below its root.
+        model: a model with LoRA layers below its root.
 
     Returns:
-      The paths of the layers that were put back, sorted.
+        The paths of the layers that were put back, sorted.
 
     Raises:
-      ValueError: if there is no LoRA layer, one is merged, or the model itself is the LoRA layer.
+        ValueError: if there is no LoRA layer, one is merged, or the model itself is the LoRA layer.
 
     Example:
-      >>> from flax import nnx
-      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-      >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
-      >>> remove_lora(model)
-      ['layers/0']
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+        >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+        >>> remove_lora(model)
+        ['layers/0']
     """
     for path, layer in _lora_layers(model).items():
         if layer.merged:
@@ -201,21 +201,21 @@ def replace_lora(model: nnx.Module, make: Callable[[str, LoRALayer], nnx.Module]
     """Puts other modules in the places of a model's LoRA layers, in place.
 
     Args:
-      model: a model with LoRA layers below its root.
-      make: returns the module for the path and the layer that was there; called once a layer.
+        model: a model with LoRA layers below its root.
+        make: returns the module for the path and the layer that was there; called once a layer.
 
     Returns:
-      The paths of the layers that were replaced, sorted.
+        The paths of the layers that were replaced, sorted.
 
     Raises:
-      ValueError: if there is no LoRA layer, or the model itself is the LoRA layer.
+        ValueError: if there is no LoRA layer, or the model itself is the LoRA layer.
 
     Example:
-      >>> from flax import nnx
-      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-      >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
-      >>> replace_lora(model, lambda path, layer: layer.base)
-      ['layers/0']
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+        >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+        >>> replace_lora(model, lambda path, layer: layer.base)
+        ['layers/0']
     """
     if isinstance(model, LoRALayer):
         raise ValueError("a LoRA layer cannot replace itself in place: use its attribute 'base'")
@@ -231,17 +231,17 @@ def lora_scales(model: nnx.Module) -> dict[str, float]:
     """Returns the forward scale of every adapter.
 
     Args:
-      model: a model with LoRA layers.
+        model: a model with LoRA layers.
 
     Returns:
-      Scale by '/'-joined path of the module that holds ``lora_a`` and ``lora_b``; empty if none.
+        Scale by '/'-joined path of the module that holds `lora_a` and `lora_b`; empty if none.
 
     Example:
-      >>> from flax import nnx
-      >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-      >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2, alpha=4.0), rngs=nnx.Rngs(1))
-      >>> lora_scales(model)
-      {'layers/0': 2.0}
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+        >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2, alpha=4.0), rngs=nnx.Rngs(1))
+        >>> lora_scales(model)
+        {'layers/0': 2.0}
     """
     return {path: layer.scale for path, layer in find_lora_layers(model)}
 
@@ -283,9 +283,9 @@ def find_lora_layers(model: nnx.Module) -> Iterator[tuple[str, LoRALayer]]:
     """Yields path and layer of every LoRA layer of a model; a shared one comes once.
 
     Example:
-      >>> from flax import nnx
-      >>> list(find_lora_layers(nnx.Linear(4, 8, rngs=nnx.Rngs(0))))
-      []
+        >>> from flax import nnx
+        >>> list(find_lora_layers(nnx.Linear(4, 8, rngs=nnx.Rngs(0))))
+        []
     """
     if isinstance(model, LoRALayer):
         yield "", model

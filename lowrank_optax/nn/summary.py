@@ -1,5 +1,6 @@
 """A table of the adapters of a model."""
 
+import io
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -10,6 +11,10 @@ from rich.table import Table
 from lowrank_optax._core.linalg import SIDES
 from lowrank_optax._core.pairing import find_pairs, scales
 from lowrank_optax.nn.nnx_surgery import find_lora_layers
+
+
+_WIDTH = 100
+_HTML = '<pre style="line-height:1.2">{code}</pre>'
 
 
 class AdapterSummary(NamedTuple):
@@ -48,7 +53,7 @@ class LoRASummary:
 
     def __rich__(self) -> Table:
         """Makes the table."""
-        table = Table(title=f"{len(self.rows)} adapters, {self.trained:,} trained parameters")
+        table = Table(title=self._title, title_justify="left")
         for name in ("path", "kind"):
             table.add_column(name, overflow="fold")
         for name in ("a", "b", "rank", "scale", "trained"):
@@ -61,19 +66,21 @@ class LoRASummary:
 
     def __repr__(self) -> str:
         """Renders the table as text."""
-        console = Console(width=100, record=False, color_system=None)
+        console = Console(width=_WIDTH, color_system=None)
         with console.capture() as capture:
             console.print(self.__rich__())
-        return capture.get().rstrip()
+        return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
     def _repr_html_(self) -> str:
         """Renders the table for a notebook."""
-        names = AdapterSummary._fields
-        head = "".join(f"<th>{name}</th>" for name in names)
-        cells = lambda row: "".join(f"<td>{value}</td>" for value in row)
-        body = "".join(f"<tr>{cells(row)}</tr>" for row in self.rows)
-        caption = f"{len(self.rows)} adapters, {self.trained:,} trained parameters"
-        return f"<table><caption>{caption}</caption><tr>{head}</tr>{body}</table>"
+        console = Console(width=_WIDTH, record=True, file=io.StringIO())
+        console.print(self.__rich__())
+        return console.export_html(inline_styles=True, code_format=_HTML)
+
+    @property
+    def _title(self) -> str:
+        adapters = "1 adapter" if len(self.rows) == 1 else f"{len(self.rows)} adapters"
+        return f"{adapters}, {self.trained:,} trained parameters"
 
 
 def lora_summary(model: Any, scale: Any = None) -> LoRASummary:
@@ -94,8 +101,7 @@ def lora_summary(model: Any, scale: Any = None) -> LoRASummary:
         >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
         >>> _ = nn.add_lora(model, 'layers/0', nn.LoRAConfig(rank=2), rngs=nnx.Rngs(1))
         >>> nn.lora_summary(model)
-                  1 adapters, 24 trained parameters
-        ┏━━━━━━━━━━┳━━━━━━━━━━┳━━━━━┳━━━━━┳━━━━━━┳━━━━━━━┳━━━━━━━━━┓
+                ┏━━━━━━━━━━┳━━━━━━━━━━┳━━━━━┳━━━━━┳━━━━━━┳━━━━━━━┳━━━━━━━━━┓
         ┃ path     ┃ kind     ┃   a ┃   b ┃ rank ┃ scale ┃ trained ┃
         ┡━━━━━━━━━━╇━━━━━━━━━━╇━━━━━╇━━━━━╇━━━━━━╇━━━━━━━╇━━━━━━━━━┩
         │ layers/0 │ LoRAPair │ 4×2 │ 2×8 │    2 │     8 │      24 │

@@ -13,19 +13,19 @@ class TargetMatcher:
     """Matches module paths against targets and remembers which patterns were of use.
 
     Args:
-      targets: a regular expression, a sequence of them, or a predicate ``(path, module) -> bool``.
-        An expression matches a module if it matches the whole '/'-joined path or its last component
-        (`re.fullmatch`): ``'query|value'``, ``r'layers/[01]/.*/query'``.
+        targets: a regular expression, a sequence of them, or a predicate `(path, module) -> bool`.
+            An expression matches a module if it matches the whole '/'-joined path or its last
+            component (`re.fullmatch`): `'query|value'`, `r'layers/[01]/.*/query'`.
 
     Raises:
-      ValueError: if the sequence is empty.
+        ValueError: if the sequence is empty.
 
     Example:
-      >>> matcher = TargetMatcher(['query', 'layers/0/mlp'])
-      >>> matcher('layers/3/attention/query', None), matcher('layers/3/mlp', None)
-      (True, False)
-      >>> matcher.unused
-      ['layers/0/mlp']
+        >>> matcher = TargetMatcher(['query', 'layers/0/mlp'])
+        >>> matcher('layers/3/attention/query', None), matcher('layers/3/mlp', None)
+        (True, False)
+        >>> matcher.unused
+        ['layers/0/mlp']
     """
 
     def __init__(self, targets: Targets):
@@ -40,11 +40,11 @@ class TargetMatcher:
         """Says whether a module is a target.
 
         Args:
-          path: '/'-joined path of the module.
-          module: the module, for a predicate.
+            path: '/'-joined path of the module.
+            module: the module, for a predicate.
 
         Returns:
-          True if any pattern or the predicate matches.
+            True if any pattern or the predicate matches.
         """
         if self._predicate is not None:
             found = bool(self._predicate(path, module))
@@ -68,10 +68,10 @@ class TargetMatcher:
         """Refuses patterns that matched nothing.
 
         Args:
-          available: paths of layers that could have been matched, for the message.
+            available: paths of layers that could have been matched, for the message.
 
         Raises:
-          ValueError: if a pattern, or the predicate, matched nothing.
+            ValueError: if a pattern, or the predicate, matched nothing.
         """
         if not self.unused:
             return

@@ -35,6 +35,17 @@ def mesh_of(params: Any) -> Any:
 
 
 def sharding_of(path: str, leaf: Any) -> NamedSharding:
+    """Returns the sharding of a leaf on a mesh.
+
+    Raises:
+        ValueError: it is on no mesh.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> place = jax.NamedSharding(jax.make_mesh((1,), ("data",)), jax.P())
+        >>> sharding_of("w", jax.device_put(jnp.ones(2), place)).spec
+        P()
+    """
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
         raise ValueError(f"{path}: lies on no mesh ({sharding}); place it first (`shard_model`).")
@@ -42,6 +53,16 @@ def sharding_of(path: str, leaf: Any) -> NamedSharding:
 
 
 def axis_size(path: str, name: Any, mesh: Mesh) -> int:
+    """Returns how many devices a mesh has along an axis.
+
+    Raises:
+        ValueError: it has no such axis.
+
+    Example:
+        >>> import jax
+        >>> axis_size("w", "data", jax.make_mesh((1,), ("data",)))
+        1
+    """
     if name not in mesh.shape:
         raise ValueError(
             f"{path}: the mesh has no axis {name!r}; use one of {', '.join(map(repr, mesh.shape))}."

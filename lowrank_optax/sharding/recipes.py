@@ -35,12 +35,12 @@ def fsdp(axis: str = "data", *, within: Recipe | None = None, min_size: int = 2*
 
     Args:
         axis: the mesh axis.
-        within: a recipe for other mesh axes, as :func:`tensor_parallel`, which has the first choice
+        within: a recipe for other mesh axes, as `tensor_parallel`, which has the first choice
             of each kernel's axes.
-        min_size: what has fewer entries is left as ``within`` has it.
+        min_size: what has fewer entries is left as `within` has it.
 
     Returns:
-        The recipe. Pairs lie as their kernels do: without ``within`` one of the two factors is
+        The recipe. Pairs lie as their kernels do: without `within` one of the two factors is
         sharded, with it often both.
 
     Example:
@@ -74,8 +74,8 @@ def tensor_parallel(
 
     Args:
         columns: regular expressions, searched in a parameter's path: layers that come first, as
-            ``"q_proj|up_proj"``; their biases are sharded too.
-        rows: layers that take in what the first ones put out, as ``"o_proj|down_proj"``.
+            `"q_proj|up_proj"`; their biases are sharded too.
+        rows: layers that take in what the first ones put out, as `"o_proj|down_proj"`.
         axis: the mesh axis.
 
     Returns:
@@ -140,7 +140,7 @@ def as_kernels(
     """Leaves placed base parameters where they lie, and lays pairs as their kernels.
 
     Args:
-        params: the parameters, base kernels among them: arrays or ``ShapeDtypeStruct`` that lie on
+        params: the parameters, base kernels among them: arrays or `ShapeDtypeStruct` that lie on
             a mesh.
         kernel_of: the paths at which a pair's kernel may be, by the pair's path.
 
@@ -189,6 +189,12 @@ def as_kernels(
 
 
 def entries(ndim: int, named: dict[int, Any]) -> list[Any]:
+    """Returns the entries of a `PartitionSpec` that names some axes.
+
+    Example:
+        >>> entries(3, {-1: "model"})
+        [None, None, 'model']
+    """
     result: list[Any] = [None] * ndim
     for axis, name in named.items():
         result[axis] = name

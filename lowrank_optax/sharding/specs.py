@@ -24,18 +24,19 @@ def partition_specs(
         params: arrays or shapes, pairs in any layout among them.
         mesh: the mesh.
         recipe: how base parameters lie.
-        specs: layouts of the pairs (``factors.PairSpec``).
+        specs: layouts of the pairs (`factors.PairSpec`).
 
     Returns:
-        A tree of ``PartitionSpec`` shaped like the parameters.
+        A tree of `PartitionSpec` shaped like the parameters.
 
     Raises:
         ValueError: a spec with axes that the mesh lacks, or that does not divide its leaf; pairs
-            that do not fit (see ``find_pairs``).
+            that do not fit (see `find_pairs`).
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from lowrank_optax import LoRAPair
+        >>> from lowrank_optax.sharding import tensor_parallel
         >>> mesh = jax.make_mesh((1,), ("model",))
         >>> params = {"up": LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 8)))}
         >>> partition_specs(params, mesh, tensor_parallel(["up"]))
@@ -63,17 +64,18 @@ def shard_model(
         params: a tree of arrays, or an NNX module, whose variables are arrays.
         mesh: the mesh, of Auto or Explicit axes, of one process or several.
         recipe: how base parameters lie.
-        specs: layouts of the pairs (``factors.PairSpec``).
+        specs: layouts of the pairs (`factors.PairSpec`).
 
     Returns:
         The tree, placed.
 
     Raises:
-        ValueError: as :func:`partition_specs`.
+        ValueError: as `partition_specs`.
 
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from lowrank_optax import LoRAPair
+        >>> from lowrank_optax.sharding import tensor_parallel
         >>> mesh = jax.make_mesh((1,), ("model",))
         >>> params = {"up": LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 8)))}
         >>> shard_model(params, mesh, tensor_parallel(["up"]))["up"].b.sharding.spec
@@ -87,11 +89,11 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
     """Finds how every leaf of an optimizer's state lies, from how the parameters lie.
 
     Args:
-        tx: any transformation whose ``init`` runs on an Explicit mesh.
-        params: parameters that lie on one mesh: arrays, or ``ShapeDtypeStruct`` with shardings.
+        tx: any transformation whose `init` runs on an Explicit mesh.
+        params: parameters that lie on one mesh: arrays, or `ShapeDtypeStruct` with shardings.
 
     Returns:
-        A tree of ``NamedSharding`` shaped like the state: for ``jax.jit``, and for restoring a
+        A tree of `NamedSharding` shaped like the state: for `jax.jit`, and for restoring a
         checkpoint in place.
 
     Raises:
@@ -100,6 +102,7 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from lowrank_optax import LoRAPair, altlora
+        >>> from lowrank_optax.sharding import tensor_parallel
         >>> mesh = jax.make_mesh((1,), ("model",))
         >>> params = {"up": LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 8)))}
         >>> params = shard_model(params, mesh, tensor_parallel(["up"]))
@@ -124,7 +127,7 @@ def shard_state(tx: optax.GradientTransformation, params: Any) -> Any:
     """Initializes an optimizer's state where it belongs; no device ever holds all of it.
 
     Args:
-        tx: as in :func:`state_shardings`.
+        tx: as in `state_shardings`.
         params: arrays that lie on one mesh.
 
     Returns:
@@ -136,6 +139,7 @@ def shard_state(tx: optax.GradientTransformation, params: Any) -> Any:
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from lowrank_optax import LoRAPair, altlora
+        >>> from lowrank_optax.sharding import tensor_parallel
         >>> mesh = jax.make_mesh((1,), ("model",))
         >>> params = {"up": LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 8)))}
         >>> params = shard_model(params, mesh, tensor_parallel(["up"]))

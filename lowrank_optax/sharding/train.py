@@ -13,14 +13,14 @@ from lowrank_optax.sharding.specs import state_shardings
 
 
 class TrainStep(Protocol):
-    """What :func:`train_step` builds: ``(params, state, *inputs) → (params, state, loss)``."""
+    """What `train_step` builds: `(params, state, *inputs) → (params, state, loss)`."""
 
     def __call__(self, params: Any, state: Any, *inputs: Any) -> tuple[Any, Any, jax.Array]:
         """Makes a step."""
         ...
 
     def lower(self, params: Any, state: Any, *inputs: Any) -> jax.stages.Lowered:
-        """Lowers a step for shapes or arrays, as ``jax.jit``'s method does."""
+        """Lowers a step for shapes or arrays, as `jax.jit`'s method does."""
         ...
 
 
@@ -35,15 +35,15 @@ def train_step(
     """Builds a jitted train step that keeps parameters and state where they lie.
 
     Args:
-        loss: ``loss(params, *inputs)``, a scalar; differentiated in ``params``.
+        loss: `loss(params, *inputs)`, a scalar; differentiated in `params`.
         tx: the optimizer.
-        params: what is trained, placed: arrays or ``ShapeDtypeStruct`` that lie on one mesh.
+        params: what is trained, placed: arrays or `ShapeDtypeStruct` that lie on one mesh.
         batch_spec: how the last input, the batch, lies; by default its leading axis is sharded over
             the mesh's first axis. Other inputs, as frozen parameters, stay where they are.
         donate: whether the old parameters and state give their memory to the new ones.
 
     Returns:
-        ``step(params, state, *inputs) → (params, state, loss)``, with ``jax.jit``'s ``lower``.
+        `step(params, state, *inputs) → (params, state, loss)`, with `jax.jit`'s `lower`.
 
     Raises:
         ValueError: parameters that do not lie on one mesh; a batch spec that does not fit it.
@@ -51,6 +51,7 @@ def train_step(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> from lowrank_optax import LoRAPair, altlora, nn
+        >>> from lowrank_optax.sharding import data_parallel, shard_model, shard_state
         >>> mesh = jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
         >>> params = shard_model(LoRAPair(jnp.eye(4, 2), jnp.zeros((2, 3))), mesh, data_parallel())
         >>> tx = altlora(0.1)

@@ -184,7 +184,7 @@ class LoRALinear(LoRALayer):
         rngs: nnx.Rngs,
         **base_options: Any,
     ):
-        base = nnx.Linear(in_features, out_features, rngs=rngs, **base_options)
+        base = nnx.Linear(in_features, out_features, rngs=require_rngs(rngs), **base_options)
         super().__init__(base, lora, rngs=rngs, path="LoRALinear")
 
 
@@ -217,7 +217,7 @@ class LoRALinearGeneral(LoRALayer):
         rngs: nnx.Rngs,
         **base_options: Any,
     ):
-        base = nnx.LinearGeneral(in_features, out_features, rngs=rngs, **base_options)
+        base = nnx.LinearGeneral(in_features, out_features, rngs=require_rngs(rngs), **base_options)
         super().__init__(base, lora, rngs=rngs, path="LoRALinearGeneral")
 
 
@@ -252,7 +252,7 @@ class LoRAEinsum(LoRALayer):
         rngs: nnx.Rngs,
         **base_options: Any,
     ):
-        base = nnx.Einsum(einsum_str, tuple(kernel_shape), rngs=rngs, **base_options)
+        base = nnx.Einsum(einsum_str, tuple(kernel_shape), rngs=require_rngs(rngs), **base_options)
         super().__init__(base, lora, rngs=rngs, path="LoRAEinsum")
 
 
@@ -279,17 +279,19 @@ def require_supported(module: Any, path: str) -> BaseLayer:
     return module
 
 
-def require_rngs(rngs: Any) -> None:
-    """Refuses what is not `nnx.Rngs`, such as a bare seed.
+def require_rngs(rngs: Any) -> nnx.Rngs:
+    """Returns what it is given, and refuses what is not `nnx.Rngs`, such as a bare seed.
 
     Raises:
         TypeError: it is something else.
 
     Example:
-        >>> require_rngs(nnx.Rngs(0))
+        >>> type(require_rngs(nnx.Rngs(0))).__name__
+        'Rngs'
     """
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"rngs must be nnx.Rngs, got {rngs!r}; write rngs=nnx.Rngs(0)")
+    return rngs
 
 
 def _kernel_axes(base: BaseLayer) -> KernelAxes:

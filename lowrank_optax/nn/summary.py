@@ -101,7 +101,8 @@ def lora_summary(model: Any, scale: Any = None) -> LoRASummary:
         >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
         >>> _ = nn.add_lora(model, 'layers/0', nn.LoRAConfig(rank=2), rngs=nnx.Rngs(1))
         >>> nn.lora_summary(model)
-                ┏━━━━━━━━━━┳━━━━━━━━━━┳━━━━━┳━━━━━┳━━━━━━┳━━━━━━━┳━━━━━━━━━┓
+        1 adapter, 24 trained parameters
+        ┏━━━━━━━━━━┳━━━━━━━━━━┳━━━━━┳━━━━━┳━━━━━━┳━━━━━━━┳━━━━━━━━━┓
         ┃ path     ┃ kind     ┃   a ┃   b ┃ rank ┃ scale ┃ trained ┃
         ┡━━━━━━━━━━╇━━━━━━━━━━╇━━━━━╇━━━━━╇━━━━━━╇━━━━━━━╇━━━━━━━━━┩
         │ layers/0 │ LoRAPair │ 4×2 │ 2×8 │    2 │     8 │      24 │

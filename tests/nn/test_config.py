@@ -4,7 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import linen, nnx
 
+from lowrank_optax import nn
 from lowrank_optax.nn import LoRAConfig
 from lowrank_optax.nn.targets import TargetMatcher
 
@@ -26,6 +28,73 @@ def test_scale():
 def test_settings_out_of_range_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         LoRAConfig(**settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rank": 4.0}, r"rank must be an integer, got 4\.0; write rank=8"),
+        ({"rank": "8"}, r"rank must be an integer, got '8'"),
+        ({"rank": True}, r"rank must be an integer, got True"),
+        ({"rank": None}, r"rank must be an integer, got None"),
+        ({"rank": 2, "extra": True}, r"extra must be an nn\.Extra such as nn\.Shadows\(\).*True"),
+        ({"rank": 2, "extra": nn.Shadows}, r"extra must be an nn\.Extra such as nn\.Shadows\(\)"),
+    ],
+)
+def test_settings_of_another_type_are_refused(settings, message):
+    with pytest.raises(TypeError, match=message):
+        nn.LoRAConfig(**settings)
+
+
+def nnx_model():
+    return nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+
+
+@pytest.mark.parametrize(
+    ("use", "message"),
+    [
+        (
+            lambda: nn.add_lora(nnx_model(), "layers/0", nn.LoRAConfig(rank=2), rngs=0),
+            r"rngs must be nnx\.Rngs, got 0; write rngs=nnx\.Rngs\(0\)",
+        ),
+        (
+            lambda: nn.LoRALinear(4, 8, lora=nn.LoRAConfig(rank=2), rngs=0),
+            r"rngs must be nnx\.Rngs, got 0",
+        ),
+        (
+            lambda: nn.add_lora(nnx_model(), "layers/0", 8, rngs=nnx.Rngs(0)),
+            r"the settings of adapters are a LoRAConfig, got 8; write nn\.LoRAConfig\(rank=8",
+        ),
+        (
+            lambda: nn.lora_interceptor("layers_0", {"rank": 8}).__enter__(),
+            r"the settings of adapters are a LoRAConfig, got \{'rank': 8\}",
+        ),
+        (
+            lambda: nn.add_lora(nnx_model(), "layers/0", rank=8, rngs=nnx.Rngs(0)),
+            r"add_lora\(\) got an unexpected keyword argument 'rank'",
+        ),
+        (
+            lambda: nn.LoRAConfig(rank=8, shadows=True),
+            r"unexpected keyword argument 'shadows'",
+        ),
+    ],
+)
+def test_what_is_no_config_or_rngs_is_refused(use, message):
+    with pytest.raises(TypeError, match=message):
+        use()
+
+
+def test_variables_of_another_rank_than_the_config_are_refused():
+    model, x = linen.Sequential([linen.Dense(8)]), jnp.ones((1, 4))
+    with nn.lora_interceptor("layers_0", nn.LoRAConfig(rank=2)):
+        variables = model.init(jax.random.key(0), x)
+    with (
+        pytest.raises(
+            ValueError, match=r"layers_0: .* adapter of rank 2, but the config has rank 3"
+        ),
+        nn.lora_interceptor("layers_0", nn.LoRAConfig(rank=3)),
+    ):
+        model.apply(variables, x)
 
 
 def test_configs_are_values():

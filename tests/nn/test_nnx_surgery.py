@@ -126,7 +126,9 @@ def test_a_shared_layer_is_adapted_once_for_all_its_places():
             self.decoder = nnx.Dict(proj=self.encoder.proj)
 
     model = Model()
-    assert nn.add_lora(model, "decoder/proj", nn.LoRAConfig(rank=1), rngs=nnx.Rngs(0)) == ["decoder/proj"]
+    assert nn.add_lora(model, "decoder/proj", nn.LoRAConfig(rank=1), rngs=nnx.Rngs(0)) == [
+        "decoder/proj"
+    ]
     assert model.encoder.proj is model.decoder.proj
     assert len(nn.lora_scales(model)) == 1
     nn.merge_lora(model)  # one owner of the kernel: allowed
@@ -299,7 +301,9 @@ def test_a_layer_in_a_tuple_cannot_be_replaced():
 
 def test_a_bare_layer_has_to_be_wrapped_by_hand():
     with pytest.raises(ValueError, match=r"none \(wrap a bare layer by hand"):
-        nn.add_lora(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "kernel", nn.LoRAConfig(rank=1), rngs=nnx.Rngs(0))
+        nn.add_lora(
+            nnx.Linear(2, 2, rngs=nnx.Rngs(0)), "kernel", nn.LoRAConfig(rank=1), rngs=nnx.Rngs(0)
+        )
     layer = nn.LoRALinear(2, 2, lora=nn.LoRAConfig(rank=1), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="cannot replace itself"):
         nn.unload_lora(layer)

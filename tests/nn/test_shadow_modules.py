@@ -338,7 +338,9 @@ def test_attention_of_an_existing_model_is_trained_and_merged():
     forward = nnx.jit(lambda model, x: model(x))
     plain = forward(model, x)
     rngs = nnx.Rngs(1)
-    assert nn.add_lora(model, "query|out", nn.LoRAConfig(rank=2, extra=nn.Shadows()), rngs=rngs) == [
+    assert nn.add_lora(
+        model, "query|out", nn.LoRAConfig(rank=2, extra=nn.Shadows()), rngs=rngs
+    ) == [
         "attention/out",
         "attention/query",
     ]

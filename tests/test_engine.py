@@ -95,10 +95,8 @@ def test_both_sides_of_all_pairs_share_one_call():
     grams = [both(gram, PAIR), both(gram, LoRAPair(2 * PAIR.a, 3 * PAIR.b))]
     negative, double = Verbs([{}, {}]).together(negate_and_double, grams)
     assert calls == [(2, 2, 2), (2, 2, 2)]  # four matrices, in stacks of √4
-    for result, factor in ((negative, -1), (double, 2)):
-        jax.tree.map(
-            np.testing.assert_array_equal, result, jax.tree.map(lambda x: factor * x, grams)
-        )
+    expected = [jax.tree.map(lambda x, f=f: f * x, grams) for f in (-1, 2)]
+    jax.tree.map(np.testing.assert_array_equal, [negative, double], expected)
 
 
 def test_many_matrices_come_back_in_order():

@@ -330,7 +330,7 @@ def test_kernels_that_pairs_do_not_belong_to():
         recipe("k", (8, 8), mesh)
     with refused(r"q: a kernel of shape \(8, 2, 4\) does not make \(8, 6\)"):
         recipe("q", (8, 6), mesh)
-    with refused(r"q/kernel: lies as .*only the first of them can be sharded"):
+    with refused(r"q/kernel: sharded as .*only the first of them can be sharded"):
         recipe("q", (8, 8), mesh)
 
 
@@ -369,7 +369,7 @@ def test_svd_lora_with_a_matrix_in_parts():
     lies = NamedSharding(make_mesh(AxisType.Explicit), P("data"))
     with jax.set_mesh(lies.mesh), refused(r"w: .* whole matrices on an Explicit mesh"):
         tx.init(jax.device_put(params, lies))
-    with refused(r"w: .* whole matrices, but inside `shard_map` this one lies as P\(.*'data'"):
+    with refused(r"w: .* whole matrices, but inside `shard_map` this one is sharded as P\(.*'data'"):
         tx.update(params, tx.init(params), params, param_specs={"w": P(None, "data")})
 
 

@@ -87,8 +87,8 @@ class FramedPair(NamedTuple):
         )
 
 
-# A framed layer is a pair of rank 2r, half of it constant. The derivatives say so, lest gradients
-# of frames be formed, which data parallelism would sum over devices.
+# A framed layer is a pair of rank 2r, half of it constant. Its own derivatives form no gradients of
+# frames, which data parallelism would otherwise sum over devices.
 
 
 @jax.custom_jvp

@@ -48,7 +48,7 @@ def compute_dtype(*arrays: Any) -> jnp.dtype:
 def cross(side: Side, x: jax.Array, y: jax.Array) -> jax.Array:
     """Computes the r×r product of two factors of one side: `xᵀy` for a, `x yᵀ` for b.
 
-    It is that of the whole factors, wherever their long axis lies.
+    The factors may be sharded along their long axis: the product is that of the whole factors.
 
     Args:
         side: which factor `x` and `y` are.

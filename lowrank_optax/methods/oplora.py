@@ -15,10 +15,10 @@ Deviations from the released code (zeligism/PSI-LoRA, 9cb3fa6), each held by a t
 - `iterations=0` means both half-steps from the old factors; the code returns its input unchanged.
   Without momentum that is preconditioned LoRA.
 - The scale s is applied; the code assumes 1.
-- The code adds 1e-6 to λ inside inversions but not beside them, which shrinks the result: a to zero
-  in one step where b = 0 and η = 0, as at the start of a warm-up. Here `damping` is 0 by default,
-  and steps are computed as changes, which the floor of `engine.damped_inverse` cannot shrink. The
-  momentum needs the shrinking; its λ is at least ten times as large, so that it survives η = 0.
+- The code adds 1e-6 to λ inside inversions only, which shrinks the result. Where b = 0 and η = 0,
+  as at the start of a warm-up, it takes a to zero in one step. Here `damping` is 0 by default, and
+  steps are computed as changes, which the floor of `engine.damped_inverse` cannot shrink. The
+  momentum needs the shrinking. Its λ is at least ten times the damping, so it survives η = 0.
 """
 
 from __future__ import annotations

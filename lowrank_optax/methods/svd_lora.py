@@ -5,8 +5,8 @@ singular value decomposition, the nearest matrix of rank r:
 
     ΔK ← Π_r(ΔK + u)
 
-It costs memory and time of the dense matrix: the reference that OPLoRA approaches, for measuring
-and for small layers.
+It needs the memory and time of dense matrices. It is the reference that OPLoRA approaches, for
+measurements and for small layers.
 """
 
 from typing import Any, NamedTuple
@@ -91,7 +91,7 @@ def svd_lora(
             )
         check_leaves(params)
         if "param_specs" in extra_args:
-            _check_uncut(params, extra_args["param_specs"])
+            _check_whole(params, extra_args["param_specs"])
         updates, inner_state = inner.update(updates, state.inner, params, **extra_args)
 
         def project(u: jax.Array, x: jax.Array) -> jax.Array:
@@ -158,12 +158,12 @@ def _check(name: str, matrix: jax.Array, rank: int, remedy: str = "") -> None:
     if any((meshes.spec_of(matrix) or ())[-2:]):
         raise ValueError(
             f"{name}: a singular value decomposition needs whole matrices on an Explicit mesh, but"
-            f" this one lies as {meshes.spec_of(matrix)}; replicate its last two axes, or use an"
+            f" this one is sharded as {meshes.spec_of(matrix)}; replicate its last two axes, or use an"
             f" Auto mesh.{remedy}"
         )
 
 
-def _check_uncut(params: Any, param_specs: Any) -> None:
+def _check_whole(params: Any, param_specs: Any) -> None:
     """Raises if `shard_map` gives a device only part of a matrix."""
     specs = jax.tree.leaves(jax.tree.broadcast(param_specs, params))
     leaves = jax.tree_util.tree_leaves_with_path(params)
@@ -171,6 +171,6 @@ def _check_uncut(params: Any, param_specs: Any) -> None:
         if any(axis is not None for axis in (*spec, *[None] * (leaf.ndim - len(spec)))[-2:]):
             raise ValueError(
                 f"{path_name(path)}: a singular value decomposition needs whole matrices, but"
-                f" inside `shard_map` this one lies as {spec}; replicate its last two axes, or use"
+                f" inside `shard_map` this one is sharded as {spec}; replicate its last two axes, or use"
                 " `jit` on an Auto mesh."
             )

@@ -9,10 +9,10 @@ from lowrank_optax._core.layouts import path_name
 
 
 def mesh_of(params: Any) -> Any:
-    """Returns the one mesh that all leaves lie on.
+    """Returns the one mesh that all leaves are on.
 
     Raises:
-        ValueError: a leaf that lies on no mesh or on another one.
+        ValueError: a leaf that is on no mesh or on another one.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -28,7 +28,7 @@ def mesh_of(params: Any) -> Any:
     for path, here in meshes.items():
         if here != mesh:
             raise ValueError(
-                f"{path} lies on {here}, {first} on {mesh}: place all parameters on one mesh"
+                f"{path} is on {here}, {first} on {mesh}: place all parameters on one mesh"
                 " (`shard_model`)."
             )
     return mesh
@@ -48,7 +48,7 @@ def sharding_of(path: str, leaf: Any) -> NamedSharding:
     """
     sharding = getattr(leaf, "sharding", None)
     if not isinstance(sharding, NamedSharding):
-        raise ValueError(f"{path}: lies on no mesh ({sharding}); place it first (`shard_model`).")
+        raise ValueError(f"{path}: is on no mesh ({sharding}); place it first (`shard_model`).")
     return sharding
 
 

@@ -40,7 +40,7 @@ def fsdp(axis: str = "data", *, within: Recipe | None = None, min_size: int = 2*
         min_size: what has fewer entries is left as `within` has it.
 
     Returns:
-        The recipe. Pairs lie as their kernels do: without `within` one of the two factors is
+        The recipe. Pairs are sharded like their kernels: without `within` one of the two factors is
         sharded, with it often both.
 
     Example:
@@ -75,7 +75,7 @@ def tensor_parallel(
     Args:
         columns: regular expressions, searched in a parameter's path: layers that come first, as
             `"q_proj|up_proj"`; their biases are sharded too.
-        rows: layers that take in what the first ones put out, as `"o_proj|down_proj"`.
+        rows: layers whose input is the output of the first ones, as `"o_proj|down_proj"`.
         axis: the mesh axis.
 
     Returns:
@@ -137,10 +137,10 @@ def as_kernels(
         pair,
     ),
 ) -> Recipe:
-    """Leaves placed base parameters where they lie, and lays pairs as their kernels.
+    """Keeps the sharding of base parameters that are placed, and shards pairs like their kernels.
 
     Args:
-        params: the parameters, base kernels among them: arrays or `ShapeDtypeStruct` that lie on
+        params: the parameters, base kernels among them: arrays or `ShapeDtypeStruct` on
             a mesh.
         kernel_of: the paths at which a pair's kernel may be, by the pair's path.
 
@@ -154,8 +154,8 @@ def as_kernels(
     Example:
         >>> import jax, jax.numpy as jnp
         >>> mesh = jax.make_mesh((1,), ("model",))
-        >>> lies = jax.NamedSharding(mesh, jax.P(None, "model", None))
-        >>> heads = {"q": {"kernel": jax.device_put(jnp.ones((6, 2, 4)), lies)}}
+        >>> place = jax.NamedSharding(mesh, jax.P(None, "model", None))
+        >>> heads = {"q": {"kernel": jax.device_put(jnp.ones((6, 2, 4)), place)}}
         >>> as_kernels(heads)("q", (6, 8), mesh)
         P(None, 'model')
     """
@@ -205,7 +205,7 @@ def _flattened(path: str, entries: Sequence[Any]) -> Any:
     """The entry of several axes made one."""
     if any(entry is not None for entry in entries[1:]):
         raise ValueError(
-            f"{path}: lies as {jax.P(*entries)} on axes that a factor has as one; only the first of"
-            " them can be sharded. Shard heads rather than what is in a head."
+            f"{path}: sharded as {jax.P(*entries)} over axes that a factor has as one; only the"
+            " first of them can be sharded. Shard heads rather than what is in a head."
         )
     return entries[0]

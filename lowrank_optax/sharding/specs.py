@@ -18,12 +18,12 @@ from lowrank_optax.sharding.recipes import Recipe, entries
 def partition_specs(
     params: Any, mesh: Mesh, recipe: Recipe, specs: Sequence[PairMatcher] | None = None
 ) -> Any:
-    """Finds how every leaf of a parameter tree lies.
+    """Finds the partition spec of every leaf of a parameter tree.
 
     Args:
         params: arrays or shapes, pairs in any layout among them.
         mesh: the mesh.
-        recipe: how base parameters lie.
+        recipe: how base parameters are sharded.
         specs: layouts of the pairs (`factors.PairSpec`).
 
     Returns:
@@ -63,7 +63,7 @@ def shard_model(
     Args:
         params: a tree of arrays, or an NNX module, whose variables are arrays.
         mesh: the mesh, of Auto or Explicit axes, of one process or several.
-        recipe: how base parameters lie.
+        recipe: how base parameters are sharded.
         specs: layouts of the pairs (`factors.PairSpec`).
 
     Returns:
@@ -86,18 +86,18 @@ def shard_model(
 
 
 def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
-    """Finds how every leaf of an optimizer's state lies, from how the parameters lie.
+    """Finds the sharding of every leaf of an optimizer's state from those of the parameters.
 
     Args:
         tx: any transformation whose `init` runs on an Explicit mesh.
-        params: parameters that lie on one mesh: arrays, or `ShapeDtypeStruct` with shardings.
+        params: parameters on one mesh: arrays, or `ShapeDtypeStruct` with shardings.
 
     Returns:
         A tree of `NamedSharding` shaped like the state: for `jax.jit`, and for restoring a
         checkpoint in place.
 
     Raises:
-        ValueError: parameters that do not lie on one mesh.
+        ValueError: parameters that are not on one mesh.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -114,8 +114,8 @@ def state_shardings(tx: optax.GradientTransformation, params: Any) -> Any:
     explicit = AbstractMesh(mesh.axis_sizes, names, axis_types=(AxisType.Explicit,) * len(names))
 
     def typed(leaf: Any) -> jax.ShapeDtypeStruct:
-        lies = NamedSharding(explicit, leaf.sharding.spec)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=lies)
+        sharding = NamedSharding(explicit, leaf.sharding.spec)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
     with jax.sharding.use_abstract_mesh(explicit):
         state = jax.eval_shape(tx.init, jax.tree.map(typed, params))
@@ -128,13 +128,13 @@ def shard_state(tx: optax.GradientTransformation, params: Any) -> Any:
 
     Args:
         tx: as in `state_shardings`.
-        params: arrays that lie on one mesh.
+        params: arrays on one mesh.
 
     Returns:
         The state.
 
     Raises:
-        ValueError: parameters that do not lie on one mesh.
+        ValueError: parameters that are not on one mesh.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -32,13 +32,13 @@ def train_step(
     batch_spec: jax.P | None = None,
     donate: bool = True,
 ) -> TrainStep:
-    """Builds a jitted train step that keeps parameters and state where they lie.
+    """Builds a jitted train step that keeps parameters and state where they are.
 
     Args:
         loss: `loss(params, *inputs)`, a scalar; differentiated in `params`.
         tx: the optimizer.
-        params: what is trained, placed: arrays or `ShapeDtypeStruct` that lie on one mesh.
-        batch_spec: how the last input, the batch, lies; by default its leading axis is sharded over
+        params: what is trained, placed: arrays or `ShapeDtypeStruct` on one mesh.
+        batch_spec: how the last input, the batch, is sharded; by default its leading axis is sharded over
             the mesh's first axis. Other inputs, as frozen parameters, stay where they are.
         donate: whether the old parameters and state give their memory to the new ones.
 
@@ -46,7 +46,7 @@ def train_step(
         `step(params, state, *inputs) → (params, state, loss)`, with `jax.jit`'s `lower`.
 
     Raises:
-        ValueError: parameters that do not lie on one mesh; a batch spec that does not fit it.
+        ValueError: parameters that are not on one mesh; a batch spec that does not fit it.
 
     Example:
         >>> import jax, jax.numpy as jnp

@@ -17,7 +17,8 @@ model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
 model = nnx.Sequential(model)
 x = jax.random.normal(jax.random.key(0), (16, 8))
 y = model(x) + x[:, :1]  # a change of rank one
-paths = nn.add_lora(model, "layers/0", rank=2, alpha=4.0, rngs=nnx.Rngs(1))
+config = nn.LoRAConfig(rank=2, alpha=4.0)
+paths = nn.add_lora(model, "layers/0", config, rngs=nnx.Rngs(1))
 optimizer = nnx.Optimizer(model, altlora_plus(3e-2, scale=nn.lora_scales(model)), wrt=nnx.LoRAParam)
 
 

@@ -18,11 +18,12 @@ from lowrank_optax.methods.inverse_sqrt_gram import scale_by_inverse_sqrt_gram
 from lowrank_optax.methods.lora_plus import LoRAPlusState, lora_plus
 from lowrank_optax.methods.oplora import oplora
 from lowrank_optax.methods.oplora_proj import OPLoRAProjState, oplora_proj
+from lowrank_optax.methods.scaled_adamw import ScaledAdamWState, scaled_adamw
 from lowrank_optax.methods.scaled_oplora import scaled_oplora
 from lowrank_optax.methods.sds_lora import SDSLoRAState, sds_lora
 from lowrank_optax.methods.svd_lora import SVDLoRAState, pair_of_delta, svd_lora
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 __all__ = [
     "DEFAULT_SPECS",
@@ -38,6 +39,7 @@ __all__ = [
     "Pairing",
     "SDSLoRAState",
     "SVDLoRAState",
+    "ScaledAdamWState",
     "ShadowedPair",
     "adapters",
     "altlora",
@@ -56,6 +58,7 @@ __all__ = [
     "register_node",
     "scale_by_inverse_sqrt_gram",
     "scale_gradients",
+    "scaled_adamw",
     "scaled_oplora",
     "sds_lora",
     "shadow",

@@ -284,9 +284,9 @@ def test_factors_of_one_pair_on_different_meshes():
         )
     }
     for function in (sharding.shard_state, sharding.state_shardings):
-        with refused(r"up/b lies on .*up/a on .*place all parameters on one mesh"):
+        with refused(r"up/b is on .*up/a on .*place all parameters on one mesh"):
             function(altlora(0.1), params)
-    with refused(r"up/a: lies on no mesh .*place it first \(`shard_model`\)"):
+    with refused(r"up/a: is on no mesh .*place it first \(`shard_model`\)"):
         sharding.train_step(loss, altlora(0.1), {"up": pair})
     with refused(r"no parameters"):
         sharding.mesh_of({})

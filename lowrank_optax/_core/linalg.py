@@ -137,6 +137,24 @@ def weigh(side: Side, x: jax.Array, weights: jax.Array | None) -> jax.Array:
     return x.astype(compute_dtype(x)) * jnp.expand_dims(weights, -1 if side == "a" else -2)
 
 
+def largest(side: Side, diagonal: jax.Array) -> jax.Array:
+    """Finds the largest entry of a diagonal along a factor's long axis.
+
+    Args:
+        side: which factor the diagonal belongs to.
+        diagonal: (..., in) or (..., out).
+
+    Returns:
+        (...).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> largest("a", jnp.array([1.0, 3.0])).item()
+        3.0
+    """
+    return meshes.max_over_shards(side, jnp.max(diagonal, axis=-1))
+
+
 def apply_rounded(x: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes what `optax.apply_updates` makes of a parameter, rounding included.
 
@@ -260,6 +278,23 @@ def qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
         [(5, 2), (2, 2)]
     """
     return _qr(matrix)
+
+
+def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Computes eigenvalues and eigenvectors of symmetric matrices.
+
+    Args:
+        matrix: (..., r, r), float32 or float64.
+
+    Returns:
+        The values (..., r), smallest first, and the vectors (..., r, r), as columns.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> eigh(jnp.diag(jnp.array([3.0, 1.0])))[0].tolist()
+        [1.0, 3.0]
+    """
+    return _eigh(matrix)
 
 
 def inverse_square_root(matrix: jax.Array, damping: Any) -> jax.Array:

@@ -61,6 +61,18 @@ def sum_over_shards(side: str, part: jax.Array) -> jax.Array:
     return jax.lax.psum(part, axes) if axes else part
 
 
+def max_over_shards(side: str, part: jax.Array) -> jax.Array:
+    """Takes the largest of what the devices that share a factor's long axis have.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> max_over_shards("a", jnp.ones(2)).tolist()
+        [1.0, 1.0]
+    """
+    axes = sharded_axes_of(side)
+    return jax.lax.pmax(part, axes) if axes else part
+
+
 def spec_of(x: Any) -> jax.P | None:
     """Reads how an array is sharded over the explicit axes of its mesh.
 

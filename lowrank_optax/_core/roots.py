@@ -1,0 +1,74 @@
+"""Inverse square roots and spectral norms of factors, from their r×r Gram matrices.
+
+All of them take stacks (n, r, r), for `Pairs.together`.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax._core.linalg import eigh, product
+
+
+def inverse_root(matrix: jax.Array, relative: Any, absolute: Any) -> jax.Array:
+    r"""Computes damped symmetric roots $(M + \max(\delta \lambda_{\max}, \epsilon) I)^{-1/2}$.
+
+    Args:
+        matrix: M, (n, r, r), symmetric positive semi-definite, float32 or float64.
+        relative: $\delta$, damping relative to the largest eigenvalue, positive.
+        absolute: $\epsilon$, the least damping, positive.
+
+    Returns:
+        (n, r, r).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> inverse_root(4.0 * jnp.eye(1)[None], 1e-6, 1e-12).round(3).tolist()
+        [[[0.5]]]
+    """
+    values, vectors = eigh(matrix)
+    values = jnp.maximum(values, 0)
+    damped = values + jnp.maximum(relative * values[..., -1:], absolute)
+    return product(vectors / jnp.sqrt(damped)[..., None, :], jnp.swapaxes(vectors, -1, -2))
+
+
+def pseudo_inverse_root(matrix: jax.Array) -> jax.Array:
+    r"""Computes $M^{-1/2}$ on the space of the eigenvalues above rounding level, zero elsewhere.
+
+    A factor times that of its Gram matrix is its polar factor.
+
+    Args:
+        matrix: M, (n, r, r), symmetric positive semi-definite, float32 or float64.
+
+    Returns:
+        (n, r, r).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> pseudo_inverse_root(jnp.diag(jnp.array([4.0, 0.0]))[None]).round(3).tolist()
+        [[[0.5, 0.0], [0.0, 0.0]]]
+    """
+    values, vectors = eigh(matrix)
+    info = jnp.finfo(matrix.dtype)
+    floor = matrix.shape[-1] * info.eps * values[..., -1:] + info.tiny
+    is_seen = values > floor
+    roots = jnp.where(is_seen, jax.lax.rsqrt(jnp.where(is_seen, values, 1)), 0)
+    return product(vectors * roots[..., None, :], jnp.swapaxes(vectors, -1, -2))
+
+
+def spectral_norm(matrix: jax.Array) -> jax.Array:
+    """Computes the spectral norm of a factor from its Gram matrix.
+
+    Args:
+        matrix: (n, r, r), symmetric positive semi-definite, float32 or float64.
+
+    Returns:
+        (n,).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> spectral_norm(jnp.diag(jnp.array([4.0, 9.0]))[None]).round(3).tolist()
+        [3.0]
+    """
+    return jnp.sqrt(jnp.maximum(eigh(matrix)[0][..., -1], 0))

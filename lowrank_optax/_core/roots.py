@@ -68,7 +68,7 @@ def spectral_norm(matrix: jax.Array) -> jax.Array:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> spectral_norm(jnp.diag(jnp.array([4.0, 9.0]))[None]).round(3).tolist()
-        [3.0]
+        >>> f"{spectral_norm(jnp.diag(jnp.array([4.0, 9.0]))[None])[0]:.3f}"
+        '3.000'
     """
     return jnp.sqrt(jnp.maximum(eigh(matrix)[0][..., -1], 0))

@@ -18,6 +18,7 @@ from lowrank_optax.methods.inverse_sqrt_gram import scale_by_inverse_sqrt_gram
 from lowrank_optax.methods.lora_plus import LoRAPlusState, lora_plus
 from lowrank_optax.methods.oplora import oplora
 from lowrank_optax.methods.oplora_proj import OPLoRAProjState, oplora_proj
+from lowrank_optax.methods.polora import PoLoRAState, polora
 from lowrank_optax.methods.scaled_adamw import ScaledAdamWState, scaled_adamw
 from lowrank_optax.methods.scaled_oplora import scaled_oplora
 from lowrank_optax.methods.sds_lora import SDSLoRAState, sds_lora
@@ -37,6 +38,7 @@ __all__ = [
     "OPLoRAProjState",
     "PairSpec",
     "Pairing",
+    "PoLoRAState",
     "SDSLoRAState",
     "SVDLoRAState",
     "ScaledAdamWState",
@@ -55,6 +57,7 @@ __all__ = [
     "oplora",
     "oplora_proj",
     "pair_of_delta",
+    "polora",
     "register_node",
     "scale_by_inverse_sqrt_gram",
     "scale_gradients",

@@ -13,6 +13,7 @@ from lowrank_optax import (
     lora_plus,
     oplora,
     oplora_proj,
+    scaled_adamw,
     scaled_oplora,
     sds_lora,
 )
@@ -60,6 +61,23 @@ def test_second_moment_arguments(keywords):
         altlora_plus(0.1, **keywords)
 
 
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"learning_rate": 0.0}, "`learning_rate` must be positive"),
+        ({"b1": 1.0}, r"`b1` must lie in \[0, 1\)"),
+        ({"b2": -0.1}, r"`b2` must lie in \[0, 1\)"),
+        ({"eps": -1.0}, "`eps` must not be negative"),
+        ({"damping": 0.0}, "`damping` must be positive"),
+        ({"order": "alternating"}, "`order` must be one of simultaneous, sequential, got 'alter"),
+        ({"weight_decay": -0.1}, "`weight_decay` must not be negative"),
+    ],
+)
+def test_scaled_adamw_refuses_nonsense(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        scaled_adamw(**{"learning_rate": 0.1, **keywords})
+
+
 def test_update_with_other_gradients_than_parameters():
     tx = altlora(0.1)
     state = tx.init(PARAMS)
@@ -85,6 +103,7 @@ def test_mask_tree_covers_pairs_and_the_fallback():
         (altlora(0.1), optax.adamw(0.1, weight_decay=0.0)),
         (altlora_plus(0.1, 0.8, 0.9, 1e-3), optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0)),
         (lora_plus(0.1, 4.0, 0.8, 0.9, 1e-3), optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0)),
+        (scaled_adamw(0.1, 0.8, 0.9, 1e-3), optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0)),
         (oplora(0.1), optax.adamw(0.1)),
         (oplora_proj(0.1), optax.adamw(0.1)),
         (scaled_oplora(0.1), optax.adamw(0.1)),

@@ -369,7 +369,9 @@ def test_svd_lora_with_a_matrix_in_parts():
     lies = NamedSharding(make_mesh(AxisType.Explicit), P("data"))
     with jax.set_mesh(lies.mesh), refused(r"w: .* whole matrices on an Explicit mesh"):
         tx.init(jax.device_put(params, lies))
-    with refused(r"w: .* whole matrices, but inside `shard_map` this one is sharded as P\(.*'data'"):
+    with refused(
+        r"w: .* whole matrices, but inside `shard_map` this one is sharded as P\(.*'data'"
+    ):
         tx.update(params, tx.init(params), params, param_specs={"w": P(None, "data")})
 
 

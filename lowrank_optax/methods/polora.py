@@ -175,5 +175,5 @@ _RADII = {"exact": _exact, "linear": lambda norm, length: _ratio(length, norm)}
 
 
 def _ratio(x: Any, y: jax.Array) -> jax.Array:
-    """x / y, and 0 where y is 0."""
+    """X / y, and 0 where y is 0."""
     return jnp.where(y > 0, x / jnp.where(y > 0, y, 1), 0)

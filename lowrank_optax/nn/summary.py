@@ -12,7 +12,6 @@ from lowrank_optax._core.linalg import SIDES
 from lowrank_optax._core.pairing import find_pairs, scales
 from lowrank_optax.nn.nnx_surgery import find_lora_layers
 
-
 _WIDTH = 100
 _HTML = '<pre style="line-height:1.2">{code}</pre>'
 

@@ -15,7 +15,9 @@ from lowrank_optax import (
     lora_plus,
     oplora,
     oplora_proj,
+    polora,
     scale_by_inverse_sqrt_gram,
+    scaled_adamw,
     scaled_oplora,
     sds_lora,
     shadow,
@@ -58,6 +60,7 @@ class Method(NamedTuple):
         single_pass: whether the gradient must come from a single backward pass, so that mean
             gradients over micro-batches do not serve.
         learning_rate: a rate at which the method trains the pairs of this folder.
+        vectors: how many state vectors of in + out numbers a pair has besides.
         is_alias: whether it serves any parameter tree with a learning rate of its own, and so
             passes the suite that optax has for contributed optimizers.
     """
@@ -69,6 +72,7 @@ class Method(NamedTuple):
     node: Callable[[LoRAPair], Any] = plain
     single_pass: bool = False
     learning_rate: float = 0.05
+    vectors: int = 0
     is_alias: bool = True
 
     def __call__(self, learning_rate: Any = None, **more: Any) -> optax.GradientTransformation:
@@ -89,6 +93,17 @@ METHODS = [
     Method("altlora_plus-alternating", altlora_plus, {"order": "alternating"}, 2),
     Method("altlora_plus-sequential", altlora_plus, {"order": "sequential"}, 2),
     Method("lora_plus", lora_plus, {"ratio": 4.0}, 2),
+    Method("scaled_adamw", scaled_adamw, {}, 2),
+    Method("scaled_adamw-sequential", scaled_adamw, {"order": "sequential"}, 2),
+    Method("polora", polora, {}, 1, learning_rate=0.5, vectors=1),
+    Method(
+        "polora-paper",
+        polora,
+        {"partner": "gram", "radius": "linear"},
+        1,
+        learning_rate=0.5,
+        vectors=1,
+    ),
     Method("preconditioned", oplora, {"momentum": 0.0, "iterations": 0, "lmbd": 1.0}, 0),
     Method("oplora-0", oplora, {"iterations": 0, **LIGHTER}, 0, shadowed(iterations=0)),
     Method("oplora-1", oplora, {}, 0, shadowed(), single_pass=True),

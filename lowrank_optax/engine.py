@@ -9,6 +9,11 @@ pair, and says what is done pair by pair and what for all pairs together:
 - `pairs.switch(index, branches)` is the one conditional.
 - `pairs.descend(directions, params)` makes the updates: learning rate, schedule, weight decay.
 
+What is elementwise needs no verb: `jax.tree.map` and `optax.tree.*` work on the lists. `both(f,
+pair)` applies f to each side, and `swap(pair)` gives each factor what belongs to the other one.
+`only(sides, pair)`, `join` and `pairs.moved` serve rules that move one factor after the other. A
+rule that reads `pairs.scales` takes an argument `scale`; others need none.
+
 The engine finds the pairs, hands the other leaves to a fallback transformation, and keeps the state
 in trees shaped like the parameters. Pairs never see each other's numbers: what is not finite in one
 stays there.
@@ -73,7 +78,7 @@ from lowrank_optax._core.linalg import (
     product,
     weigh,
 )
-from lowrank_optax._core.nodes import LoRAPair, both, register_node, swap
+from lowrank_optax._core.nodes import LoRAPair, both, join, only, register_node, swap
 from lowrank_optax._core.verbs import Pairs, checked
 
 __all__ = [
@@ -99,9 +104,11 @@ __all__ = [
     "gram",
     "inverse_square_root",
     "is_zero",
+    "join",
     "largest",
     "lift",
     "mix",
+    "only",
     "other",
     "product",
     "register_node",

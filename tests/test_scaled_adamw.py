@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from lowrank_optax import LoRAPair, scaled_adamw
-from tests.test_golden_altlora import assert_trajectory, load, run
+from tests.golden.trajectories import assert_trajectory, load, run
 
 pytestmark = pytest.mark.usefixtures("x64")
 each_order = pytest.mark.parametrize("order", ["simultaneous", "sequential"])

@@ -161,6 +161,37 @@ def swap(pair: Any) -> LoRAPair:
     return LoRAPair(pair.b, pair.a)
 
 
+def only(sides: str, pair: Any) -> LoRAPair:
+    """Returns a pair's factors on some sides, None on the others, for steps that move one factor.
+
+    `both`, `swap`, `Pairs.together`, `Pairs.descend`, `jax.tree.map` and `optax.tree.*` pass over
+    None.
+
+    Args:
+        sides: `"a"`, `"b"` or `"ab"`.
+        pair: a node.
+
+    Returns:
+        The pair.
+
+    Example:
+        >>> only("b", LoRAPair(a=1, b=2))
+        LoRAPair(a=None, b=2)
+    """
+    return LoRAPair(*(getattr(pair, side) if side in sides else None for side in SIDES))
+
+
+def join(first: Any, second: Any) -> LoRAPair:
+    """Joins two pairs that `only` took apart: the first one's factors, the second one's where None.
+
+    Example:
+        >>> join(LoRAPair(a=1, b=None), LoRAPair(a=None, b=2))
+        LoRAPair(a=1, b=2)
+    """
+    either = lambda x, y: y if x is None else x
+    return LoRAPair(either(first.a, second.a), either(first.b, second.b))
+
+
 def node_kinds() -> tuple[Any, ...]:
     """Returns the registered kinds of pairs, `LoRAPair` first.
 

@@ -104,8 +104,8 @@ def projection_rule(
         if order == "sequential":
             seen = opposite("b", _of("b", params), _of("b", state.drift))
             a = updates, new = move("a", pairs.together(invert_and_transport, *seen), k)
-            values, _ = pairs.each(apply_rounded, _of("a", params), updates)
-            seen = opposite("a", values, new.drift)
+            moved = pairs.moved(params, [LoRAPair(u, None) for u in updates])
+            seen = opposite("a", _of("a", moved), new.drift)
             return joined(a, move("b", pairs.together(invert_and_transport, *seen), k))
 
         moves: dict[Side, Any] = {"a": True, "b": True}

@@ -163,7 +163,7 @@ def _squared_norms(
     if (spec := meshes.spec_of(dy)) is not None and spec[-1] is not None:
         raise ValueError(
             f"Shampoo's metric goes through blocks of output features, which are sharded as {spec}"
-            " on an Explicit mesh; use an Auto mesh, replicate the features, or take K-FAC's metric."
+            " on an Explicit mesh; use an Auto mesh, replicate them, or take K-FAC's metric."
         )
 
     def of_block(rows: jax.Array, start: Any, width: int) -> tuple[jax.Array, jax.Array]:

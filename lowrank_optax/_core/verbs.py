@@ -9,8 +9,8 @@ import jax.numpy as jnp
 
 from lowrank_optax._core import batching, meshes
 from lowrank_optax._core.arguments import is_zero
-from lowrank_optax._core.linalg import Side
-from lowrank_optax._core.nodes import LoRAPair, both
+from lowrank_optax._core.linalg import Side, apply_rounded
+from lowrank_optax._core.nodes import LoRAPair, both, join
 
 ShardedAxes = Mapping[str, tuple[str, ...]]
 
@@ -62,7 +62,7 @@ class Verbs:
         Args:
             function: of stacks (n, r, r), to one array (n, ...) or a tuple of such.
             lists: one entry a pair: a matrix (..., r, r), or a pytree of them, as a pair with one
-                for each side.
+                for each side. None stays None.
 
         Returns:
             The list of results; a tuple of lists if the function returns a tuple. A result that is
@@ -123,6 +123,22 @@ class Pairs(Verbs):
         self.scales = scales
         self._grads = grads
         self._decays = decays
+
+    def moved(self, params: Sequence[Any], updates: Sequence[Any]) -> Any:
+        """Computes the factors after updates as they will be stored, rounded to their dtype.
+
+        What is computed from a factor that has moved, as a second half-step or the transport of a
+        momentum, must be computed from these.
+
+        Args:
+            params: the pairs.
+            updates: of their factors; None on a side that does not move.
+
+        Returns:
+            The list of pairs.
+        """
+        rounded = lambda side, u, x: apply_rounded(x, u)[0]
+        return self.each(lambda p, u: join(both(rounded, u, p), p), params, updates)
 
     def descend(self, directions: Sequence[Any], params: Sequence[Any]) -> Any:
         r"""Makes the updates of the factors from the directions of descent.

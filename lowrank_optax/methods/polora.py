@@ -71,7 +71,7 @@ def polora(
             spectral norm; around 0.1 for a few adapters, 0.01 to 0.03 for all linear maps.
         b1: decay of the momentum, in [0, 1).
         b2: decay of the curvature, in [0, 1).
-        delta: $\delta$, floor of the relative curvature and of the partner's Gram matrix, in (0, 1].
+        delta: $\delta$, floor of relative curvature and of the partner's Gram matrix, in (0, 1].
         partner: `"identity"`, or the paper's `"gram"`, which whitens by the other factor too.
         radius: `"exact"` bounds the whole step, the paper's `"linear"` its first-order part.
         scale: the forward scale s: a number, a callable from a pair's path, or a tree.

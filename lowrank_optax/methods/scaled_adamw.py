@@ -37,7 +37,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import engine
-from lowrank_optax.engine import LoRAPair, both, damped_inverse, gram, mix, other, swap
+from lowrank_optax.engine import both, damped_inverse, gram, join, mix, only, swap
 
 ORDERS = ("simultaneous", "sequential")
 
@@ -112,37 +112,23 @@ def scaled_adamw(
         count = pairs.count + 1
         correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
 
-        def move(sides: str, params: Any) -> tuple[Any, Any, Any]:
+        def move(sides: str, across: str, params: Any) -> tuple[Any, Any, Any]:
             """Returns updates and moments of these sides, None on the other one."""
-            moving = pairs.each(
-                lambda grad: both(lambda side, g: g if side in sides else None, grad), grads
-            )
-            grams = pairs.each(
-                lambda grad, pair: both(lambda side, _, x: gram(other(side), x), grad, swap(pair)),
-                moving,
-                params,
-            )
+            grams = pairs.each(lambda pair: both(gram, only(across, pair)), params)
             inverses = pairs.together(lambda matrix: damped_inverse(matrix, damping), grams)
-            scaled = pairs.each(lambda g, inverse: both(mix, g, inverse), moving, inverses)
+            precondition = lambda g, inverse: both(mix, only(sides, g), swap(inverse))
+            scaled = pairs.each(precondition, grads, inverses)
             mu = optax.tree.update_moment(scaled, state.mu, b1, 1)
             nu = optax.tree.update_moment(scaled, state.nu, b2, 2)
             directions = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), mu, nu)
             return pairs.descend(directions, params), mu, nu
 
         if order == "simultaneous":
-            updates, mu, nu = move("ab", params)
+            updates, mu, nu = move("ab", "ab", params)
             return updates, ScaledAdamWState(mu, nu)
-        of_a = move("a", params)
-        moved = pairs.each(
-            lambda step, pair: pair._replace(a=engine.apply_rounded(pair.a, step.a)[0]),
-            of_a[0],
-            params,
-        )
-        of_b = move("b", moved)
-        updates, mu, nu = (
-            pairs.each(lambda x, y: LoRAPair(x.a, y.b), first, second)
-            for first, second in zip(of_a, of_b, strict=True)
-        )
+        of_a = move("a", "b", params)
+        of_b = move("b", "a", pairs.moved(params, of_a[0]))
+        updates, mu, nu = (pairs.each(join, *halves) for halves in zip(of_a, of_b, strict=True))
         return updates, ScaledAdamWState(mu, nu)
 
     return engine.lift(

@@ -31,7 +31,7 @@ from lowrank_optax import engine
 from lowrank_optax._core.arguments import check, check_choice, check_integer
 from lowrank_optax._core.frames import FramedPair, decompose, renewed, seen_from
 from lowrank_optax._core.restart import factors_only, restart_moments
-from lowrank_optax.engine import LoRAPair, apply_rounded, both, compute_dtype
+from lowrank_optax.engine import LoRAPair, compute_dtype
 
 
 class SDSLoRAState(NamedTuple):
@@ -175,8 +175,8 @@ def _move_frames(
     """The rule of the frames; `steps` are what the inner optimizer made of the gradients."""
 
     def moved() -> list[LoRAPair]:
-        wide = lambda side, x, step: apply_rounded(x, step)[0].astype(compute_dtype(x))
-        return pairs.each(lambda pair, step: both(wide, pair, step), params, steps)
+        wide = lambda x: x.astype(compute_dtype(x))
+        return jax.tree.map(wide, pairs.moved(params, steps))
 
     def follow() -> list[FramedPair]:
         """Warm-up: the frames are the factors."""

@@ -158,8 +158,8 @@ def _check(name: str, matrix: jax.Array, rank: int, remedy: str = "") -> None:
     if any((meshes.spec_of(matrix) or ())[-2:]):
         raise ValueError(
             f"{name}: a singular value decomposition needs whole matrices on an Explicit mesh, but"
-            f" this one is sharded as {meshes.spec_of(matrix)}; replicate its last two axes, or use an"
-            f" Auto mesh.{remedy}"
+            f" this one is sharded as {meshes.spec_of(matrix)}; replicate its last two axes, or use"
+            f" an Auto mesh.{remedy}"
         )
 
 
@@ -171,6 +171,6 @@ def _check_whole(params: Any, param_specs: Any) -> None:
         if any(axis is not None for axis in (*spec, *[None] * (leaf.ndim - len(spec)))[-2:]):
             raise ValueError(
                 f"{path_name(path)}: a singular value decomposition needs whole matrices, but"
-                f" inside `shard_map` this one is sharded as {spec}; replicate its last two axes, or use"
-                " `jit` on an Auto mesh."
+                f" inside `shard_map` this one is sharded as {spec}; replicate its last two axes,"
+                " or use `jit` on an Auto mesh."
             )

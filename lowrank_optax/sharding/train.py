@@ -38,8 +38,8 @@ def train_step(
         loss: `loss(params, *inputs)`, a scalar; differentiated in `params`.
         tx: the optimizer.
         params: what is trained, placed: arrays or `ShapeDtypeStruct` on one mesh.
-        batch_spec: how the last input, the batch, is sharded; by default its leading axis is sharded over
-            the mesh's first axis. Other inputs, as frozen parameters, stay where they are.
+        batch_spec: how the last input, the batch, is sharded; its leading axis over the mesh's
+            first axis by default. Other inputs, as frozen parameters, stay where they are.
         donate: whether the old parameters and state give their memory to the new ones.
 
     Returns:

@@ -350,7 +350,7 @@ def test_half_a_pair_is_an_error(method):
 def test_no_pairs_leaves_all_to_the_fallback(method):
     params = make_params(method)["head"]
     tx = method(fallback=optax.scale(-0.5))
-    updates, state = tx.update(params, tx.init(params), params)
+    updates, _ = tx.update(params, tx.init(params), params)
     sign_and_size = updates["bias"][0] / params["bias"][0]
     # A chain goes on to scale by the learning rate, and to change the sign.
     assert sign_and_size == pytest.approx(-0.5 if method.is_alias else 0.5 * method.learning_rate)

@@ -24,8 +24,12 @@ TABLES = "_MAIN_OPTIMIZERS_UNDER_TEST = _ALL_OPTIMIZERS_UNDER_TEST = OPTIMIZERS"
 
 
 def factory(name):
-    """A row as the suite wants it; the suite injects the learning rate."""
-    return lambda learning_rate: ALIASES[name](learning_rate)
+    """A row as the suite wants it: a function of what it injects."""
+
+    def make(learning_rate):
+        return ALIASES[name](learning_rate)
+
+    return make
 
 
 def load_suite():

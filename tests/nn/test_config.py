@@ -50,9 +50,9 @@ def nnx_model():
     return nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
 
 
-@pytest.mark.parametrize(
-    ("use", "message"),
-    [
+def misuses():
+    """What people write, and the error."""
+    return [
         (
             lambda: nn.add_lora(nnx_model(), "layers/0", nn.LoRAConfig(rank=2), rngs=0),
             r"rngs must be nnx\.Rngs, got 0; write rngs=nnx\.Rngs\(0\)",
@@ -77,8 +77,10 @@ def nnx_model():
             lambda: nn.LoRAConfig(rank=8, shadows=True),
             r"unexpected keyword argument 'shadows'",
         ),
-    ],
-)
+    ]
+
+
+@pytest.mark.parametrize(("use", "message"), misuses())
 def test_what_is_no_config_or_rngs_is_refused(use, message):
     with pytest.raises(TypeError, match=message):
         use()

@@ -32,6 +32,7 @@ CORE = (
     "restart",
     "projection",
     "frames",
+    "sketch",
     "lorsum",
     "krylov",
     "shadow_layer",
@@ -50,6 +51,7 @@ THIRD_PARTY = {"jax", "optax", "numpy"}
 METHODS = [
     "altlora",
     "altlora_plus",
+    "lora_muon",
     "lora_plus",
     "oplora",
     "oplora_proj",

@@ -29,6 +29,7 @@ from lowrank_optax.nn.nnx_surgery import (
     unload_lora,
     unmerge_lora,
 )
+from lowrank_optax.nn.starts import gradient_start, gradient_triplets, start_pair
 from lowrank_optax.nn.summary import AdapterSummary, LoRASummary, lora_summary
 
 __all__ = [
@@ -50,6 +51,8 @@ __all__ = [
     "LoRASummary",
     "Shadows",
     "add_lora",
+    "gradient_start",
+    "gradient_triplets",
     "lora_adapters",
     "lora_apply",
     "lora_delta",
@@ -60,6 +63,7 @@ __all__ = [
     "merge_lora_variables",
     "remove_lora",
     "replace_lora",
+    "start_pair",
     "unload_lora",
     "unmerge_lora",
     "unmerge_lora_variables",

@@ -107,7 +107,7 @@ def merge_lora(model: nnx.Module) -> list[str]:
         >>> merge_lora(model)
         ['layers/0']
     """
-    layers = {path: layer for path, layer in _lora_layers(model).items() if not layer.merged}
+    layers = {path: layer for path, layer in lora_layers(model).items() if not layer.merged}
     _refuse_shared_kernels(model, layers)
     for layer in layers.values():
         _add_to_kernel(layer, 1)
@@ -138,7 +138,7 @@ def unmerge_lora(model: nnx.Module) -> list[str]:
         >>> merge_lora(model) == unmerge_lora(model)
         True
     """
-    layers = {path: layer for path, layer in _lora_layers(model).items() if layer.merged}
+    layers = {path: layer for path, layer in lora_layers(model).items() if layer.merged}
     for layer in layers.values():
         _add_to_kernel(layer, -1)
     return sorted(layers)
@@ -188,7 +188,7 @@ def remove_lora(model: nnx.Module) -> list[str]:
         >>> remove_lora(model)
         ['layers/0']
     """
-    for path, layer in _lora_layers(model).items():
+    for path, layer in lora_layers(model).items():
         if layer.merged:
             raise ValueError(
                 f"{path or 'the model'} is merged: call unmerge_lora first to drop the adapter, or "
@@ -219,7 +219,7 @@ def replace_lora(model: nnx.Module, make: Callable[[str, LoRALayer], nnx.Module]
     """
     if isinstance(model, LoRALayer):
         raise ValueError("a LoRA layer cannot replace itself in place: use its attribute 'base'")
-    layers = _lora_layers(model)
+    layers = lora_layers(model)
     made = {id(layer): make(path, layer) for path, layer in layers.items()}
     for edge in list(_edges(model)):
         if id(edge.module) in made:
@@ -296,7 +296,19 @@ def find_lora_layers(model: nnx.Module) -> Iterator[tuple[str, LoRALayer]]:
             yield edge.path, edge.module
 
 
-def _lora_layers(model: nnx.Module) -> dict[str, LoRALayer]:
+def lora_layers(model: nnx.Module) -> dict[str, LoRALayer]:
+    """Returns the LoRA layers of a model by path.
+
+    Raises:
+        ValueError: if there is none.
+
+    Example:
+        >>> from flax import nnx
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+        >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+        >>> list(lora_layers(model))
+        ['layers/0']
+    """
     layers = dict(find_lora_layers(model))
     if not layers:
         raise ValueError("the model has no LoRA layer: call add_lora first")

@@ -31,17 +31,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.timing import environment
-from lowrank_optax import (
-    LoRAPair,
-    altlora_plus,
-    collectives,
-    frame,
-    nn,
-    oplora,
-    sds_lora,
-    shadow,
-    sharding,
-)
+from lowrank_optax import LoRAPair, altlora_plus, frame, nn, oplora, sds_lora, shadow, sharding
+from tests import collectives
 
 SCALE = 2.0
 HEAD_SIZE = 128

@@ -4,12 +4,12 @@ A task says where adapters go and how large they are, a method which kind it can
 """
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
 
 import jax
 from flax import nnx
 
+from experiments.errors import ExperimentError
 from lowrank_optax import nn
 
 
@@ -23,24 +23,15 @@ class Adapters(ABC):
 
     @abstractmethod
     def add_to(
-        self,
-        model: nnx.Module,
-        targets: str,
-        *,
-        rank: int,
-        alpha: float,
-        rngs: nnx.Rngs,
-        **inits: nn.config.Initializer,
+        self, model: nnx.Module, targets: str, config: nn.LoRAConfig, *, rngs: nnx.Rngs
     ) -> None:
         """Adds the adapters to a model, in place.
 
         Args:
             model: The model with its pretrained weights.
             targets: Regular expression of the layers to adapt, as in `nn.add_lora`.
-            rank: r of every adapter.
-            alpha: Numerator of the forward scale.
+            config: Rank, scale and start of every adapter.
             rngs: Draws the factors, the same for all kinds.
-            **inits: `a_init` and `b_init` of `nn.add_lora`.
         """
 
 
@@ -48,17 +39,18 @@ class Adapters(ABC):
 class LowRank(Adapters):
     """Pairs of factors, with what OPLoRA (shadows) or SDS-LoRA (frames) needs beside them."""
 
-    shadows: nn.Shadows | None = None
-    frames: nn.Frames | None = None
+    extra: nn.Extra | None = None
 
     @property
     def trained(self) -> nnx.filterlib.Filter:
         """The factors, their shadows and their frames."""
         return nnx.LoRAParam
 
-    def add_to(self, model: nnx.Module, targets: str, **settings: Any) -> None:
+    def add_to(
+        self, model: nnx.Module, targets: str, config: nn.LoRAConfig, *, rngs: nnx.Rngs
+    ) -> None:
         """Adds pairs; see the base class."""
-        nn.add_lora(model, targets, shadows=self.shadows, frames=self.frames, **settings)
+        nn.add_lora(model, targets, replace(config, extra=self.extra), rngs=rngs)
 
 
 class WholeModel(Adapters):
@@ -69,7 +61,9 @@ class WholeModel(Adapters):
         """All parameters."""
         return nnx.Param
 
-    def add_to(self, model: nnx.Module, targets: str, **settings: Any) -> None:
+    def add_to(
+        self, model: nnx.Module, targets: str, config: nn.LoRAConfig, *, rngs: nnx.Rngs
+    ) -> None:
         """Adds nothing."""
 
 
@@ -81,15 +75,12 @@ class Dense(Adapters):
         """The changes."""
         return nnx.LoRAParam
 
-    def add_to(self, model: nnx.Module, targets: str, **settings: Any) -> None:
+    def add_to(
+        self, model: nnx.Module, targets: str, config: nn.LoRAConfig, *, rngs: nnx.Rngs
+    ) -> None:
         """Adds changes that start at s a b of the pairs that `LowRank` would add."""
-        for path in nn.add_lora(model, targets, **settings):
-            *parents, name = path.split("/")
-            parent: Any = model
-            for key in parents:
-                parent = _child(parent, key)
-            layer = _child(parent, name)
-            _replace(parent, name, DenseLayer(layer.base, nn.lora_delta(layer.pair, layer.scale)))
+        nn.add_lora(model, targets, config, rngs=rngs)
+        nn.replace_lora(model, _dense)
 
 
 class DenseLayer(nnx.Module):
@@ -109,12 +100,7 @@ class DenseLayer(nnx.Module):
         return self.base(x) + x @ self.delta[...]
 
 
-def _child(parent: Any, name: str) -> Any:
-    return getattr(parent, name) if hasattr(parent, name) else parent[int(name)]
-
-
-def _replace(parent: Any, name: str, module: nnx.Module) -> None:
-    if hasattr(parent, name):
-        setattr(parent, name, module)
-    else:
-        parent[int(name)] = module
+def _dense(path: str, layer: nn.LoRALayer) -> DenseLayer:
+    if not isinstance(layer.base, nnx.Linear):
+        raise ExperimentError(f"{path} is no nnx.Linear, which a dense change needs")
+    return DenseLayer(layer.base, nn.lora_delta(layer.pair, layer.scale))

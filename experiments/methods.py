@@ -4,20 +4,23 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
 import optax
 
 from experiments.adapters import Adapters, Dense, LowRank, WholeModel
 from experiments.errors import ExperimentError
 from lowrank_optax import (
+    Metric,
     altlora,
     altlora_plus,
+    lora_muon,
+    lora_plus,
+    lora_rite,
     nn,
     oplora,
     oplora_proj,
+    scaled_adamw,
     scaled_oplora,
     sds_lora,
-    shadows,
     svd_lora,
 )
 
@@ -65,34 +68,26 @@ def _sgd(setting: Setting, momentum: float) -> optax.GradientTransformation:
 
 def _lora_plus(setting: Setting, ratio: float) -> optax.GradientTransformation:
     """The learning rate is that of `a`."""
-    faster = lambda count: ratio * setting.schedule(count)
-    return optax.partition(
-        {
-            "lora_a": optax.adamw(setting.schedule, weight_decay=0.0),
-            "lora_b": optax.adamw(faster, weight_decay=0.0),
-        },
-        lambda params: jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key, params),
-    )
+    return lora_plus(setting.schedule, ratio, weight_decay=0.0)
 
 
-def _altlora(setting: Setting, **options: Any) -> optax.GradientTransformation:
-    return altlora(setting.schedule, scale=setting.scale, **options)
+def _lora_muon(setting: Setting, **options: Any) -> optax.GradientTransformation:
+    return lora_muon(setting.schedule, **options)
 
 
-def _altlora_plus(setting: Setting, **options: Any) -> optax.GradientTransformation:
-    return altlora_plus(setting.schedule, scale=setting.scale, **options)
+def _scaled_adamw(setting: Setting, **options: Any) -> optax.GradientTransformation:
+    return scaled_adamw(setting.schedule, weight_decay=0.0, **options)
 
 
-def _oplora(setting: Setting, **options: Any) -> optax.GradientTransformation:
-    return oplora(setting.schedule, scale=setting.scale, **options)
+def _lora_rite(setting: Setting, **options: Any) -> optax.GradientTransformation:
+    return lora_rite(setting.schedule, weight_decay=0.0, **options)
 
 
-def _oplora_proj(setting: Setting, **options: Any) -> optax.GradientTransformation:
-    return oplora_proj(setting.schedule, scale=setting.scale, **options)
-
-
-def _scaled_oplora(setting: Setting, **options: Any) -> optax.GradientTransformation:
-    return scaled_oplora(setting.schedule, scale=setting.scale, **options)
+def _scaled(
+    optimizer: Callable[..., optax.GradientTransformation],
+) -> Callable[..., optax.GradientTransformation]:
+    """Makes an optimizer that knows the forward scales, and takes its own options."""
+    return lambda setting, **options: optimizer(setting.schedule, scale=setting.scale, **options)
 
 
 def _preconditioned(
@@ -133,6 +128,17 @@ _RIDGE = {"momentum": 0.9, "lmbd": 1e-2}
 METHODS: dict[str, Method] = {
     "adamw": Method("LoRA with AdamW, the baseline", _adamw),
     "lora-plus": Method("LoRA+: AdamW, b 16 times as fast as a", _lora_plus, {"ratio": 16.0}),
+    "lora-muon": Method("Muon on each factor", _lora_muon, {"b1": 0.95}),
+    "scaled-adamw": Method(
+        "ScaledAdamW: AdamW on preconditioned gradients",
+        _scaled_adamw,
+        {"order": "simultaneous", "damping": 1e-2},
+    ),
+    "lora-rite": Method(
+        "LoRA-RITE: a matrix second moment of gradients in the factors' frames",
+        _lora_rite,
+        {"clip_unmagnified_grad": 1.0},
+    ),
     "sgd": Method("LoRA with momentum SGD", _sgd, {"momentum": 0.9}),
     "full-adamw": Method("AdamW on all weights, no adapters", _adamw, adapters=WholeModel()),
     "svd-lora": Method(
@@ -142,11 +148,13 @@ METHODS: dict[str, Method] = {
         Dense(),
     ),
     **{
-        f"altlora{suffix}": Method(f"AltLoRA, {order}", _altlora, {"order": order})
+        f"altlora{suffix}": Method(f"AltLoRA, {order}", _scaled(altlora), {"order": order})
         for suffix, order in _ORDERS.items()
     },
     **{
-        f"altlora-plus{suffix}": Method(f"AltLoRA+, {order}", _altlora_plus, {"order": order})
+        f"altlora-plus{suffix}": Method(
+            f"AltLoRA+, {order}", _scaled(altlora_plus), {"order": order}
+        )
         for suffix, order in _ORDERS.items()
     },
     "preconditioned": Method(
@@ -154,39 +162,44 @@ METHODS: dict[str, Method] = {
         _preconditioned,
         {"momentum": 0.0, "damping": 1e-2},
     ),
-    "oplora": Method("OPLoRA, k = 1", _oplora, {"iterations": 1, **_RIDGE}, LowRank(nn.Shadows())),
+    "oplora": Method(
+        "OPLoRA, k = 1", _scaled(oplora), {"iterations": 1, **_RIDGE}, LowRank(nn.Shadows())
+    ),
     "oplora-2": Method(
-        "OPLoRA, k = 2", _oplora, {"iterations": 2, **_RIDGE}, LowRank(nn.Shadows(iterations=2))
+        "OPLoRA, k = 2",
+        _scaled(oplora),
+        {"iterations": 2, **_RIDGE},
+        LowRank(nn.Shadows(iterations=2)),
     ),
     "oplora-proj": Method(
         "OPLoRA-proj, k = 1",
-        _oplora_proj,
+        _scaled(oplora_proj),
         {"iterations": 1, **_RIDGE},
         LowRank(nn.Shadows(iterations=2, momentum_rank=0)),
     ),
     "scaled-oplora": Method(
         "OPLoRA in K-FAC's diagonal metric, k = 1",
-        _scaled_oplora,
+        _scaled(scaled_oplora),
         {"iterations": 1, "b1": 0.9, "lmbd": 1e-2},
-        LowRank(nn.Shadows(metric=shadows.Metric())),
+        LowRank(nn.Shadows(metric=Metric())),
     ),
     "sds-lora": Method(
         "SDS-LoRA with AdamW, 10 steps of warm-up",
         _sds_lora,
         {"warmup_steps": 10},
-        LowRank(frames=nn.Frames()),
+        LowRank(nn.Frames()),
     ),
     "sds-lora-sgd": Method(
         "SDS-LoRA with momentum SGD, 10 steps of warm-up",
         _sds_lora_sgd,
         {"warmup_steps": 10, "momentum": 0.9},
-        LowRank(frames=nn.Frames()),
+        LowRank(nn.Frames()),
     ),
     "sds-lora-no-warmup": Method(
         "SDS-LoRA with AdamW, from random frames",
         _sds_lora,
         {"warmup_steps": 0},
-        LowRank(frames=nn.Frames(warmup=False)),
+        LowRank(nn.Frames(warmup=False)),
     ),
 }
 

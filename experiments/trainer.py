@@ -28,9 +28,8 @@ from experiments.schema import (
     Status,
     current_environment,
 )
-from experiments.tasks.base import Batch, OnStep, Task, ignore_steps
-from lowrank_optax import nn
-from lowrank_optax.factors import AUXILIARY
+from experiments.task import Batch, OnStep, Task, ignore_steps
+from lowrank_optax import find_pairs, nn
 
 EXPLODED = 10.0
 """A run has diverged when its validation loss is this many times the loss before training."""
@@ -347,9 +346,9 @@ class Trainer:
 
 def _count_parameters(trained: Trained) -> int:
     """Counts what gradients train: neither shadows nor frames."""
-    auxiliary = {f"lora_{name}" for name in AUXILIARY}
-    leaves = jax.tree_util.tree_leaves_with_path(trained)
-    return sum(leaf.size for path, leaf in leaves if path[-1].key not in auxiliary)
+    found = find_pairs(trained)
+    factors = [(pair.a, pair.b) for pair in found.take(trained)]
+    return sum(leaf.size for leaf in jax.tree.leaves((factors, found.rest(trained))))
 
 
 def _bytes(tree: Any) -> int:

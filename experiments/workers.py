@@ -14,8 +14,8 @@ from rich.progress import Progress
 from experiments.errors import ExperimentError
 from experiments.schema import RunResult
 from experiments.sweep import Board, Job, Run
+from experiments.task import Task
 from experiments.tasks import load_task
-from experiments.tasks.base import Task
 from experiments.trainer import Trainer, step_ratio
 
 BASELINE = "adamw"

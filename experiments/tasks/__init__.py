@@ -6,7 +6,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from experiments.errors import ExperimentError
-from experiments.tasks.base import OnStep, Task, TaskOptions
+from experiments.task import OnStep, Task, TaskOptions
 from experiments.tasks.cifar import Cifar, CifarTransfer
 from experiments.tasks.cifar100 import CIFAR100
 from experiments.tasks.cola import CoLA

@@ -18,10 +18,9 @@ from PIL import Image, UnidentifiedImageError
 from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
 from experiments.models.patch_mlp import PatchMLP
-from experiments.schema import Plan
-from experiments.tasks.base import Batch, OnStep, ignore_steps
+from experiments.task import Batch, OnStep, ignore_steps
 from experiments.tasks.images import ImageOptions, ImageTask, read_npz, split_off
-from experiments.trainer import Trainer
+from experiments.tasks.pretraining import pretrain
 
 SPLIT_SEED = 0
 FOLDER, FILE = "cifar10_jpeg", "cifar10_jpeg.npz"
@@ -94,7 +93,7 @@ class Cifar(ImageTask[Any]):
 
     def _adapt(self, model: PatchMLP, adapters: Adapters, rngs: nnx.Rngs) -> None:
         options = self.options
-        adapters.add_to(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
+        adapters.add_to(model, options.targets, options.lora, rngs=rngs)
 
 
 class PretrainCifar(Cifar):
@@ -121,18 +120,16 @@ class CifarTransfer(Cifar):
         self, options: Any, data_dir: Path | None = None, on_step: OnStep = ignore_steps
     ) -> None:
         super().__init__(options, data_dir)
-        plan = Plan(
+        base = pretrain(
+            PretrainCifar(options, data_dir),
             steps=options.pretrain_steps,
-            eval_every=options.pretrain_steps,
-            head_learning_rate=options.pretrain_learning_rate,
+            learning_rate=options.pretrain_learning_rate,
+            seed=options.pretrain_seed,
+            on_step=on_step,
         )
-        trainer = Trainer(PretrainCifar(options, data_dir), "full-adamw", plan)
-        run = trainer.run(options.pretrain_learning_rate, options.pretrain_seed, on_step)
-        if run.result.status != "finished":
-            raise ExperimentError(f"the pretraining on the classes 0-4 {run.result.status}")
-        accuracy = run.result.final["validation"].accuracy or 0.0
+        accuracy = base.result.final["validation"].accuracy or 0.0
         self._pretraining = f"{100 * accuracy:.1f} % validation accuracy on the classes 0-4"
-        self._base = nnx.split(run.model)
+        self._base = nnx.split(base.model)
 
     @property
     def data(self) -> dict[str, str]:

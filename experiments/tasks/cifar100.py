@@ -20,7 +20,8 @@ from experiments.models.pretrained_vit import (
     load_image_encoder,
     load_normalization,
 )
-from experiments.tasks.base import Batch, OnStep, Totals, classification_totals, ignore_steps
+from experiments.task import Batch, OnStep, Totals, ignore_steps
+from experiments.tasks.data import classification_totals
 from experiments.tasks.hub import (
     HubData,
     HubOptions,
@@ -92,7 +93,7 @@ class CIFAR100(HubTask[CIFAR100Options]):
         encoder = nnx.merge(*self._base)
         head = nnx.Linear(encoder.shape.width, CLASSES, rngs=rngs)
         model = ImageClassifier(encoder, self._normalization, head)
-        adapters.add_to(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
+        adapters.add_to(model, options.targets, options.lora, rngs=rngs)
         return model
 
     def totals(self, model: Any, batch: Batch) -> Totals:

@@ -22,8 +22,8 @@ from flax import nnx
 
 from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
-from experiments.tasks.base import Batch, OnStep, Task, TaskOptions, Totals, ignore_steps
-from experiments.tasks.linear import LinearModel
+from experiments.task import Batch, OnStep, Task, TaskOptions, Totals, ignore_steps
+from experiments.tasks.linear import LinearModel, starting_at
 from lowrank_optax import LoRAPair
 
 N_IN, RANK, N_OUT = 16, 4, 12
@@ -126,15 +126,8 @@ class Conditioning(Task[ConditioningOptions]):
         """Returns a layer with zeros for a kernel, and adapters at the problem's start."""
         start = self._problem(seed).start
         model = LinearModel(N_IN, N_OUT)
-        adapters.add_to(
-            model,
-            self.options.targets,
-            rank=self.options.rank,
-            alpha=self.options.alpha,
-            rngs=nnx.Rngs(seed),
-            a_init=lambda key, shape, dtype: start.a.astype(dtype),
-            b_init=lambda key, shape, dtype: start.b.astype(dtype),
-        )
+        config = starting_at(start, self.options.lora)
+        adapters.add_to(model, self.options.targets, config, rngs=nnx.Rngs(seed))
         return model
 
     def train_batches(self, seed: int) -> Iterator[Batch]:

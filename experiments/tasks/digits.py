@@ -15,19 +15,9 @@ from sklearn.model_selection import train_test_split
 from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
 from experiments.models.vit import ViT
-from experiments.schema import Plan
-from experiments.tasks.base import (
-    Batch,
-    OnStep,
-    Task,
-    TaskOptions,
-    Totals,
-    classification_totals,
-    ignore_steps,
-    padded_batches,
-    shuffled_batches,
-)
-from experiments.trainer import Trainer
+from experiments.task import Batch, OnStep, Task, TaskOptions, Totals, ignore_steps
+from experiments.tasks.data import classification_totals, padded_batches, shuffled_batches
+from experiments.tasks.pretraining import pretrain
 
 SPLIT_SEED = 0
 EVAL_BATCH = 256
@@ -125,7 +115,14 @@ class Digits(PretrainDigits):
     ) -> None:
         super().__init__(options, data_dir)
         self._examples = _digits(range(5, 10))
-        self._base = nnx.split(_pretrain(options, on_step))
+        base = pretrain(
+            PretrainDigits(options),
+            steps=options.pretrain_steps,
+            learning_rate=options.pretrain_learning_rate,
+            seed=options.pretrain_seed,
+            on_step=on_step,
+        )
+        self._base = nnx.split(base.model)
 
     @property
     def head(self) -> nnx.filterlib.Filter:
@@ -148,21 +145,8 @@ class Digits(PretrainDigits):
         rngs = nnx.Rngs(seed)
         model = nnx.merge(*self._base)
         model.head = nnx.Linear(options.width, 5, rngs=rngs)
-        adapters.add_to(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
+        adapters.add_to(model, options.targets, options.lora, rngs=rngs)
         return model
-
-
-def _pretrain(options: DigitsOptions, on_step: OnStep) -> Any:
-    plan = Plan(
-        steps=options.pretrain_steps,
-        eval_every=options.pretrain_steps,
-        head_learning_rate=options.pretrain_learning_rate,
-    )
-    trainer = Trainer(PretrainDigits(options), "full-adamw", plan)
-    run = trainer.run(options.pretrain_learning_rate, options.pretrain_seed, on_step)
-    if run.result.status != "finished":
-        raise ExperimentError(f"the pretraining on digits 0-4 {run.result.status}")
-    return run.model
 
 
 def _digits(classes: range) -> dict[str, Batch]:

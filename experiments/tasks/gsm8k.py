@@ -20,7 +20,8 @@ from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
 from experiments.models.llama import Llama, load_llama
 from experiments.models.text import read_tokenizer
-from experiments.tasks.base import Batch, OnStep, Totals, classification_totals, ignore_steps
+from experiments.task import Batch, OnStep, Totals, ignore_steps
+from experiments.tasks.data import classification_totals
 from experiments.tasks.hub import (
     HubData,
     HubOptions,
@@ -100,7 +101,7 @@ class GSM8K(HubTask[GSM8KOptions]):
         """Returns the pretrained decoder with fresh adapters."""
         options, rngs = self.options, nnx.Rngs(seed)
         model = nnx.merge(*self._base)
-        adapters.add_to(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
+        adapters.add_to(model, options.targets, options.lora, rngs=rngs)
         return model
 
     def totals(self, model: Any, batch: Batch) -> Totals:

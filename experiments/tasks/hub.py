@@ -21,14 +21,8 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import Field
 
 from experiments.errors import ExperimentError
-from experiments.tasks.base import (
-    Batch,
-    Task,
-    TaskOptions,
-    data_folder,
-    padded_batches,
-    shuffled_batches,
-)
+from experiments.task import Batch, Task, TaskOptions
+from experiments.tasks.data import data_folder, padded_batches, shuffled_batches
 
 MODEL_FILES = ["*.json", "*.safetensors"]
 MODEL_FORM = "config.json, model.safetensors and, for text, tokenizer.json"

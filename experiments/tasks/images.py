@@ -9,11 +9,8 @@ from typing import Any, TypeVar
 import numpy as np
 
 from experiments.errors import ExperimentError
-from experiments.tasks.base import (
-    Batch,
-    Task,
-    TaskOptions,
-    Totals,
+from experiments.task import Batch, Task, TaskOptions, Totals
+from experiments.tasks.data import (
     classification_totals,
     data_folder,
     padded_batches,

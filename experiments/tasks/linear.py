@@ -9,6 +9,7 @@ The factors start at the truncated singular value decomposition of a uniform mat
 the singular values on either side; the frozen kernel is zero.
 """
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,8 +21,8 @@ from flax import nnx
 
 from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
-from experiments.tasks.base import Batch, OnStep, Task, TaskOptions, Totals, ignore_steps
-from lowrank_optax import pair_of_delta
+from experiments.task import Batch, OnStep, Task, TaskOptions, Totals, ignore_steps
+from lowrank_optax import LoRAPair, nn, pair_of_delta
 
 
 class LinearOptions(TaskOptions):
@@ -46,6 +47,15 @@ class LinearModel(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps inputs (batch, in) to outputs (batch, out)."""
         return self.layer(x)
+
+
+def starting_at(start: LoRAPair, config: nn.LoRAConfig) -> nn.LoRAConfig:
+    """Returns the settings of adapters that start at given factors, whatever the random key."""
+    return dataclasses.replace(
+        config,
+        a_init=lambda key, shape, dtype: start.a.astype(dtype),
+        b_init=lambda key, shape, dtype: start.b.astype(dtype),
+    )
 
 
 class Linear(Task[LinearOptions]):
@@ -91,15 +101,8 @@ class Linear(Task[LinearOptions]):
         kernel = np.random.default_rng(seed).uniform(-bound, bound, shape)
         start = pair_of_delta(jnp.asarray(kernel, jnp.float32), options.rank)
         model = LinearModel(options.n_in, options.n_out)
-        adapters.add_to(
-            model,
-            options.targets,
-            rank=options.rank,
-            alpha=options.alpha,
-            rngs=nnx.Rngs(seed),
-            a_init=lambda key, shape, dtype: start.a.astype(dtype),
-            b_init=lambda key, shape, dtype: start.b.astype(dtype),
-        )
+        config = starting_at(start, options.lora)
+        adapters.add_to(model, options.targets, config, rngs=nnx.Rngs(seed))
         return model
 
     def train_batches(self, seed: int) -> Iterator[Batch]:

@@ -19,16 +19,8 @@ from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
 from experiments.models.gguf_llama import load_gguf
 from experiments.models.llama import Llama
-from experiments.tasks.base import (
-    Batch,
-    OnStep,
-    Task,
-    TaskOptions,
-    Totals,
-    classification_totals,
-    ignore_steps,
-    padded_batches,
-)
+from experiments.task import Batch, OnStep, Task, TaskOptions, Totals, ignore_steps
+from experiments.tasks.data import classification_totals, padded_batches
 
 MODEL_FILE = "stories260k/stories260K.gguf"
 TEXT_FILE = "tinyshakespeare/input.txt"
@@ -119,7 +111,7 @@ class LM(Task[LMOptions]):
         """Returns the pretrained decoder with fresh adapters."""
         options, rngs = self.options, nnx.Rngs(seed)
         model = nnx.merge(*self._base)
-        adapters.add_to(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
+        adapters.add_to(model, options.targets, options.lora, rngs=rngs)
         return model
 
     def train_batches(self, seed: int) -> Iterator[Batch]:

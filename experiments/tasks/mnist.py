@@ -12,7 +12,7 @@ from flax import nnx
 
 from experiments.adapters import Adapters
 from experiments.models.lenet import LeNet5
-from experiments.tasks.base import OnStep, ignore_steps
+from experiments.task import OnStep, ignore_steps
 from experiments.tasks.images import ImageOptions, ImageTask, read_npz, split_off, take
 
 SPLIT_SEED = 0
@@ -60,5 +60,5 @@ class MNIST(ImageTask[MNISTOptions]):
         """Returns a fresh network, the same for all kinds of adapters."""
         options, rngs = self.options, nnx.Rngs(seed)
         model = LeNet5(rngs=rngs)
-        adapters.add_to(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
+        adapters.add_to(model, options.targets, options.lora, rngs=rngs)
         return model

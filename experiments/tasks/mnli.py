@@ -16,7 +16,8 @@ from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
 from experiments.models.bert import FirstTokenHead, TextClassifier, load_encoder, load_pooler
 from experiments.models.text import encode, load_tokenizer
-from experiments.tasks.base import Batch, OnStep, Totals, classification_totals, ignore_steps
+from experiments.task import Batch, OnStep, Totals, ignore_steps
+from experiments.tasks.data import classification_totals
 from experiments.tasks.hub import (
     HubData,
     HubOptions,
@@ -104,7 +105,7 @@ class MNLI(HubTask[MNLIOptions]):
         if pooler is not None:
             head.dense = pooler
         model = TextClassifier(encoder, head)
-        adapters.add_to(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
+        adapters.add_to(model, options.targets, options.lora, rngs=rngs)
         return model
 
     def totals(self, model: Any, batch: Batch) -> Totals:

@@ -12,15 +12,8 @@ from experiments.adapters import Adapters
 from experiments.models.bert import MeanHead, TextClassifier, load_encoder
 from experiments.models.minilm import find_model_dir
 from experiments.models.text import encode, load_tokenizer
-from experiments.tasks.base import (
-    Batch,
-    Task,
-    TaskOptions,
-    Totals,
-    classification_totals,
-    padded_batches,
-    shuffled_batches_by_length,
-)
+from experiments.task import Batch, Task, TaskOptions, Totals
+from experiments.tasks.data import classification_totals, padded_batches, shuffled_batches_by_length
 
 EVAL_BATCH = 64
 WIDTH = 8
@@ -89,7 +82,7 @@ class SentenceTask(Task[SentenceOptions]):
         options, rngs = self.options, nnx.Rngs(seed)
         encoder = nnx.merge(*self._base)
         model = TextClassifier(encoder, MeanHead(encoder.shape.width, 2, rngs=rngs))
-        adapters.add_to(model, options.targets, rank=options.rank, alpha=options.alpha, rngs=rngs)
+        adapters.add_to(model, options.targets, options.lora, rngs=rngs)
         return model
 
     def train_batches(self, seed: int) -> Iterator[Batch]:

@@ -12,7 +12,8 @@ from typing import ClassVar
 import numpy as np
 
 from experiments.errors import ExperimentError
-from experiments.tasks.base import OnStep, data_folder, ignore_steps
+from experiments.task import OnStep, ignore_steps
+from experiments.tasks.data import data_folder
 from experiments.tasks.sentences import SentenceOptions, SentenceTask, Split
 
 HUB_NAME = "stanfordnlp/sst2"

@@ -4,12 +4,14 @@ from flax import nnx
 
 from experiments.adapters import Dense, LowRank, WholeModel
 from experiments.errors import ExperimentError
+from experiments.task import ignore_steps
 from experiments.tasks import load_task
-from experiments.tasks.base import ignore_steps
 from experiments.tasks.cifar import Cifar, CifarOptions, read_cifar
 from experiments.tasks.cola import CoLA
 from experiments.tasks.mnist import MNIST, MNISTOptions
+from experiments.tasks.pretraining import pretrain
 from experiments.tasks.sentences import SentenceOptions
+from lowrank_optax import nn
 from tests.experiments.tiny_data import write_all
 
 
@@ -49,6 +51,12 @@ def test_every_kind_of_adapters_has_the_same_start(data):
         model = task.build_model(3, adapters)
         np.testing.assert_allclose(model(images), wanted, atol=1e-6)
         assert nnx.state(model, adapters.trained)
+
+
+def test_a_dense_change_needs_a_linear_layer():
+    model = nnx.Sequential(nnx.LinearGeneral(4, (2, 3), rngs=nnx.Rngs(0)))
+    with pytest.raises(ExperimentError, match=r"layers/0 is no nnx\.Linear"):
+        Dense().add_to(model, "layers/0", nn.LoRAConfig(rank=2), rngs=nnx.Rngs(1))
 
 
 def test_cifar_decodes_the_chosen_classes(data):
@@ -112,3 +120,9 @@ def test_batches_of_sentences_are_cut_to_their_longest(data):
         assert batch["tokens"].shape == batch["mask"].shape == batch["segments"].shape
     seen = sorted(int(t.sum()) for b in batches[1:] for t in b["tokens"][b["weight"] > 0])
     assert seen == sorted(int(tokens.sum()) for tokens in whole["tokens"])
+
+
+def test_a_pretraining_that_diverges_is_an_error(tiny_digits):
+    options = {"steps": 5, "learning_rate": 1e12, "seed": 0, "on_step": ignore_steps}
+    with pytest.raises(ExperimentError, match="the pretraining, task 'digits', diverged"):
+        pretrain(tiny_digits, **options)

@@ -4,8 +4,8 @@ import pytest
 
 from experiments.errors import ExperimentError
 from experiments.schema import Plan
+from experiments.task import ignore_steps
 from experiments.tasks import load_task, sentences
-from experiments.tasks.base import ignore_steps
 from experiments.tasks.sst2 import SST2, read_hub, read_tsv_folder
 from experiments.trainer import Trainer
 

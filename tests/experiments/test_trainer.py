@@ -8,15 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from experiments.adapters import LowRank
+from experiments.adapters import Dense, LowRank, WholeModel
 from experiments.errors import ExperimentError
 from experiments.methods import METHODS
 from experiments.schema import Plan, RunResult, read_result
-from experiments.tasks.base import (
-    padded_batches,
-    shuffled_batches,
-    shuffled_batches_by_length,
-)
+from experiments.tasks.data import padded_batches, shuffled_batches, shuffled_batches_by_length
 from experiments.trainer import Run, Trainer, warmup_cosine
 
 
@@ -60,6 +56,23 @@ def test_counts_of_parameters_and_state(run, tiny_digits):
     assert run.result.trainable_parameters == pairs + head
     counters = 4 * 4  # AdamW's count and the schedule's, int32, for adapters and for head
     assert run.result.optimizer_state_bytes == 2 * 4 * (pairs + head) + counters
+
+
+@pytest.mark.parametrize("method", ["oplora-2", "scaled-oplora", "sds-lora"])
+def test_shadows_and_frames_are_no_trained_parameters(method, run, tiny_digits):
+    plan = Plan(steps=12, eval_every=12, head_learning_rate=1e-2)
+    other = Trainer(tiny_digits, method, plan).run(1e-3, seed=0)
+    assert other.result.trainable_parameters == run.result.trainable_parameters
+    assert other.result.trained_bytes > run.result.trained_bytes
+
+
+def test_all_parameters_are_counted_without_pairs(tiny_digits):
+    plan = Plan(steps=1, eval_every=1, head_learning_rate=1e-2)
+    for method, adapters in (("full-adamw", WholeModel()), ("svd-lora", Dense())):
+        model = tiny_digits.build_model(0, adapters)
+        trained = nnx.state(model, nnx.Any(adapters.trained, tiny_digits.head))
+        result = Trainer(tiny_digits, method, plan).run(1e-3, seed=0).result
+        assert result.trainable_parameters == sum(x.size for x in jax.tree.leaves(trained))
 
 
 def test_only_adapters_and_head_change(run, tiny_digits):

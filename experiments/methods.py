@@ -18,6 +18,7 @@ from lowrank_optax import (
     nn,
     oplora,
     oplora_proj,
+    polora,
     scaled_adamw,
     scaled_oplora,
     sds_lora,
@@ -42,6 +43,23 @@ class Setting(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Start:
+    """A start of the adapters from the gradient of the first batches of the training data.
+
+    Attributes:
+        method: As in `nn.gradient_start`, and so are the next two.
+        gamma: The larger, the smaller the start.
+        keep_function: Whether the kernels are corrected so that the model computes what it did.
+        batches: How many batches.
+    """
+
+    method: str = "lora_one"
+    gamma: float = 1024.0
+    keep_function: bool = True
+    batches: int = 8
+
+
+@dataclass(frozen=True)
 class Method:
     """One optimizer for the adapters, or for the whole model.
 
@@ -50,12 +68,14 @@ class Method:
         make: Called with the `Setting` and the options.
         options: What is passed on besides, and stored with every result; a study may change it.
         adapters: What the optimizer needs in the model.
+        start: How the adapters start, if from the gradient.
     """
 
     summary: str
     make: Callable[..., optax.GradientTransformation]
     options: Mapping[str, Any] = field(default_factory=dict)
     adapters: Adapters = field(default_factory=LowRank)
+    start: Start | None = None
 
 
 def _adamw(setting: Setting) -> optax.GradientTransformation:
@@ -66,21 +86,11 @@ def _sgd(setting: Setting, momentum: float) -> optax.GradientTransformation:
     return optax.sgd(setting.schedule, momentum)
 
 
-def _lora_plus(setting: Setting, ratio: float) -> optax.GradientTransformation:
-    """The learning rate is that of `a`."""
-    return lora_plus(setting.schedule, ratio, weight_decay=0.0)
-
-
-def _lora_muon(setting: Setting, **options: Any) -> optax.GradientTransformation:
-    return lora_muon(setting.schedule, **options)
-
-
-def _scaled_adamw(setting: Setting, **options: Any) -> optax.GradientTransformation:
-    return scaled_adamw(setting.schedule, weight_decay=0.0, **options)
-
-
-def _lora_rite(setting: Setting, **options: Any) -> optax.GradientTransformation:
-    return lora_rite(setting.schedule, weight_decay=0.0, **options)
+def _unscaled(
+    optimizer: Callable[..., optax.GradientTransformation],
+) -> Callable[..., optax.GradientTransformation]:
+    """Makes an optimizer that takes its own options."""
+    return lambda setting, **options: optimizer(setting.schedule, **options)
 
 
 def _scaled(
@@ -123,20 +133,39 @@ def _svd_lora(setting: Setting, momentum: float) -> optax.GradientTransformation
 
 
 _ORDERS = {"": "alternating", "-simultaneous": "simultaneous", "-sequential": "sequential"}
+_POLORA = {"b1": 0.9, "partner": "identity", "radius": "exact"}
 _RIDGE = {"momentum": 0.9, "lmbd": 1e-2}
 
 METHODS: dict[str, Method] = {
     "adamw": Method("LoRA with AdamW, the baseline", _adamw),
-    "lora-plus": Method("LoRA+: AdamW, b 16 times as fast as a", _lora_plus, {"ratio": 16.0}),
-    "lora-muon": Method("Muon on each factor", _lora_muon, {"b1": 0.95}),
+    "adamw-start": Method("LoRA with AdamW, started from the gradient", _adamw, start=Start()),
+    "polora": Method("PoLoRA, one-sided, exact radius", _scaled(polora), _POLORA),
+    "polora-start": Method(
+        "PoLoRA, started from the gradient", _scaled(polora), _POLORA, start=Start(gamma=1e6)
+    ),
+    "polora-two-sided": Method(
+        "PoLoRA, whitened by the other factor too",
+        _scaled(polora),
+        {**_POLORA, "partner": "gram"},
+    ),
+    "polora-two-sided-start": Method(
+        "PoLoRA, two-sided, started from the gradient",
+        _scaled(polora),
+        {**_POLORA, "partner": "gram"},
+        start=Start(gamma=1e6),
+    ),
+    "lora-plus": Method(
+        "LoRA+: AdamW, b 16 times as fast as a", _unscaled(lora_plus), {"ratio": 16.0}
+    ),
+    "lora-muon": Method("Muon on each factor", _unscaled(lora_muon), {"b1": 0.95}),
     "scaled-adamw": Method(
         "ScaledAdamW: AdamW on preconditioned gradients",
-        _scaled_adamw,
+        _unscaled(scaled_adamw),
         {"order": "simultaneous", "damping": 1e-2},
     ),
     "lora-rite": Method(
         "LoRA-RITE: a matrix second moment of gradients in the factors' frames",
-        _lora_rite,
+        _unscaled(lora_rite),
         {"clip_unmagnified_grad": 1.0},
     ),
     "sgd": Method("LoRA with momentum SGD", _sgd, {"momentum": 0.9}),

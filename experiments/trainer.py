@@ -1,6 +1,7 @@
 """The trainer: any task, any method, compiled once for all learning rates and seeds."""
 
 import functools
+import itertools
 import math
 import statistics
 import time
@@ -177,7 +178,7 @@ class Trainer:
             The result, and the model as trained.
         """
         begin = time.perf_counter()
-        parts = self._split(self.task.build_model(seed, self.method.adapters))
+        parts = self._split(self._build_model(seed))
         # Copies: the compiled step donates its arguments, and the task may share its arrays.
         log = _Log(trained=jax.tree.map(jnp.copy, parts.trained))
         peak = jnp.float32(learning_rate)
@@ -275,6 +276,27 @@ class Trainer:
             accuracy=None if sums.correct is None else float(sums.correct / sums.weight),
             matthews=None if sums.confusion is None else _matthews(sums.confusion),
         )
+
+    def _build_model(self, seed: int) -> nnx.Module:
+        """Returns the model of a seed with its adapters as the method starts them."""
+        model, start = self.task.build_model(seed, self.method.adapters), self.method.start
+        if start is not None:
+
+            def loss(model: Any, batch: Batch) -> jax.Array:
+                sums = self.task.totals(model, batch)
+                return sums.loss / sums.weight
+
+            nn.gradient_start(
+                model,
+                loss,
+                list(itertools.islice(self.task.train_batches(seed), start.batches)),
+                start.method,
+                gamma=start.gamma,
+                keep_function=start.keep_function,
+                seed=seed,
+                progress=False,
+            )
+        return model
 
     def _split(self, model: nnx.Module) -> _Parts:
         # The head first: a method that trains the whole model leaves it to AdamW too.

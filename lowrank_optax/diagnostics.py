@@ -7,6 +7,8 @@ import jax.numpy as jnp
 
 from lowrank_optax._core.linalg import compute_dtype, gram, product, svd
 
+__all__ = ["alignment", "effective_rank"]
+
 
 def effective_rank(matrix: jax.Array) -> jax.Array:
     r"""Computes how many directions a matrix uses, by the entropy of its singular values.

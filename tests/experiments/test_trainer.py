@@ -254,3 +254,19 @@ def test_batches_by_length_are_the_same_examples_of_like_length():
 def test_run_result_needs_every_field():
     with pytest.raises(ValueError, match="config"):
         RunResult.model_validate({"schema_version": 2})
+
+
+def test_a_start_from_the_gradient_keeps_the_model_and_is_made_anew_for_each_seed(
+    tiny_digits, plan, run
+):
+    trainer = Trainer(tiny_digits, "polora-start", plan)
+    started = trainer.run(0.3, seed=0)
+    begin = [result.curve[0].validation.loss for result in (run.result, started.result)]
+    assert begin[1] == pytest.approx(begin[0], rel=1e-4)
+    assert started.result.status == "finished"
+    assert started.result.curve[-1].validation.loss < 0.8 * begin[1]
+    starts = [leaves(trainer._build_model(seed), nnx.LoRAParam) for seed in (0, 0, 1)]
+    far = lambda x, y: np.linalg.norm(x - y) > 1e-3 * np.linalg.norm(x)
+    assert not any(far(x, y) for x, y in zip(starts[0], starts[1], strict=True))
+    assert all(far(x, y) for x, y in zip(starts[0], starts[2], strict=True))
+    assert all(np.any(leaf) for leaf in starts[0])  # neither factor begins at zero

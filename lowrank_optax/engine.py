@@ -70,15 +70,19 @@ from lowrank_optax._core.linalg import (
     cross,
     damped_inverse,
     dots,
+    eigh,
     gram,
     inverse_square_root,
     largest,
+    long_axis_size,
     mix,
+    orthonormalizer,
     other,
     product,
     weigh,
 )
 from lowrank_optax._core.nodes import LoRAPair, both, join, only, register_node, swap
+from lowrank_optax._core.roots import inverse_root, pseudo_inverse_root, spectral_norm
 from lowrank_optax._core.verbs import Pairs, checked
 
 __all__ = [
@@ -101,17 +105,23 @@ __all__ = [
     "cross",
     "damped_inverse",
     "dots",
+    "eigh",
     "gram",
+    "inverse_root",
     "inverse_square_root",
     "is_zero",
     "join",
     "largest",
     "lift",
+    "long_axis_size",
     "mix",
     "only",
+    "orthonormalizer",
     "other",
     "product",
+    "pseudo_inverse_root",
     "register_node",
+    "spectral_norm",
     "swap",
     "weigh",
 ]

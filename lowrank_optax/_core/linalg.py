@@ -155,6 +155,18 @@ def largest(side: Side, diagonal: jax.Array) -> jax.Array:
     return meshes.max_over_shards(side, jnp.max(diagonal, axis=-1))
 
 
+def long_axis_size(side: Side, x: jax.Array) -> Any:
+    """Counts the entries along a factor's long axis, those of other devices included.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> long_axis_size("b", jnp.ones((2, 5)))
+        5
+    """
+    own: Any = x.shape[-2 if side == "a" else -1]
+    return meshes.sum_over_shards(side, own)
+
+
 def apply_rounded(x: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes what `optax.apply_updates` makes of a parameter, rounding included.
 

@@ -29,8 +29,20 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import engine
-from lowrank_optax._core.roots import inverse_root, pseudo_inverse_root, spectral_norm
-from lowrank_optax.engine import LoRAPair, Side, both, cross, gram, largest, mix, swap, weigh
+from lowrank_optax.engine import (
+    LoRAPair,
+    Side,
+    both,
+    cross,
+    gram,
+    inverse_root,
+    largest,
+    mix,
+    pseudo_inverse_root,
+    spectral_norm,
+    swap,
+    weigh,
+)
 
 
 class PoLoRAState(NamedTuple):

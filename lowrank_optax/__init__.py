@@ -15,7 +15,9 @@ from lowrank_optax._core.shadows import (
 )
 from lowrank_optax.methods.altlora import AltLoRAPlusState, AltLoRAState, altlora, altlora_plus
 from lowrank_optax.methods.inverse_sqrt_gram import scale_by_inverse_sqrt_gram
+from lowrank_optax.methods.lora_muon import LoRAMuonState, lora_muon
 from lowrank_optax.methods.lora_plus import LoRAPlusState, lora_plus
+from lowrank_optax.methods.lora_rite import LoRARITEState, lora_rite
 from lowrank_optax.methods.oplora import oplora
 from lowrank_optax.methods.oplora_proj import OPLoRAProjState, oplora_proj
 from lowrank_optax.methods.polora import PoLoRAState, polora
@@ -31,8 +33,10 @@ __all__ = [
     "AltLoRAPlusState",
     "AltLoRAState",
     "FramedPair",
+    "LoRAMuonState",
     "LoRAPair",
     "LoRAPlusState",
+    "LoRARITEState",
     "Member",
     "Metric",
     "OPLoRAProjState",
@@ -51,7 +55,9 @@ __all__ = [
     "engine",
     "find_pairs",
     "frame",
+    "lora_muon",
     "lora_plus",
+    "lora_rite",
     "lorsum",
     "nn",
     "oplora",

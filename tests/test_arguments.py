@@ -10,7 +10,9 @@ from lowrank_optax import (
     LoRAPair,
     altlora,
     altlora_plus,
+    lora_muon,
     lora_plus,
+    lora_rite,
     oplora,
     oplora_proj,
     scaled_adamw,
@@ -78,6 +80,22 @@ def test_scaled_adamw_refuses_nonsense(keywords, message):
         scaled_adamw(**{"learning_rate": 0.1, **keywords})
 
 
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"learning_rate": 0.0}, "`learning_rate` must be positive"),
+        ({"b1": 1.0}, r"`b1` must lie in \[0, 1\)"),
+        ({"b2": -0.1}, r"`b2` must lie in \[0, 1\)"),
+        ({"eps": 0.0}, "`eps` must be positive"),
+        ({"clip_unmagnified_grad": 0.0}, "`clip_unmagnified_grad` must be positive"),
+        ({"weight_decay": -0.1}, "`weight_decay` must not be negative"),
+    ],
+)
+def test_lora_rite_refuses_nonsense(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        lora_rite(**{"learning_rate": 0.1, **keywords})
+
+
 def test_update_with_other_gradients_than_parameters():
     tx = altlora(0.1)
     state = tx.init(PARAMS)
@@ -102,8 +120,10 @@ def test_mask_tree_covers_pairs_and_the_fallback():
     [
         (altlora(0.1), optax.adamw(0.1, weight_decay=0.0)),
         (altlora_plus(0.1, 0.8, 0.9, 1e-3), optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0)),
+        (lora_muon(0.1, 0.8), optax.adamw(0.1, weight_decay=0.0)),
         (lora_plus(0.1, 4.0, 0.8, 0.9, 1e-3), optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0)),
         (scaled_adamw(0.1, 0.8, 0.9, 1e-3), optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0)),
+        (lora_rite(0.1, 0.8, 0.9, 1e-3), optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0)),
         (oplora(0.1), optax.adamw(0.1)),
         (oplora_proj(0.1), optax.adamw(0.1)),
         (scaled_oplora(0.1), optax.adamw(0.1)),

@@ -53,6 +53,7 @@ METHODS = [
     "altlora_plus",
     "lora_muon",
     "lora_plus",
+    "lora_rite",
     "oplora",
     "oplora_proj",
     "pair_of_delta",

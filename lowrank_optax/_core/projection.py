@@ -87,8 +87,8 @@ def projection_rule(
                 step = pairs.descend([_on(x, d) for d in direction(new, k)], params)
                 return _of(x, step)
 
-            # `moves` may be a traced value, so each factor's update is under a conditional. There are
-            # three, for XLA changes moments in place only if nothing else is decided with them.
+            # `moves` may be a traced value, so each factor's update is under a conditional. There
+            # are three: XLA changes moments in place only if nothing else is decided with them.
             new = pairs.switch(moves, [followed if repeats else lambda: own, moved])
             stay = lambda: jax.tree.map(jnp.zeros_like, _of(x, grads))
             updates = pairs.switch(moves, [stay, stepped])

@@ -12,7 +12,9 @@ from lowrank_optax import (
     altlora,
     altlora_plus,
     frame,
+    lora_muon,
     lora_plus,
+    lora_rite,
     oplora,
     oplora_proj,
     polora,
@@ -61,6 +63,7 @@ class Method(NamedTuple):
             gradients over micro-batches do not serve.
         learning_rate: a rate at which the method trains the pairs of this folder.
         vectors: how many state vectors of in + out numbers a pair has besides.
+        matrices: how many r×r matrices the state has at most for each factor.
         is_alias: whether it serves any parameter tree with a learning rate of its own, and so
             passes the suite that optax has for contributed optimizers.
     """
@@ -73,6 +76,7 @@ class Method(NamedTuple):
     single_pass: bool = False
     learning_rate: float = 0.05
     vectors: int = 0
+    matrices: int = 1
     is_alias: bool = True
 
     def __call__(self, learning_rate: Any = None, **more: Any) -> optax.GradientTransformation:
@@ -92,9 +96,11 @@ METHODS = [
     Method("altlora_plus", altlora_plus, {}, 2),
     Method("altlora_plus-alternating", altlora_plus, {"order": "alternating"}, 2),
     Method("altlora_plus-sequential", altlora_plus, {"order": "sequential"}, 2),
+    Method("lora_muon", lora_muon, {}, 1, learning_rate=0.2),
     Method("lora_plus", lora_plus, {"ratio": 4.0}, 2),
     Method("scaled_adamw", scaled_adamw, {}, 2),
     Method("scaled_adamw-sequential", scaled_adamw, {"order": "sequential"}, 2),
+    Method("lora_rite", lora_rite, {}, 1, matrices=2),
     Method("polora", polora, {}, 1, learning_rate=0.5, vectors=1),
     Method(
         "polora-paper",

@@ -491,7 +491,7 @@ def test_state_bytes(method):
     pair = make_pair(jax.random.key(4), n_in=64, rank=4, n_out=32)
     state = jax.eval_shape(functools.partial(method().init), method.node(pair))
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-    counters, small = 16, 2 * pair.a.shape[-1] ** 2 * 4
+    counters, small = 16, method.matrices * 2 * pair.a.shape[-1] ** 2 * 4
     vectors = method.vectors * (64 + 32) * 4
     assert size(state) - method.state_copies * size(pair) <= counters + small + vectors
     assert size(state) >= method.state_copies * size(pair)

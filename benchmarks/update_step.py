@@ -30,6 +30,7 @@ from lowrank_optax import (
     engine,
     lora_muon,
     lora_rite,
+    polora,
     scaled_adamw,
 )
 
@@ -106,6 +107,8 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "altlora": lambda: altlora(1e-3),
     "altlora_plus": lambda: altlora_plus(1e-3),
     "lora_muon": lambda: lora_muon(1e-3),
+    "polora": lambda: polora(1e-3),
+    "polora two-sided": lambda: polora(1e-3, partner="gram"),
     "scaled_adamw": lambda: scaled_adamw(1e-3),
     "lora_rite": lambda: lora_rite(1e-3),
     "products alone": lambda: products_alone("ab"),

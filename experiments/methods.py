@@ -44,16 +44,14 @@ class Setting(NamedTuple):
 
 @dataclass(frozen=True)
 class Start:
-    """A start of the adapters from the gradient of the first batches of the training data.
+    """A start of the adapters from the gradient of the first batches, by LoRA-One.
 
     Attributes:
-        method: As in `nn.gradient_start`, and so are the next two.
-        gamma: The larger, the smaller the start.
+        gamma: The larger, the smaller the start; see `nn.gradient_start`.
         keep_function: Whether the kernels are corrected so that the model computes what it did.
         batches: How many batches.
     """
 
-    method: str = "lora_one"
     gamma: float = 1024.0
     keep_function: bool = True
     batches: int = 8

@@ -290,7 +290,6 @@ class Trainer:
                 model,
                 loss,
                 list(itertools.islice(self.task.train_batches(seed), start.batches)),
-                start.method,
                 gamma=start.gamma,
                 keep_function=start.keep_function,
                 seed=seed,

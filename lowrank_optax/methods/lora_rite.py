@@ -39,20 +39,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import engine
-from lowrank_optax.engine import (
-    LoRAPair,
-    Side,
-    both,
-    cross,
-    eigh,
-    gram,
-    long_axis_size,
-    mix,
-    orthonormalizer,
-    product,
-    pseudo_inverse_root,
-    swap,
-)
+from lowrank_optax.engine import LoRAPair, Side, both, cross, gram, mix, product, swap
 
 
 class LoRARITEState(NamedTuple):
@@ -163,9 +150,9 @@ def _frames(pairs: engine.Pairs, params: Any) -> tuple[Any, Any]:
     """Computes the frames U of all factors x, and R⁺, with which U = x R⁺."""
     mixed = functools.partial(pairs.each, functools.partial(both, mix))
     grams = functools.partial(pairs.each, functools.partial(both, gram))
-    first = pairs.together(orthonormalizer, grams(params))  # C⁻¹
+    first = pairs.together(engine.orthonormalizer, grams(params))  # C⁻¹
     almost = mixed(params, first)
-    second = pairs.together(pseudo_inverse_root, grams(almost))
+    second = pairs.together(engine.pseudo_inverse_root, grams(almost))
     return mixed(almost, second), pairs.together(product, first, second)
 
 
@@ -178,7 +165,7 @@ def _clip(g: LoRAPair, longest: Any) -> tuple[LoRAPair, LoRAPair]:
         factor = longest / jnp.maximum(jnp.sqrt(traces.a + traces.b), longest)
 
     def mean(side: Side, m: jax.Array, x: jax.Array) -> jax.Array:
-        return factor**2 * m / long_axis_size(side, x)
+        return factor**2 * m / engine.long_axis_size(side, x)
 
     return both(lambda side, x: factor * x, g), both(mean, grams, g)
 
@@ -190,7 +177,7 @@ def _turn(overlap: jax.Array, inverse: jax.Array, nu: jax.Array) -> tuple[jax.Ar
 
 
 def _inverse_root(matrix: jax.Array, eps: Any) -> jax.Array:
-    values, vectors = eigh(matrix)
+    values, vectors = engine.eigh(matrix)
     rounding = matrix.shape[-1] * jnp.finfo(matrix.dtype).eps
     values = jnp.maximum(values, rounding * jnp.maximum(values[..., -1:], 0))
     roots = 1 / (jnp.sqrt(values) + eps)

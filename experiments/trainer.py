@@ -281,6 +281,7 @@ class Trainer:
         """Returns the model of a seed with its adapters as the method starts them."""
         model, start = self.task.build_model(seed, self.method.adapters), self.method.start
         if start is not None:
+            model = nnx.clone(model)  # the start corrects kernels, which the task's models share
 
             def loss(model: Any, batch: Batch) -> jax.Array:
                 sums = self.task.totals(model, batch)

@@ -42,7 +42,7 @@ def effective_rank(matrix: jax.Array) -> jax.Array:
 
 
 def alignment(pair: Any, grads: Any, full_gradient: jax.Array) -> jax.Array:
-    r"""Computes the cosine between the full gradient and what a step along the factors' does to ΔK.
+    r"""Computes the cosine between the full gradient and the change of ΔK along factor gradients.
 
     To first order such a step changes ΔK by a multiple of
 

@@ -1,7 +1,7 @@
 r"""The engine, for authors of methods: lifts a rule for LoRA pairs to an optax transformation.
 
 A method is one function, its *rule*. It sees all pairs of a parameter tree as lists, one entry a
-pair, and says what is done pair by pair and what for all pairs together:
+pair, and decides what is computed per pair and what is computed once for all pairs:
 
 - `pairs.each(f, ...)` maps over lists, pair by pair. Products with the large factors go here.
 - `pairs.together(f, ...)` maps a function of r×r matrices. Matrices of one shape are stacked, so
@@ -12,11 +12,11 @@ pair, and says what is done pair by pair and what for all pairs together:
 What is elementwise needs no verb: `jax.tree.map` and `optax.tree.*` work on the lists. `both(f,
 pair)` applies f to each side, and `swap(pair)` gives each factor what belongs to the other one.
 `only(sides, pair)`, `join` and `pairs.moved` serve rules that move one factor after the other. A
-rule that reads `pairs.scales` takes an argument `scale`; others need none.
+method whose rule reads `pairs.scales` takes an argument `scale` and passes it to `lift`.
 
 The engine finds the pairs, hands the other leaves to a fallback transformation, and keeps the state
-in trees shaped like the parameters. Pairs never see each other's numbers: what is not finite in one
-stays there.
+in trees shaped like the parameters. A NaN or infinity in one pair never
+reaches another pair.
 
 Example:
     A complete method, preconditioned LoRA with momentum:
@@ -106,6 +106,7 @@ __all__ = [
     "damped_inverse",
     "dots",
     "eigh",
+    "find_nodes",
     "gram",
     "inverse_root",
     "inverse_square_root",
@@ -131,12 +132,12 @@ _SMALL = "not shaped like the factors"
 Small = Annotated[Any, _SMALL]
 """Annotates a field of a state that is not shaped like the factors, such as r×r matrices."""
 
-Rule = Callable[["Pairs", list[Any], list[Any], Any], tuple[list[Any], Any]]
+Rule = Callable[[Pairs, list[Any], list[Any], Any], tuple[list[Any], Any]]
 """`(pairs, grads, params, state) → (updates, state)`, lists and a state of lists."""
 
 
 class NoState(NamedTuple):
-    """The state of a method that keeps nothing, or only leaves among the parameters."""
+    """The state of a method that keeps nothing, or keeps all in auxiliary leaves of pairs."""
 
 
 class PairwiseState(NamedTuple):
@@ -148,7 +149,7 @@ class PairwiseState(NamedTuple):
             summed over pairs.
         pairs: the method's own state, a NamedTuple. Each field is a tree shaped like the parameters
             with `MaskedNode` in place of unpaired leaves, or, if declared `Small`, a list with one
-            entry a pair.
+            entry a pair (without pairs, an empty array).
         fallback: state of the transformation of the unpaired leaves.
     """
 
@@ -179,8 +180,8 @@ def lift(
     Args:
         rule: the method. Its state has the fields of `state_type`, each a list with one entry a
             pair. It returns updates as nodes of the parameters' kind; None is no update.
-        state_type: the method's NamedTuple. A field is shaped like the factors, or declared
-            `Small`.
+        state_type: the method's NamedTuple, defined at module level. A field is shaped like the
+            factors, or declared `Small`.
         learning_rate: $\eta$, positive, or a schedule of the update count; None for a method
             without one, as a chainable `scale_by_...`.
         weight_decay: $\lambda$ of `Pairs.descend`, decoupled, not negative; None for a method
@@ -190,12 +191,13 @@ def lift(
         scale: the forward scale s, as alpha / r: a number, a callable from a pair's path, or a tree
             of numbers.
         fallback: transformation of every leaf that belongs to no pair. By default AdamW with the
-            same learning rate, decay and mask; nothing is done to them without a learning rate.
+            same learning rate, decay and mask (for a method without weight decay, optax's default
+            decay); nothing is done to them without a learning rate.
         adamw: further arguments of that AdamW, such as `b1`.
         specs: layouts of the pairs, see `find_pairs`.
         init: the `state_type` of one pair at the start, from the pair. By default zeros, shaped
             like the factors or, where `Small`, r×r for each side; in float32 or better.
-        node: the kind of pair that the rule understands. What is optional in it may be missing.
+        node: the kind of pair that the rule understands. Fields with a default may be absent.
         why_unfit: says why a pair does not fit this method, and the remedy; empty if it fits.
         name: the method's name, for messages.
 

@@ -68,6 +68,7 @@ def test_each_maps_pair_by_pair_and_takes_tuples_apart():
     assert two.each(lambda x, y: x * y, [1, 2], [3, 4]) == [3, 8]
     assert two.each(lambda x: (x, -x), [1, 2]) == ([1, 2], [-1, -2])
     assert two.each(lambda x: x, [None, 2]) == [None, 2]
+    assert two.each(lambda x: (x, -x), [None, 2]) == ([None, 2], [None, -2])
 
 
 def test_matrices_of_one_shape_share_one_call():
@@ -104,6 +105,13 @@ def test_many_matrices_come_back_in_order():
     results, _ = together(jnp.negative, matrices)
     for matrix, result in zip(matrices, results, strict=True):
         assert jnp.array_equal(result, -matrix)
+
+
+def test_large_results_that_are_finite_are_kept():
+    huge = jnp.full((2, 2), 3e38)
+    [result], failures = together(lambda stack: stack, [huge])
+    assert jnp.array_equal(result, huge)
+    assert int(failures) == 0
 
 
 def test_switch_is_one_conditional_and_counts_the_failures_of_its_branch():

@@ -128,6 +128,6 @@ def _guarded(function: Function, stacks: Sequence[jax.Array]) -> tuple[Any, jax.
     """Calls a function on stacks. Returns zeros where a result is not finite, and where it is."""
     result = function(*stacks)
     flat = [x.reshape(len(x), -1) for x in jax.tree.leaves(result)]
-    finite = jnp.isfinite(sum(jnp.sum(x, axis=1) for x in flat))
+    finite = functools.reduce(jnp.logical_and, [jnp.isfinite(x).all(axis=1) for x in flat])
     keep = lambda x: jnp.where(finite.reshape(-1, *[1] * (x.ndim - 1)), x, 0)
     return jax.tree.map(keep, result), finite

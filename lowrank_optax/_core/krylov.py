@@ -11,18 +11,18 @@ A₁ and B₁ are the gradients of the four factors. The further elements that `
 need, B₂ … B₂ₖ and A₂ … A₂ₖ₋₁, arrive as the gradients of two leaves of zeros, `krylov_b` and
 `krylov_a`. They are concatenated along the rank axis, so that they are sharded like the factors.
 
-A step in a metric, diagonals D_in and D_out, divides by the metric what is multiplied by G. The
+A step in a metric, diagonals D_in and D_out, divides each product with G by the metric. The
 momentum is kept without metric, so there is one block more, which is not divided:
 
-    A₀ = [a, D_in⁻¹ m_a, m_a]    Aᵢ₊₁ = G Bᵢᵀ, its columns but for the last block over D_in
+    A₀ = [a, D_in⁻¹ m_a, m_a]    Aᵢ₊₁ = G Bᵢᵀ, all columns except the last block divided by D_in
 
 The metric is of the same backward pass: statistics of x and of the output's gradient arrive as the
 gradients of `d_in` and `d_out`, and `D = (β₂ d + (1 − β₂) statistic + damping)^power`.
 
 An element with index i is of degree i in the gradient: twice the gradient gives 2ⁱ times the
 element. So the sum over micro-batches is right for degree 1 only. The gradient of `checksum` holds
-numbers of degree 1 and their squares. After a sum or a scaling they no longer fit each other, and
-`is_single_pass` sees that.
+numbers of degree 1 and their squares. After gradients are summed or scaled, the squares no longer
+match, and `is_single_pass` sees that.
 """
 
 from typing import Any, NamedTuple
@@ -35,7 +35,7 @@ from lowrank_optax._core.linalg import SIDES, Side, weigh
 Basis = dict[Side, list[jax.Array]]
 
 
-class Metric(NamedTuple):
+class MetricValues(NamedTuple):
     """The diagonal metric of one backward pass, which layer and optimizer compute alike.
 
     Args:
@@ -67,7 +67,7 @@ def has_metric(pair: Any) -> bool:
     return pair.kfac is not None or pair.shampoo is not None
 
 
-def metric_of(pair: Any, statistics: Any) -> Metric | None:
+def metric_of(pair: Any, statistics: Any) -> MetricValues | None:
     """Computes the metric of one backward pass.
 
     Args:
@@ -94,7 +94,7 @@ def metric_of(pair: Any, statistics: Any) -> Metric | None:
         "b": b2 * pair.d_out + (1 - b2) * statistics.d_out,
     }
     weights: dict[Side, jax.Array] = {s: (averages[s] + damping) ** power for s in SIDES}
-    return Metric(averages, weights, pair.a.shape[-1] + momentum_rank(pair))
+    return MetricValues(averages, weights, pair.a.shape[-1] + momentum_rank(pair))
 
 
 def momentum_rank(pair: Any) -> int:
@@ -161,7 +161,7 @@ def iterations_of(pair: Any) -> int:
     return (_first_packed(pair) + products) // 2
 
 
-def first_elements(pair: Any, metric: Metric | None) -> dict[Side, jax.Array]:
+def first_elements(pair: Any, metric: MetricValues | None) -> dict[Side, jax.Array]:
     """Forms A₀ and B₀.
 
     Example:
@@ -210,7 +210,7 @@ def pack(pair: Any, products: Basis) -> dict[str, jax.Array]:
     return leaves
 
 
-def unpack(pair: Any, grads: Any) -> tuple[Basis, Metric | None]:
+def unpack(pair: Any, grads: Any) -> tuple[Basis, MetricValues | None]:
     """Reads the bases from a node and its gradient.
 
     Args:

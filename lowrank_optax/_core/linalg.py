@@ -94,7 +94,9 @@ def dots(side: Side, x: jax.Array, y: jax.Array) -> jax.Array:
         [[3.0, 3.0]]
     """
     long_axis = -2 if side == "a" else -1
-    return meshes.sum_over_shards(side, jnp.sum(x * y, axis=long_axis, keepdims=True))
+    dtype = compute_dtype(x, y)
+    products = x.astype(dtype) * y.astype(dtype)
+    return meshes.sum_over_shards(side, jnp.sum(products, axis=long_axis, keepdims=True))
 
 
 def mix(side: Side, x: jax.Array, m: jax.Array) -> jax.Array:
@@ -133,7 +135,7 @@ def weigh(side: Side, x: jax.Array, weights: jax.Array | None) -> jax.Array:
         [[3.0], [4.0]]
     """
     if weights is None:
-        return x
+        return x.astype(compute_dtype(x))
     return x.astype(compute_dtype(x)) * jnp.expand_dims(weights, -1 if side == "a" else -2)
 
 
@@ -210,9 +212,9 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
 def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
     r"""Inverts damped Gram matrices by Cholesky: `(M + δ I)⁻¹`.
 
-    Rounding makes a singular Gram matrix indefinite at the level of eps·trace, where a smaller δ
-    would be lost and Cholesky fail. The damping is therefore `max(δ, 4 eps trace(M))`: δ itself
-    in float64 with any sensible value, and a floor in float32.
+    Rounding makes a singular Gram matrix indefinite at the level of eps·trace. A δ below that level
+    would be lost, and Cholesky would fail. So the damping is `max(δ, 4 eps trace(M))`: δ itself in
+    float64 with any sensible value, and a floor in float32.
 
     Args:
         matrix: (..., r, r), symmetric positive semi-definite, float32 or float64.

@@ -7,8 +7,8 @@ of one factor with the other one fixed, pulled towards its start:
     b⁺ = (a⁺ᵀ a⁺ + λ I)⁻¹ (λ b₀ + a⁺ᵀ S)
 
 Many iterations with a small λ tend to the truncated singular value decomposition of S. A half-step
-is computed as a change, `a⁺ = a₀ + (S − a₀ b) bᵀ (b bᵀ + λ I)⁻¹`, so that nothing moves where S is
-a₀ b, whatever the inversion does to stay finite.
+is computed as a change, `a⁺ = a₀ + (S − a₀ b) bᵀ (b bᵀ + λ I)⁻¹`. The change is exactly zero if
+S = a₀ b, whatever damping the inversion adds.
 
 S is never formed. It is `A₀ C B₀ + g G` with narrow A₀ (in, R) and B₀ (R, out), a small core C, and
 maybe a full matrix G, of which only a block-Krylov basis is known (`krylov`). Every iterate is a

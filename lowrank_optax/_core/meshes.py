@@ -50,7 +50,7 @@ def sharded_axes_of(what: str) -> tuple[str, ...]:
 
 
 def sum_over_shards(side: str, part: jax.Array) -> jax.Array:
-    """Sums one device's part of a sum over a factor's long axis over the devices that share it.
+    """Adds up the parts of a long-axis sum that are on different devices.
 
     Example:
         >>> import jax.numpy as jnp
@@ -62,7 +62,7 @@ def sum_over_shards(side: str, part: jax.Array) -> jax.Array:
 
 
 def max_over_shards(side: str, part: jax.Array) -> jax.Array:
-    """Takes the largest of what the devices that share a factor's long axis have.
+    """Takes the maximum over the devices that share a factor's long axis.
 
     Example:
         >>> import jax.numpy as jnp

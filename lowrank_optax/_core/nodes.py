@@ -25,8 +25,8 @@ _Node = TypeVar("_Node")
 def register_node(cls: type[_Node]) -> type[_Node]:
     r"""Makes a kind of pair known to pairing, layers, sharding, export and diagnostics.
 
-    The class is a `NamedTuple` whose fields are `a`, `b` and the auxiliary leaves, which no
-    gradient needs to train and which an optimizer may move by ordinary updates. A field with a
+    The class is a `NamedTuple` whose fields are `a`, `b` and the auxiliary leaves. These
+    are not trained by gradients; an optimizer may move them by ordinary updates. A field with a
     default is optional. Flax modules store the field `x` as the variable `lora_x`. A class that
     does not define one of these gets that of `LoRAPair`:
 

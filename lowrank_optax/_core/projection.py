@@ -105,8 +105,8 @@ def projection_rule(
         if order == "sequential":
             seen = opposite("b", _of("b", params), _of("b", state.drift))
             a = updates, new = move("a", pairs.together(invert_and_transport, *seen), k)
-            moved = pairs.moved(params, [LoRAPair(u, None) for u in updates])
-            seen = opposite("a", _of("a", moved), new.drift)
+            new_params = pairs.moved(params, [LoRAPair(u, None) for u in updates])
+            seen = opposite("a", _of("a", new_params), new.drift)
             return joined(a, move("b", pairs.together(invert_and_transport, *seen), k))
 
         moves: dict[Side, Any] = {"a": True, "b": True}

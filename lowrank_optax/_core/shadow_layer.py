@@ -188,8 +188,8 @@ def _squared_norms(
 def _after(x: jax.Array, signals: Any) -> jax.Array:
     """Returns x, but not before the signals are computed.
 
-    What a layer computes for its node needs its input and output gradient; computed before the
-    backward pass goes on, it lets them go. XLA's schedulers would rather keep them.
+    What a layer computes for its node needs its input and output gradient. Computing it early frees
+    those arrays; XLA's schedulers would otherwise keep them.
     """
 
     def by_dependence(x: jax.Array, signals: Any) -> jax.Array:

@@ -129,7 +129,7 @@ def shadow(
 
     Args:
         pair: the factors, (..., in, r) and (..., r, out).
-        key: of the input-side momentum factor, which starts standard normal; its partner starts 0.
+        key: random key. `m_a` starts standard normal, `m_b` at zero.
         iterations: k, how many LoRSum iterations the optimizer will make; 0 for Jacobi steps.
         momentum_rank: q, rank of the momentum, r by default; 0 for none.
         metric: the metric of `scaled_oplora`; its running averages start at 1.

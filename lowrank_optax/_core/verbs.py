@@ -52,8 +52,9 @@ class Verbs:
         for axes, first, *others in zip(self._sharded_axes, *lists, strict=True):
             with meshes.sharded_axes(axes):
                 results.append(None if first is None else function(first, *others))
-        if results and type(results[0]) is tuple:
-            return tuple(map(list, zip(*results, strict=True)))
+        width = next((len(result) for result in results if type(result) is tuple), 0)
+        if width:
+            return tuple([r if r is None else r[i] for r in results] for i in range(width))
         return results
 
     def together(self, function: Callable[..., Any], *lists: Sequence[Any]) -> Any:
@@ -127,8 +128,8 @@ class Pairs(Verbs):
     def moved(self, params: Sequence[Any], updates: Sequence[Any]) -> Any:
         """Computes the factors after updates as they will be stored, rounded to their dtype.
 
-        What is computed from a factor that has moved, as a second half-step or the transport of a
-        momentum, must be computed from these.
+        Use these values wherever a moved factor is needed, such as in a second half-step or to
+        transport a momentum.
 
         Args:
             params: the pairs.
@@ -165,7 +166,7 @@ class Pairs(Verbs):
 
 
 def checked(result: Any, grads: Any, params: Any, state: Any, name: str) -> tuple[Any, Any]:
-    """Refuses what a rule must not return, fills updates up to whole nodes, and casts.
+    """Checks what a rule returned, adds zero updates for missing leaves, and casts.
 
     Args:
         result: what the rule returned.

@@ -22,7 +22,7 @@ Deviations from the paper and the released code (LucasXinYu/AltLoRA, 94b2198), e
 - Of y° only the r×r matrix cross(y − y°, y) is kept: the state has 1× and 2× the bytes of the
   factors, where the released code needs 2× and 3×.
 - AltLoRA+ corrects the bias of v, and its stored momentum has been transported.
-- 1/s² is applied, schedules are honoured, weight decay acts on the old value, bf16 works.
+- 1/s² is applied, schedules are honored, weight decay acts on the old value, bf16 works.
 - The damping has a floor at rounding level, see `engine.damped_inverse`.
 """
 

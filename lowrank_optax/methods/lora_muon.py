@@ -15,11 +15,10 @@ another method: msign(h R) R with R the inverse root of the other factor's Gram 
 near `polora(partner="gram")`.
 
 The length c is that of Moonlight (arXiv 2502.16982, `consistent_rms=0.2` of `optax.contrib.muon`).
-The entries of a step then have the root mean square 0.2 η at any n and r, as those of AdamW have
-about: the learning rate means the same for a, for b and for the other leaves, which AdamW trains at
-it. The alternatives favour a side by its shape. With c = 1 the entries are 1/√n, smaller for the
-longer factor. Muon's own √(max(1, cols/rows)), meant for maps between wide layers, is 1 for a and
-√(out/r) for b.
+The entries of a step then have the root mean square 0.2 η at any n and r, about the same as
+AdamW's, so one learning rate suits a, b and the other leaves, which AdamW trains. The alternatives
+favor a side by its shape. With c = 1 the entries are 1/√n, smaller for the longer factor. Muon's
+own √(max(1, cols/rows)), meant for maps between wide layers, is 1 for a and √(out/r) for b.
 
 Deviations, with the tests in `tests/test_lora_muon.py`:
 

@@ -4,8 +4,8 @@ With AdamW's direction d of each factor:
 
     a ← a − η (d_a + λ a)        b ← b − ρ η (d_b + λ b)
 
-At the usual start b = 0, so its features must grow; with one rate for both they do so too slowly in
-wide models. The paper suggests ρ = 16.
+b starts at zero and has to grow. With one rate for both factors it grows too slowly in wide
+models. The paper suggests ρ = 16.
 
 Deviations: none from the equations; weight decay is AdamW's at each factor's own rate, as in the
 released code.

@@ -17,8 +17,8 @@ leaves out what of y is below rounding level, as the pseudo-inverse does.
 Deviations from the released code (gkevinyen5418/LoRA-RITE, c9bb451), whose trajectories this method
 follows to 1e-10, with the tests in `tests/test_lora_rite.py`:
 
-- Of U° the r×r matrix U°ᵀ y is kept, y as the last update moved it. The released code keeps U°, a
-  copy of the factors (`test_trajectory_equals_one_that_keeps_the_frames`).
+- Instead of U°, only the r×r matrix U°ᵀ y is kept, with y after the last update. The released code
+  keeps U°, a copy of the factors (`test_trajectory_equals_one_that_keeps_the_frames`).
 - A pair is clipped for itself, so that pairs stay independent; the released code clips all pairs of
   the model by one norm (`test_clipping_joins_the_factors_of_a_pair_and_nothing_else`).
 - Eigenvalues of V below rounding level count as that level. There the released code takes the root

@@ -125,7 +125,7 @@ def polora(
         metric = pairs.each(lambda d: both(relative, d), state.curvature)
         whitener = jax.tree.map(jax.lax.rsqrt, metric)
         times_root = lambda side, x, root: x
-        roots = params  # not used
+        roots = params  # a placeholder: times_root ignores it
         if partner == "gram":
             weighted = lambda side, x, w: cross(side, weigh(side, x, w), x)
             grams = pairs.each(lambda pair, w: both(weighted, pair, w), params, metric)

@@ -79,7 +79,7 @@ def sds_lora(
 
     Returns:
         The transformation, to be the last link of a chain. At the switch the inner moments restart;
-        the counts of schedules go on. State: the inner one's, of the factors alone.
+        the counts of schedules go on. State: `SDSLoRAState`.
 
     Raises:
         ValueError: an argument out of range; from `init` and `update`, pairs that do not fit,

@@ -120,7 +120,7 @@ class Shadows(Extra):
 
 @dataclasses.dataclass(frozen=True)
 class Frames(Extra):
-    """That an adapter carries frames, which SDS-LoRA moves and through which gradients flow.
+    """Gives an adapter frames, through which its gradients flow and which `sds_lora` moves.
 
     Attributes:
         warmup: True for `sds_lora`'s warm-up, an adapter that starts as ordinary LoRA; False for a

@@ -28,7 +28,8 @@ def lora_apply(
         x: input, (..., in). Not a floating dtype: taken as the dtype of `pair.a`.
         pair: the factors, `a` (..., in, r) and `b` (..., r, out), of any floating dtype. With
             shadows, the backward pass also returns the products of the full gradient that OPLoRA
-            needs. They are quadratic in the gradient: right for one call in one backward pass. With
+            needs. They are of degree 2 and more in the gradient, so they are right only if the
+            pair is applied once in one backward pass. With
             frames, the gradients of the factors flow through these, as SDS-LoRA has it.
         scale: forward scale s.
         dtype: dtype of the two products' operands; None means the dtype of `x`.

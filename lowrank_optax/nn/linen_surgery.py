@@ -33,6 +33,7 @@ from flax.linen.module import InterceptorContext
 from lowrank_optax._core.layouts import node_of
 from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.flax_linen import (
+    COLLECTION,
     LinenAdapter,
     LinenLayer,
     LoRAModule,
@@ -239,7 +240,7 @@ def _add_deltas(
     variables: Mapping[str, Any], adapters: Mapping[str, LinenAdapter], sign: int
 ) -> dict[str, Any]:
     params = traverse_util.flatten_dict(flax.core.unfreeze(variables["params"]))
-    factors = traverse_util.flatten_dict(flax.core.unfreeze(variables.get("lora", {})))
+    factors = traverse_util.flatten_dict(flax.core.unfreeze(variables.get(COLLECTION, {})))
     if not factors:
         raise ValueError("the variables have no 'lora' collection: there is nothing to merge")
     for scope in sorted({path[:-1] for path in factors}):

@@ -25,7 +25,7 @@ from lowrank_optax._core.layouts import variables_of
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.pairing import find_pairs, scales
 from lowrank_optax._core.sketch import Triplets, leading_triplets
-from lowrank_optax.nn.config import LoRAConfig
+from lowrank_optax.nn.config import Frames, LoRAConfig
 from lowrank_optax.nn.flax_nnx import LoRALayer
 from lowrank_optax.nn.functional import merge_kernel
 from lowrank_optax.nn.nnx_surgery import lora_layers, replace_lora
@@ -72,7 +72,8 @@ def gradient_start(
     Raises:
         ValueError: no LoRA layer, a merged one, an argument out of range, no batches; a layer whose
             gradient is zero, not finite, or of a lower rank than its adapter; a kernel that is not
-            floating and would have to be corrected; frames for adapters without.
+            floating and would have to be corrected; frames for adapters without, or another
+            method for adapters with `Frames(warmup=False)`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -84,6 +85,8 @@ def gradient_start(
         >>> values = nn.gradient_start(model, loss, [jnp.eye(4)], progress=False)
         >>> values['layers/0'].shape, bool(jnp.any(model.layers[0].lora_b[...]))
         ((2,), True)
+
+    Source: LoRA-One, arXiv 2502.01235; LoRA-GA, arXiv 2407.05000.
     """
     gamma, keep_function = _checked(method, gamma, keep_function, iterations, batches)
     layers = lora_layers(model)
@@ -110,8 +113,9 @@ def gradient_start(
         replace_lora(model, lambda path, layer: layers[path])
     for path, layer in layers.items():
         _require_rank(path, triplets[path], layer.lora.rank * _BLOCKS[method])
-    for path, layer in layers.items():
-        _start(layer, method, triplets[path], gamma, keep_function, jax.random.key(seed))
+    for index, (path, layer) in enumerate(layers.items(), start=1):
+        key = jax.random.fold_in(jax.random.key(seed), index)  # key(seed) began the iteration
+        _start(layer, method, triplets[path], gamma, keep_function, key)
     return {path: found.values for path, found in triplets.items()}
 
 
@@ -253,10 +257,15 @@ def _require_startable(path: str, layer: LoRALayer, method: str, keep_function: 
             f"{path}: its kernel of {kernel.dtype} cannot be corrected for the start; give"
             " keep_function=False"
         )
-    has_frames = set(variables_of(layer.pair)) == {"lora_a", "lora_b", "lora_f_in", "lora_f_out"}
-    if method == "frames" and not has_frames:
+    starts_from_frames = isinstance(layer.lora.extra, Frames) and not layer.lora.extra.warmup
+    if method == "frames" and not starts_from_frames:
         raise ValueError(
             f"{path}: a start of frames needs adapters with LoRAConfig(extra=Frames(warmup=False))"
+        )
+    if method != "frames" and starts_from_frames:
+        raise ValueError(
+            f"{path}: an adapter with Frames(warmup=False) starts with factors of zero; give"
+            ' method="frames"'
         )
 
 

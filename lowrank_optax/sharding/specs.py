@@ -24,7 +24,7 @@ def partition_specs(
         params: arrays or shapes, pairs in any layout among them.
         mesh: the mesh.
         recipe: how base parameters are sharded.
-        specs: layouts of the pairs (`factors.PairSpec`).
+        specs: layouts of the pairs (`PairSpec`).
 
     Returns:
         A tree of `PartitionSpec` shaped like the parameters.
@@ -64,7 +64,7 @@ def shard_model(
         params: a tree of arrays, or an NNX module, whose variables are arrays.
         mesh: the mesh, of Auto or Explicit axes, of one process or several.
         recipe: how base parameters are sharded.
-        specs: layouts of the pairs (`factors.PairSpec`).
+        specs: layouts of the pairs (`PairSpec`).
 
     Returns:
         The tree, placed.

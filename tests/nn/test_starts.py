@@ -258,6 +258,13 @@ def test_a_kernel_that_is_not_floating_cannot_be_corrected():
         start(model, keep_function=True)
 
 
+@pytest.mark.parametrize("method", ["lora_one", "lora_ga"])
+def test_factors_that_frames_would_replace_are_refused(method):
+    model = adapted(extra=nn.Frames(warmup=False))
+    with pytest.raises(ValueError, match=r"first: .* starts with factors of zero; give method="):
+        start(model, method)
+
+
 def test_merged_layers_are_refused():
     model = adapted()
     nn.merge_lora(model)

@@ -64,7 +64,7 @@ METHODS = [
     "sds_lora",
     "svd_lora",
 ]
-LINES, COLUMNS = 50, 100  # of a screen
+LINES, COLUMNS = 60, 100  # of a screen; Python 3.13 shows one parameter a line
 
 
 def imports(file):

@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import optax
+from pydantic import Field, ValidationError
 
 from experiments.adapters import Adapters, Dense, LowRank, WholeModel
 from experiments.errors import ExperimentError
+from experiments.schema import Record
 from lowrank_optax import (
     Metric,
     altlora,
@@ -42,19 +44,20 @@ class Setting(NamedTuple):
     rank: int
 
 
-@dataclass(frozen=True)
-class Start:
-    """A start of the adapters from the gradient of the first batches, by LoRA-One.
+class Start(Record):
+    """A start of the adapters from the gradient of the first batches; see `nn.gradient_start`.
 
     Attributes:
-        gamma: The larger, the smaller the start; see `nn.gradient_start`.
+        method: Which start.
+        gamma: The larger, the smaller the start.
         keep_function: Whether the kernels are corrected so that the model computes what it did.
         batches: How many batches.
     """
 
-    gamma: float = 1024.0
+    method: Literal["lora_one", "lora_ga", "frames"] = "lora_one"
+    gamma: float = Field(default=1024.0, gt=0)
     keep_function: bool = True
-    batches: int = 8
+    batches: int = Field(default=8, gt=0)
 
 
 @dataclass(frozen=True)
@@ -65,15 +68,14 @@ class Method:
         summary: One line for `python -m experiments list`.
         make: Called with the `Setting` and the options.
         options: What is passed on besides, and stored with every result; a study may change it.
+            `start`, if there, is not passed on: it holds the values of a `Start`.
         adapters: What the optimizer needs in the model.
-        start: How the adapters start, if from the gradient.
     """
 
     summary: str
     make: Callable[..., optax.GradientTransformation]
     options: Mapping[str, Any] = field(default_factory=dict)
     adapters: Adapters = field(default_factory=LowRank)
-    start: Start | None = None
 
 
 def _adamw(setting: Setting) -> optax.GradientTransformation:
@@ -132,29 +134,32 @@ def _svd_lora(setting: Setting, momentum: float) -> optax.GradientTransformation
 
 _ORDERS = {"": "alternating", "-simultaneous": "simultaneous", "-sequential": "sequential"}
 _POLORA = {"b1": 0.9, "partner": "identity", "radius": "exact"}
+_TWO_SIDED = {**_POLORA, "partner": "gram"}
 _RIDGE = {"momentum": 0.9, "lmbd": 1e-2}
+
+_START = {"start": Start().model_dump()}
+_TINY_START = {"start": Start(gamma=1e6, keep_function=False).model_dump()}
+_FRAMES_START = {"start": Start(method="frames", keep_function=False).model_dump()}
 
 METHODS: dict[str, Method] = {
     "adamw": Method("LoRA with AdamW, the baseline", _adamw),
-    "adamw-start": Method("LoRA with AdamW, started from the gradient", _adamw, start=Start()),
+    "adamw-start": Method("LoRA with AdamW, started from the gradient", _adamw, _START),
     "polora": Method("PoLoRA, one-sided, exact radius", _scaled(polora), _POLORA),
     "polora-start": Method(
-        "PoLoRA, started from the gradient", _scaled(polora), _POLORA, start=Start(gamma=1e6)
+        "PoLoRA, started from the gradient", _scaled(polora), {**_POLORA, **_TINY_START}
     ),
     "polora-two-sided": Method(
-        "PoLoRA, whitened by the other factor too",
-        _scaled(polora),
-        {**_POLORA, "partner": "gram"},
+        "PoLoRA, whitened by the other factor too", _scaled(polora), _TWO_SIDED
     ),
     "polora-two-sided-start": Method(
         "PoLoRA, two-sided, started from the gradient",
         _scaled(polora),
-        {**_POLORA, "partner": "gram"},
-        start=Start(gamma=1e6),
+        {**_TWO_SIDED, **_TINY_START},
     ),
     "lora-plus": Method(
         "LoRA+: AdamW, b 16 times as fast as a", _unscaled(lora_plus), {"ratio": 16.0}
     ),
+    "lora-plus-4": Method("LoRA+ with b 4 times as fast", _unscaled(lora_plus), {"ratio": 4.0}),
     "lora-muon": Method("Muon on each factor", _unscaled(lora_muon), {"b1": 0.95}),
     "scaled-adamw": Method(
         "ScaledAdamW: AdamW on preconditioned gradients",
@@ -216,6 +221,12 @@ METHODS: dict[str, Method] = {
         {"warmup_steps": 10},
         LowRank(nn.Frames()),
     ),
+    "sds-lora-start": Method(
+        "SDS-LoRA with AdamW, from frames of the gradient",
+        _sds_lora,
+        {"warmup_steps": 0, **_FRAMES_START},
+        LowRank(nn.Frames(warmup=False)),
+    ),
     "sds-lora-sgd": Method(
         "SDS-LoRA with momentum SGD, 10 steps of warm-up",
         _sds_lora_sgd,
@@ -240,3 +251,19 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise ExperimentError(f"unknown method {name!r}; there are: {', '.join(METHODS)}")
     return METHODS[name]
+
+
+def parse_start(values: Mapping[str, Any]) -> Start:
+    """Checks the option `start` of a method.
+
+    Raises:
+        ExperimentError: There is no such setting, or a value does not fit.
+    """
+    try:
+        return Start.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ExperimentError(
+            f"start.{'.'.join(map(str, first['loc']))}: {first['msg']} "
+            f"(settings of a start: {', '.join(Start.model_fields)})"
+        ) from error

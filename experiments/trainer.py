@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 from experiments.errors import ExperimentError
-from experiments.methods import Setting, get_method
+from experiments.methods import Setting, Start, get_method, parse_start
 from experiments.probes import Probe, make_probe
 from experiments.program import Program
 from experiments.schema import (
@@ -139,6 +139,10 @@ class Trainer:
         self.method_name = method
         self.method = get_method(method)
         self.method_options = {**self.method.options, **(method_options or {})}
+        self._start: Start | None = None
+        if "start" in self.method_options:
+            self._start = parse_start(self.method_options["start"])
+            self.method_options["start"] = self._start.model_dump()
         self.plan = plan
         self.study = study
         self.variant = variant
@@ -279,7 +283,7 @@ class Trainer:
 
     def _build_model(self, seed: int) -> nnx.Module:
         """Returns the model of a seed with its adapters as the method starts them."""
-        model, start = self.task.build_model(seed, self.method.adapters), self.method.start
+        model, start = self.task.build_model(seed, self.method.adapters), self._start
         if start is not None:
             model = nnx.clone(model)  # the start corrects kernels, which the task's models share
 
@@ -287,15 +291,9 @@ class Trainer:
                 sums = self.task.totals(model, batch)
                 return sums.loss / sums.weight
 
-            nn.gradient_start(
-                model,
-                loss,
-                list(itertools.islice(self.task.train_batches(seed), start.batches)),
-                gamma=start.gamma,
-                keep_function=start.keep_function,
-                seed=seed,
-                progress=False,
-            )
+            batches = itertools.islice(self.task.train_batches(seed), start.batches)
+            settings = start.model_dump(exclude={"batches"})
+            nn.gradient_start(model, loss, list(batches), **settings, seed=seed, progress=False)
         return model
 
     def _split(self, model: nnx.Module) -> _Parts:
@@ -324,7 +322,8 @@ class Trainer:
             scale=self._scale,
             rank=self.task.options.rank,
         )
-        adapters = self.method.make(setting, **self.method_options)
+        options = {name: value for name, value in self.method_options.items() if name != "start"}
+        adapters = self.method.make(setting, **options)
         head = optax.adamw(lambda count: plan.head_learning_rate * shape(count), weight_decay=0.0)
         return {
             "adapters": optax.with_extra_args_support(adapters),

@@ -11,11 +11,25 @@ Cost: 50 s a run on one of 2 CPU cores, about half an hour in all with --jobs 2.
 and small differences: docs/results/cifar.md.
 """
 
+from experiments.peers import peers
 from experiments.schema import Plan
 from experiments.study import Study
 
 ADAM = (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 STEP = (0.01, 0.03, 0.1, 0.3, 1.0)
+
+PAPERS = {
+    "adamw": ADAM,
+    "lora-plus": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "full-adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "altlora": STEP,
+    "altlora-plus": ADAM,
+    "preconditioned": STEP,
+    "oplora": STEP,
+    "scaled-oplora": STEP,
+    "sds-lora": ADAM,
+    "sds-lora-no-warmup": ADAM,
+}
 
 STUDY = Study(
     task="cifar",
@@ -25,20 +39,13 @@ STUDY = Study(
         "test_limit": 2000,
         "batch_size": 32,
     },
-    plan=Plan(steps=200, eval_every=50, head_learning_rate=1e-3),
-    learning_rates={
-        "adamw": ADAM,
-        "lora-plus": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-        "full-adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-        "altlora": STEP,
-        "altlora-plus": ADAM,
-        "preconditioned": STEP,
-        "oplora": STEP,
-        "scaled-oplora": STEP,
-        "sds-lora": ADAM,
-        "sds-lora-no-warmup": ADAM,
-    },
+    plan=Plan(steps=200, eval_every=10, head_learning_rate=1e-3),
+    learning_rates=peers(adamw=3e-3, polora=0.3),
     seeds=(0, 1, 2),
+    variants={
+        "peers": {},
+        "papers": {"plan.eval_every": 50, "learning_rates": PAPERS},
+    },
 )
 
 SMOKE = {

@@ -10,12 +10,23 @@ Cost: as the study `cifar`, and 600 steps of pretraining: 41 minutes in all with
 LoRA+ ahead, full fine-tuning beside AdamW and all else behind: docs/results/cifar-transfer.md.
 """
 
+from experiments.peers import peers
 from experiments.studies import cifar
 
 STUDY = cifar.STUDY.model_copy(
     update={
         "task": "cifar-transfer",
         "task_options": {**cifar.STUDY.task_options, "pretrain_steps": 600},
+        "learning_rates": peers(adamw=1e-2, polora=0.3),
+        "variants": {
+            "peers": {},
+            "rank-32": {
+                "task_options.rank": 32,
+                "task_options.alpha": 64.0,
+                "learning_rates": peers(adamw=3e-3, polora=0.3),
+            },
+            "papers": cifar.STUDY.variants["papers"],
+        },
     }
 )
 

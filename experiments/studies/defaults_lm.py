@@ -20,6 +20,8 @@ SHARED = (
 
 STUDY = lm.STUDY.model_copy(
     update={
+        "task_options": {"eval_limit": 64},
+        "plan": lm.STUDY.plan.model_copy(update={"eval_every": 30}),
         "learning_rates": defaults.STUDY.learning_rates,
         "variants": {
             "as-is": {

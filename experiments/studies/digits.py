@@ -9,18 +9,25 @@ the test is only reported. What to expect: AdamW and AltLoRA+ are best at 0.01, 
 after these 150 steps AdamW has the lowest validation loss (0.18 against 0.25 and 0.47).
 """
 
+from experiments.peers import peers
 from experiments.schema import Plan
 from experiments.study import Study
 
+PAPERS = {
+    "adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "altlora": (0.01, 0.03, 0.1, 0.3, 1.0),
+    "altlora-plus": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+}
+
 STUDY = Study(
     task="digits",
-    plan=Plan(steps=150, eval_every=15, head_learning_rate=3e-3),
-    learning_rates={
-        "adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-        "altlora": (0.01, 0.03, 0.1, 0.3, 1.0),
-        "altlora-plus": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-    },
+    plan=Plan(steps=150, eval_every=5, head_learning_rate=3e-3),
+    learning_rates=peers(adamw=1e-2, polora=0.3),
     seeds=(0, 1, 2),
+    variants={
+        "peers": {},
+        "papers": {"plan.eval_every": 15, "learning_rates": PAPERS},
+    },
 )
 
 SMOKE = {

@@ -16,7 +16,17 @@ difference from AdamW out of the domain, OPLoRA behind in it, and full fine-tuni
 correlation: docs/results/glue-cola.md.
 """
 
+from experiments.peers import peers
 from experiments.studies import glue_sst2
+
+PAPERS = {
+    "adamw": (6e-5, 2e-4, 6e-4, 2e-3, 6e-3),
+    "sds-lora": (6e-6, 2e-5, 6e-5, 2e-4, 6e-4),
+    "altlora-plus-simultaneous": (6e-5, 2e-4, 6e-4, 2e-3, 6e-3),
+    "oplora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "lora-plus": (2e-5, 6e-5, 2e-4, 6e-4, 2e-3),
+    "full-adamw": (6e-6, 2e-5, 6e-5, 2e-4, 6e-4),
+}
 
 STUDY = glue_sst2.STUDY.model_copy(
     update={
@@ -24,19 +34,14 @@ STUDY = glue_sst2.STUDY.model_copy(
         "task_options": {
             "max_length": 24,
             "batch_size": 16,
-            "targets": "query|key|value|out|mlp_in|mlp_out",
+            "targets": glue_sst2.ALL_LINEAR,
         },
-        "plan": glue_sst2.STUDY.plan.model_copy(update={"steps": 800, "eval_every": 200}),
-        "learning_rates": {
-            "adamw": (6e-5, 2e-4, 6e-4, 2e-3, 6e-3),
-            "sds-lora": (6e-6, 2e-5, 6e-5, 2e-4, 6e-4),
-            "altlora-plus-simultaneous": (6e-5, 2e-4, 6e-4, 2e-3, 6e-3),
-            "oplora": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-            "lora-plus": (2e-5, 6e-5, 2e-4, 6e-4, 2e-3),
-            "full-adamw": (6e-6, 2e-5, 6e-5, 2e-4, 6e-4),
+        "plan": glue_sst2.STUDY.plan.model_copy(update={"steps": 800, "eval_every": 40}),
+        "learning_rates": peers(adamw=1e-3, polora=0.03, count=3),
+        "variants": {
+            "peers": {},
+            "papers": {"plan.eval_every": 200, "extensions": 2, "learning_rates": PAPERS},
         },
-        "extensions": 2,
-        "variants": {},
     }
 )
 

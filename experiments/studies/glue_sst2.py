@@ -14,37 +14,54 @@ Cost: 90 minutes for `query-value` on two CPU cores of 30 GFLOP/s each in single
 and a cliff above the best rate: docs/results/glue-sst2.md.
 """
 
+from experiments.peers import highlights, peers
 from experiments.schema import Plan
 from experiments.study import Study
 
 ADAM = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
 STEP = (0.01, 0.03, 0.1, 0.3, 1.0)
 
+ALL_LINEAR = "query|key|value|out|mlp_in|mlp_out"
+PAPERS = {"adamw": ADAM, "altlora": STEP, "oplora": STEP, "sds-lora": ADAM}
+
 STUDY = Study(
     task="sst2",
     task_options={"batch_size": 16, "eval_limit": 872},
-    plan=Plan(steps=200, eval_every=100, head_learning_rate=2e-3),
-    learning_rates={
-        "adamw": ADAM,
-        "altlora": STEP,
-        "oplora": STEP,
-        "sds-lora": ADAM,
-        "altlora-plus": ADAM,
-        "lora-plus": (6e-5, 2e-4, 6e-4, 2e-3, 6e-3),
-        "full-adamw": (6e-6, 2e-5, 6e-5, 2e-4, 6e-4),
-    },
+    plan=Plan(steps=200, eval_every=10, head_learning_rate=2e-3),
+    learning_rates=peers(adamw=3e-3, polora=0.1, count=3),
     seeds=(0, 1, 2),
     variants={
+        "peers-query-value": {},
+        "peers-all-linear": {
+            "task_options.targets": ALL_LINEAR,
+            "learning_rates": peers(adamw=1e-3, polora=0.03, count=3),
+        },
+        "rank-32": {
+            "task_options.targets": ALL_LINEAR,
+            "task_options.rank": 32,
+            "task_options.alpha": 64.0,
+            "learning_rates": highlights(adamw=1e-3, polora=0.03, count=3),
+        },
         "longer": {
             "plan.steps": 400,
+            "plan.eval_every": 100,
             "task_options.batch_size": 32,
             "task_options.eval_limit": None,
             "learning_rates": {"adamw": (2e-3,)},
         },
-        "query-value": {},
-        "all-linear": {
-            "task_options.targets": "query|key|value|out|mlp_in|mlp_out",
-            "learning_rates": {"adamw": ADAM, "altlora": STEP, "oplora": STEP, "sds-lora": ADAM},
+        "papers-query-value": {
+            "plan.eval_every": 100,
+            "learning_rates": {
+                **PAPERS,
+                "altlora-plus": ADAM,
+                "lora-plus": (6e-5, 2e-4, 6e-4, 2e-3, 6e-3),
+                "full-adamw": (6e-6, 2e-5, 6e-5, 2e-4, 6e-4),
+            },
+        },
+        "papers-all-linear": {
+            "plan.eval_every": 100,
+            "task_options.targets": ALL_LINEAR,
+            "learning_rates": PAPERS,
         },
     },
 )

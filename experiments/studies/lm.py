@@ -10,34 +10,55 @@ Cost: 45 s a run on one of 2 CPU cores, 52 minutes in all with --jobs 2. Expect 
 AdamW, AltLoRA by its order, OPLoRA beside SVDLoRA: docs/results/lm.md.
 """
 
+from experiments.peers import highlights, peers
 from experiments.schema import Plan
 from experiments.study import Study
 
 ADAM = (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 STEP = (0.01, 0.03, 0.1, 0.3, 1.0)
 
+PAPERS = {
+    "adamw": ADAM,
+    "altlora": STEP,
+    "oplora": STEP,
+    "sds-lora": ADAM,
+    "altlora-plus": ADAM,
+    "lora-plus": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "full-adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
+    "sds-lora-no-warmup": ADAM,
+    "preconditioned": STEP,
+    "scaled-oplora": STEP,
+    "oplora-2": STEP,
+    "oplora-proj": STEP,
+    "altlora-simultaneous": STEP,
+    "altlora-sequential": STEP,
+    "svd-lora": STEP,
+}
+
 STUDY = Study(
     task="lm",
-    task_options={"eval_limit": 64},
-    plan=Plan(steps=150, eval_every=30, head_learning_rate=1e-3),
-    learning_rates={
-        "adamw": ADAM,
-        "altlora": STEP,
-        "oplora": STEP,
-        "sds-lora": ADAM,
-        "altlora-plus": ADAM,
-        "lora-plus": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-        "full-adamw": (3e-4, 1e-3, 3e-3, 1e-2, 3e-2),
-        "sds-lora-no-warmup": ADAM,
-        "preconditioned": STEP,
-        "scaled-oplora": STEP,
-        "oplora-2": STEP,
-        "oplora-proj": STEP,
-        "altlora-simultaneous": STEP,
-        "altlora-sequential": STEP,
-        "svd-lora": STEP,
-    },
+    task_options={"eval_limit": 128},
+    plan=Plan(steps=150, eval_every=6, head_learning_rate=1e-3),
+    learning_rates=peers(adamw=1e-2, polora=0.1),
     seeds=(0, 1, 2),
+    variants={
+        "peers": {},
+        "rank-32": {
+            "task_options.rank": 32,
+            "task_options.alpha": 64.0,
+            "learning_rates": peers(adamw=3e-3, polora=0.1),
+        },
+        "long": {
+            "plan.steps": 1500,
+            "plan.eval_every": 50,
+            "learning_rates": highlights(adamw=3e-3, polora=0.1, count=3),
+        },
+        "papers": {
+            "plan.eval_every": 30,
+            "task_options.eval_limit": 64,
+            "learning_rates": PAPERS,
+        },
+    },
 )
 
 SMOKE = {

@@ -14,7 +14,8 @@ from experiments.studies import lm
 
 STUDY = lm.STUDY.model_copy(
     update={
-        "plan": lm.STUDY.plan.model_copy(update={"probe_every": 10}),
+        "task_options": {"eval_limit": 64},
+        "plan": lm.STUDY.plan.model_copy(update={"eval_every": 30, "probe_every": 10}),
         "learning_rates": {
             "adamw": (1e-2,),
             "altlora": (0.1,),
@@ -24,6 +25,7 @@ STUDY = lm.STUDY.model_copy(
             "sds-lora": (1e-3,),
             "sds-lora-no-warmup": (1e-3,),
         },
+        "variants": {},
     }
 )
 

@@ -2,8 +2,8 @@
 
     python -m experiments run mechanism-glue --data-dir ../shared/data --jobs 2
 
-The `query-value` variant of `glue-sst2`, each method at the best learning rate found there, three
-seeds, and every 20 steps the probes of the study `mechanism`.
+The task of the variant `papers-query-value` of `glue-sst2`, each method at the best learning rate
+found there, three seeds, and every 20 steps the probes of the study `mechanism`.
 
 Cost: 10 minutes on 2 CPU cores of 100 GFLOP/s each in single precision, with --jobs 2.
 Expect what `mechanism` finds, docs/results/mechanism-glue.md.
@@ -13,7 +13,7 @@ from experiments.studies import glue_sst2
 
 STUDY = glue_sst2.STUDY.model_copy(
     update={
-        "plan": glue_sst2.STUDY.plan.model_copy(update={"probe_every": 20}),
+        "plan": glue_sst2.STUDY.plan.model_copy(update={"eval_every": 100, "probe_every": 20}),
         "learning_rates": {
             "adamw": (2e-3,),
             "altlora": (0.1,),

@@ -11,32 +11,39 @@ step; evaluations take half of the time). What to expect: full fine-tuning ahead
 SDS-LoRA and SVDLoRA, between which there is no difference, and these ahead of the others.
 """
 
+from experiments.peers import peers
 from experiments.schema import Plan
 from experiments.study import Study
 
 ADAM = (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 STEP = (0.01, 0.03, 0.1, 0.3, 1.0)
 
+PAPERS = {
+    "adamw": ADAM,
+    "lora-plus": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "full-adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
+    "svd-lora": STEP,
+    "altlora": STEP,
+    "altlora-plus": ADAM,
+    "preconditioned": STEP,
+    "oplora": STEP,
+    "oplora-2": STEP,
+    "oplora-proj": STEP,
+    "scaled-oplora": STEP,
+    "sds-lora": ADAM,
+    "sds-lora-no-warmup": ADAM,
+}
+
 STUDY = Study(
     task="mnist",
     task_options={"validation_size": 1000, "test_limit": 2000},
-    plan=Plan(steps=200, eval_every=25, head_learning_rate=1e-3),
-    learning_rates={
-        "adamw": ADAM,
-        "lora-plus": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-        "full-adamw": (1e-4, 3e-4, 1e-3, 3e-3, 1e-2),
-        "svd-lora": STEP,
-        "altlora": STEP,
-        "altlora-plus": ADAM,
-        "preconditioned": STEP,
-        "oplora": STEP,
-        "oplora-2": STEP,
-        "oplora-proj": STEP,
-        "scaled-oplora": STEP,
-        "sds-lora": ADAM,
-        "sds-lora-no-warmup": ADAM,
-    },
+    plan=Plan(steps=200, eval_every=10, head_learning_rate=1e-3),
+    learning_rates=peers(adamw=3e-2, polora=1.0),
     seeds=(0, 1, 2),
+    variants={
+        "peers": {},
+        "papers": {"plan.eval_every": 25, "learning_rates": PAPERS},
+    },
 )
 
 SMOKE = {

@@ -55,8 +55,8 @@ class Start(Record):
     """
 
     method: Literal["lora_one", "lora_ga", "frames"] = "lora_one"
-    gamma: float = Field(default=1024.0, gt=0)
-    keep_function: bool = True
+    gamma: float = Field(default=128.0, gt=0)
+    keep_function: bool = False
     batches: int = Field(default=8, gt=0)
 
 
@@ -138,8 +138,8 @@ _TWO_SIDED = {**_POLORA, "partner": "gram"}
 _RIDGE = {"momentum": 0.9, "lmbd": 1e-2}
 
 _START = {"start": Start().model_dump()}
-_TINY_START = {"start": Start(gamma=1e6, keep_function=False).model_dump()}
-_FRAMES_START = {"start": Start(method="frames", keep_function=False).model_dump()}
+_TINY_START = {"start": Start(gamma=1e6).model_dump()}
+_FRAMES_START = {"start": Start(method="frames").model_dump()}
 
 METHODS: dict[str, Method] = {
     "adamw": Method("LoRA with AdamW, the baseline", _adamw),

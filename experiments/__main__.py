@@ -35,6 +35,8 @@ app = typer.Typer(
 )
 console = Console()
 
+DEMONSTRATED = ["adamw", "polora-start", "altlora-plus-simultaneous", "sds-lora"]
+
 OutOption = Annotated[Path | None, typer.Option(help="Folder for results and figure.")]
 ResumeOption = Annotated[
     bool, typer.Option("--resume", help="Go on from the results that are there.")
@@ -60,10 +62,11 @@ def demo(
     quick: Annotated[bool, typer.Option("--quick", help="A short version, for CI.")] = False,
     fresh: FreshOption = False,
 ) -> None:
-    """Adapts a small ViT to new digits: AdamW against AltLoRA and AltLoRA+."""
+    """Adapts a small ViT to new digits: AdamW, PoLoRA, AltLoRA+ and SDS-LoRA."""
     with _clear_errors():
         file = load_study("digits")
-        parts = expand(file.study, file.smoke if quick else {}, [])
+        parts = expand(file.study, file.smoke if quick else {"seeds": (0, 1, 2)}, ["peers"])
+        parts = {name: select(study, DEMONSTRATED, []) for name, study in parts.items()}
         folder = out or Path("outputs/demo")
         jobs = plan_jobs(file.name, parts, None, folder, resume=not fresh, fresh=fresh)
         _run(file.name, jobs, folder, workers=1)

@@ -1,5 +1,6 @@
 """Figures of a study: loss curves, loss against learning rate, and loss by variant."""
 
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,23 +9,40 @@ from typing import Any
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
+from sklearn.isotonic import isotonic_regression
 
-from experiments.summary import MethodSummary
+from experiments.headline import SHOWN, Comparison
+from experiments.summary import MethodSummary, tuned_baseline
+from experiments.tables import PROBES
 
-COLORS = [f"C{index}" for index in range(10)]
-STYLES = ["-", "--", ":"]
+BLACK, GREY = "black", "0.75"
+COLORS = ["tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple"]
+"""Of the highlighted methods, the best first; the baseline is black."""
 
 
-def styles(methods: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Returns a line style for each method, none used twice up to thirty."""
+def looks(summaries: Sequence[MethodSummary]) -> dict[str, dict[str, Any]]:
+    """Returns how each method is drawn: the baseline black, the five best colored, others grey."""
+    baseline = tuned_baseline(summaries)
+    name = baseline.method if baseline else None
+    ranked = [s.method for s in by_loss(summaries) if s.best and s.method != name]
+    colored = dict(zip(ranked, COLORS, strict=False))
+    if name:
+        colored[name] = BLACK
     return {
-        method: {"color": COLORS[i % 10], "linestyle": STYLES[i // 10 % 3]}
-        for i, method in enumerate(methods)
+        s.method: {"color": colored[s.method], "zorder": 3}
+        if s.method in colored
+        else {"color": GREY, "zorder": 2}
+        for s in summaries
     }
 
 
+def by_loss(summaries: Sequence[MethodSummary]) -> list[MethodSummary]:
+    """Sorts by mean final loss, the best first and those without a finished run last."""
+    return sorted(summaries, key=lambda s: statistics.mean(_final(s)) if s.best else math.inf)
+
+
 def draw_variant(summaries: Sequence[MethodSummary], title: str, path: Path) -> None:
-    """Draws loss curves at the best learning rates, and loss against learning rate.
+    """Draws loss curves, final losses and the sweeps of the methods of one variant.
 
     Args:
         summaries: What to draw.
@@ -32,33 +50,15 @@ def draw_variant(summaries: Sequence[MethodSummary], title: str, path: Path) -> 
         path: The PNG file to write.
     """
     is_swept = any(len(summary.sweep) > 1 for summary in summaries)
-    figure = Figure(figsize=(11 if is_swept else 6.5, 5.6), layout="constrained")
+    height = max(4.8, 1.6 + 0.26 * len(summaries))
+    figure = Figure(figsize=(15 if is_swept else 10.5, height), layout="constrained")
     figure.suptitle(title)
-    panels = figure.subplots(1, 2 if is_swept else 1, squeeze=False)[0]
-    curves = panels[0]
-    looks = styles([summary.method for summary in summaries])
-    for summary in summaries:
-        _draw_curves(curves, summary, looks[summary.method])
-    curves.set(xlabel="step", ylabel="validation loss", yscale="log")
-    curves.set_title("Each method at its best learning rate")
-    for axes in panels[1:]:
-        for summary in summaries:
-            _draw_sweep(axes, summary, looks[summary.method])
-        axes.set(xlabel="peak learning rate", ylabel="final validation loss")
-        axes.set(xscale="log", yscale="log")
-        axes.set_title("Sweep (first seed); × = diverged or failed")
-    start = [run.curve[0].validation.loss for s in summaries for run in s.best if run.curve]
-    for axes in panels:
-        if start:  # runs that got worse than the start would squeeze the others
-            axes.set_ylim(top=min(axes.get_ylim()[1], 1.3 * max(start)))
-        axes.grid(alpha=0.2)
-    falling = [each[1] for s in summaries if len(each := _medians(s)) > 1 and each[1] < each[0]]
-    if falling:  # and so would the way to the first evaluation
-        curves.set_ylim(top=1.1 * max(falling))
-    for axes in panels:
-        _log_ticks(axes)
-    handles = curves.get_legend_handles_labels()
-    figure.legend(*handles, loc="outside lower center", ncols=4 if is_swept else 2)
+    panels = figure.subplots(1, 3 if is_swept else 2)
+    styles = looks(summaries)
+    _draw_curves(panels[0], summaries, styles)
+    _draw_finals(panels[1], summaries, styles)
+    if is_swept:
+        _draw_sweeps(panels[2], summaries, styles)
     _save(figure, path)
 
 
@@ -73,28 +73,59 @@ def draw_variants(by_variant: Mapping[str, Sequence[MethodSummary]], axis: str, 
     figure = Figure(figsize=(8.5, 5.2), layout="constrained")
     axes = figure.subplots()
     names = list(by_variant)
-    methods = list(dict.fromkeys(s.method for found in by_variant.values() for s in found))
-    for method, look in styles(methods).items():
+    everything = [summary for found in by_variant.values() for summary in found]
+    styles = looks(list({summary.method: summary for summary in everything}.values()))
+    ends = []
+    for method, look in styles.items():
         points = [
             (names.index(variant), statistics.mean(summary.losses("validation")))
             for variant, found in by_variant.items()
             for summary in found
             if summary.method == method and summary.best
         ]
-        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, label=method, **look)
+        axes.plot(*zip(*points, strict=True), marker="o", markersize=4, **look)
+        ends.append((*points[-1], method, look["color"]))
     axes.set_xticks(range(len(names)), names)
     axes.set(yscale="log", ylabel="final validation loss", xlabel=axis)
     axes.grid(alpha=0.2)
-    figure.legend(loc="outside lower center", ncols=4)
+    _log_ticks(axes)
+    _label_ends(axes, ends)
     _save(figure, path)
 
 
-PROBES = {
-    "rank_a": "effective rank of the gradient of a",
-    "rank_b": "effective rank of the gradient of b",
-    "gradient_alignment": "cosine: full gradient, step along the factors' gradients",
-    "step_alignment": "cosine: negative full gradient, the optimizer's step",
-}
+def draw_speedups(comparisons: Sequence[Comparison], title: str, path: Path) -> None:
+    """Draws by how many times a method needs fewer steps than tuned AdamW, a row a comparison.
+
+    Args:
+        comparisons: The comparisons.
+        title: Title of the figure.
+        path: The PNG file to write.
+    """
+    figure = Figure(figsize=(8.5, 1.6 + 0.42 * len(comparisons)), layout="constrained")
+    axes = figure.subplots()
+    figure.suptitle(title)
+    axes.axvline(1.0, color=BLACK, lw=1)
+    axes.text(1.0, -0.9, " AdamW", color=BLACK, fontsize=8)
+    for place, (method, color) in enumerate(zip(SHOWN, COLORS, strict=False)):
+        for row, comparison in enumerate(comparisons):
+            found = comparison.speedups.get(method)
+            height = row + 0.16 * (place - (len(SHOWN) - 1) / 2)
+            if found is None:
+                continue
+            if found.mean is None:
+                axes.plot([0.01], [height], "x", color=color, transform=axes.get_yaxis_transform())
+                continue
+            axes.plot([min(found.reached), max(found.reached)], [height] * 2, color=color, lw=1.5)
+            axes.plot([found.mean], [height], "o", markersize=5, color=color)
+        axes.plot([], [], "o-", color=color, label=method)
+    axes.set_yticks(range(len(comparisons)), [comparison.label for comparison in comparisons])
+    axes.set_ylim(len(comparisons) - 0.5, -1.1)
+    axes.set_xlabel(
+        "AdamW's steps to its best validation loss / the method's; lines span the seeds"
+    )
+    axes.grid(axis="x", alpha=0.2)
+    figure.legend(loc="outside lower center", ncols=len(SHOWN))
+    _save(figure, path)
 
 
 def draw_probes(summaries: Sequence[MethodSummary], title: str, path: Path) -> None:
@@ -108,18 +139,21 @@ def draw_probes(summaries: Sequence[MethodSummary], title: str, path: Path) -> N
     figure = Figure(figsize=(11, 7.5), layout="constrained")
     figure.suptitle(title)
     panels = figure.subplots(2, 2, sharex=True)
-    looks = styles([summary.method for summary in summaries])
+    styles = looks(summaries)
     for axes, (name, heading) in zip(panels.flat, PROBES.items(), strict=True):
+        ends = []
         for summary in (s for s in summaries if s.best):
             steps = [point.step for point in summary.best[0].probes]
             values = zip(*(run.probes for run in summary.best), strict=True)
             means = [statistics.mean(getattr(p, name) for p in points) for points in values]
-            axes.plot(steps, means, label=summary.method, **looks[summary.method])
-        axes.set_title(heading)
+            look = styles[summary.method]
+            axes.plot(steps, means, **look)
+            ends.append((steps[-1], means[-1], summary.method, look["color"]))
+        axes.set_title(heading, fontsize=10)
         axes.grid(alpha=0.2)
+        _label_ends(axes, ends)
     for axes in panels[1]:
         axes.set_xlabel("step")
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
     _save(figure, path)
 
 
@@ -136,39 +170,145 @@ def _save(figure: Figure, path: Path) -> None:
     figure.savefig(path, dpi=110, metadata={"Software": None})
 
 
+def _final(summary: MethodSummary) -> list[float]:
+    return summary.losses(summary.reported_split)
+
+
 def _seeds(summary: MethodSummary) -> list[tuple[float, ...]]:
     """Returns the losses of all seeds, evaluation by evaluation."""
     losses = [[point.validation.loss for point in run.curve] for run in summary.best]
     return list(zip(*losses, strict=True))
 
 
-def _medians(summary: MethodSummary) -> list[float]:
-    return list(map(statistics.median, _seeds(summary)))
+def _draw_curves(
+    axes: Axes, summaries: Sequence[MethodSummary], styles: Mapping[str, dict[str, Any]]
+) -> None:
+    """Draws the median over seeds, and the seeds of the highlighted methods as thin lines."""
+    ends, seen = [], []
+    for summary in (s for s in summaries if s.best):
+        steps = [point.step for point in summary.best[0].curve]
+        look = styles[summary.method]
+        medians = list(map(statistics.median, _seeds(summary)))
+        axes.plot(steps, medians, lw=1.8, **look)
+        if look["color"] != GREY:
+            for run in summary.best:
+                losses = [point.validation.loss for point in run.curve]
+                axes.plot(steps, losses, lw=0.6, alpha=0.5, **look)
+            seen += medians[len(medians) // 5 :]
+            ends.append((steps[-1], medians[-1], summary.method, look["color"]))
+    axes.set(xlabel="step", ylabel="validation loss", yscale="log")
+    axes.set_title("Best learning rates; median, thin: seeds", fontsize=10)
+    axes.grid(alpha=0.2)
+    if seen:  # what happens in the first fifth, or to the worst, would squeeze the rest
+        axes.set_ylim(0.95 * min(seen), 1.05 * max(seen))
+    _log_ticks(axes)
+    _label_ends(axes, ends)
 
 
-def _draw_curves(axes: Axes, summary: MethodSummary, look: dict[str, Any]) -> None:
-    """Draws the median over seeds, and a band from the lowest to the highest."""
-    if not summary.best:
-        return
-    steps = [point.step for point in summary.best[0].curve]
-    values = _seeds(summary)
-    rate = summary.best[0].config.learning_rate
-    label = f"{summary.method}, lr {rate:g}"
-    axes.plot(steps, _medians(summary), label=label, **look)
-    band = {"color": look["color"], "alpha": 0.15, "lw": 0}
-    axes.fill_between(steps, list(map(min, values)), list(map(max, values)), **band)
+def _draw_finals(
+    axes: Axes, summaries: Sequence[MethodSummary], styles: Mapping[str, dict[str, Any]]
+) -> None:
+    """Draws every seed's final loss as a dot and their mean as a bar, the best method on top."""
+    ranked = by_loss(summaries)
+    means = [statistics.mean(_final(s)) for s in ranked if s.best]
+    limit = _limit(means)
+    for row, summary in enumerate(ranked):
+        color = styles[summary.method]["color"]
+        color = "0.5" if color == GREY else color
+        if not summary.best:
+            axes.plot([0.98], [row], "x", color=color, transform=axes.get_yaxis_transform())
+            continue
+        losses = _final(summary)
+        inside = [loss for loss in losses if loss <= limit]
+        axes.plot(inside, [row] * len(inside), "o", markersize=4, alpha=0.6, color=color)
+        if len(inside) < len(losses):
+            axes.plot([0.98], [row], ">", color=color, transform=axes.get_yaxis_transform())
+        mean = statistics.mean(losses)
+        if mean <= limit:
+            axes.plot([mean], [row], "|", markersize=14, markeredgewidth=2, color=color)
+    axes.set_yticks(range(len(ranked)), [_row_name(summary) for summary in ranked])
+    for label, summary in zip(axes.get_yticklabels(), ranked, strict=True):
+        color = styles[summary.method]["color"]
+        label.set_color("0.4" if color == GREY else color)
+    axes.invert_yaxis()
+    if means:
+        axes.set_xlim(right=limit + 0.05 * (limit - min(means)))
+    split = next((s.reported_split for s in ranked if s.best), "validation")
+    axes.set(xlabel=f"final {split} loss")
+    axes.set_title("Dots: seeds, bars: means, ▸ beyond, × diverged", fontsize=10)
+    axes.grid(alpha=0.2)
 
 
-def _draw_sweep(axes: Axes, summary: MethodSummary, look: dict[str, Any]) -> None:
-    """Draws the finished runs as a line, and the others as crosses at the top edge."""
-    done = [run for run in summary.sweep if run.status == "finished"]
-    lost = [run for run in summary.sweep if run.status != "finished"]
-    rates = [run.config.learning_rate for run in done]
-    axes.plot(rates, [run.validation_loss for run in done], marker="o", markersize=4, **look)
-    axes.plot(
-        [run.config.learning_rate for run in lost],
-        [0.98] * len(lost),
-        "x",
-        color=look["color"],
-        transform=axes.get_xaxis_transform(),
+def _limit(means: Sequence[float]) -> float:
+    """Where the axis of final losses ends, so that the worst do not squeeze the others."""
+    if not means:
+        return 1.0
+    best, middle = min(means), statistics.median(means)
+    return max([mean for mean in means if mean <= middle + 4 * (middle - best)])
+
+
+def _row_name(summary: MethodSummary) -> str:
+    return (
+        f"{summary.method}, {summary.best[0].config.learning_rate:g}"
+        if summary.best
+        else (summary.method)
     )
+
+
+def _draw_sweeps(
+    axes: Axes, summaries: Sequence[MethodSummary], styles: Mapping[str, dict[str, Any]]
+) -> None:
+    """Draws the finished runs of the first seed as lines, the others as crosses at the top."""
+    highlighted, starts = [], []
+    for summary in summaries:
+        look = styles[summary.method]
+        done = [run for run in summary.sweep if run.status == "finished"]
+        lost = [run for run in summary.sweep if run.status != "finished"]
+        rates = [run.config.learning_rate for run in done]
+        losses = [run.validation_loss for run in done]
+        axes.plot(rates, losses, marker="o", markersize=4, **look)
+        if look["color"] != GREY:
+            highlighted += losses
+            starts += [run.curve[0].validation.loss for run in done]
+        crosses = [run.config.learning_rate for run in lost]
+        height = [0.98] * len(lost)
+        axes.plot(crosses, height, "x", transform=axes.get_xaxis_transform(), **look)
+    axes.set(xlabel="peak learning rate", ylabel="final validation loss", xscale="log")
+    axes.set_yscale("log")
+    axes.set_title("Sweep of the first seed; × diverged", fontsize=10)
+    axes.grid(alpha=0.2)
+    if highlighted:
+        axes.set_ylim(0.95 * min(highlighted), min(1.05 * max(highlighted), 1.3 * max(starts)))
+    _log_ticks(axes)
+
+
+def _label_ends(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Writes names at the right ends of lines, moved apart where they would overlap.
+
+    Args:
+        axes: Where the lines are.
+        ends: x and y of each line's end, its name and color.
+    """
+    low, high = axes.get_ylim()
+    is_log = axes.get_yscale() == "log"
+    to_part = (
+        (lambda y: math.log(y / low) / math.log(high / low))
+        if is_log
+        else (lambda y: (y - low) / (high - low))
+    )
+    placed = sorted((min(max(to_part(y), 0.0), 1.0), name, color) for _, y, name, color in ends)
+    gap = 0.045
+    stack = [gap * index for index in range(len(placed))]
+    # The nearest heights that are a gap apart or more: an isotonic regression of what is above it.
+    over = [part - low for (part, _, _), low in zip(placed, stack, strict=True)]
+    room = max(0.0, 1.0 - gap * (len(placed) - 1))
+    heights = isotonic_regression(over, y_min=0.0, y_max=room) + stack if placed else []
+    for height, (_, name, color) in zip(heights, placed, strict=True):
+        axes.annotate(
+            name,
+            (1.01, height),
+            xycoords="axes fraction",
+            color="0.5" if color == GREY else color,
+            fontsize=8,
+            va="center",
+        )

@@ -9,13 +9,14 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from experiments.errors import ExperimentError
-from experiments.figures import draw_probes, draw_variant, draw_variants
+from experiments.figures import draw_probes, draw_speedups, draw_variant, draw_variants
+from experiments.headline import SHOWN, Comparison, claim, compare, headline_table
+from experiments.peers import TUNED_ADAMW
 from experiments.schema import RunResult
 from experiments.study import Study, StudyFile, expand, load_study, study_names
-from experiments.summary import MethodSummary, difference, summarize
+from experiments.summary import MethodSummary, difference, summarize, tuned_baseline
 from experiments.sweep import next_run, read_results
 from experiments.tables import (
-    BASELINE,
     comparison_table,
     markdown,
     probe_table,
@@ -23,16 +24,20 @@ from experiments.tables import (
     sweep_table,
 )
 
-BEGIN, END = "<!-- results: begin -->", "<!-- results: end -->"
+MARKERS = "<!-- {}: begin -->", "<!-- {}: end -->"
+SPEEDUPS = "speedups.png"
 
-LEGEND = f"""\
+LEGEND = """\
 Mean ± standard deviation over seeds at each method's best learning rate (chosen by the final
-validation loss of the first seed; `*`: it is an end of the sweep). A difference from `{BASELINE}`
-is claimed only above twice its pooled standard error. "Steps to AdamW's loss": until the validation
-loss is first at or below AdamW's mean final one, at the resolution of the evaluations; "time to it"
-in units of AdamW's whole run. "Time a step" is measured in turn with AdamW's in the same process;
-"memory" is trained leaves, state and the compiled step's temporaries. "Lost": diverged or failed
-runs of the sweep."""
+validation loss of the first seed; `*`: it is an end of the sweep). "AdamW" is LoRA with AdamW as it
+is best: of the rows `adamw` (one rate), `lora-plus-4` and `lora-plus` (b 4 and 16 times as fast),
+those that were run. "Fewer steps": AdamW's steps to the lowest point of its mean validation curve,
+divided by the method's to the same loss, interpolated between evaluations. "lr off by one": the
+same, averaged over the best rate and its neighbours with the first seed; 0 for a run that does not
+get there. A difference of losses is given with its pooled standard error and, in brackets, in units
+of it; it is claimed only above two. "Time to AdamW's loss" is in units of AdamW's. "Time a step" is
+measured in turn with `adamw` in the same process; "memory" is trained leaves, state and the
+compiled step's temporaries. "Lost": diverged or failed runs of the sweep."""
 
 
 class Variant:
@@ -72,15 +77,18 @@ def read_variants(file: StudyFile, results: Path) -> list[Variant]:
         ExperimentError: A result cannot be read, or is of other settings than the study's.
     """
     found = read_results(results / file.name)
+    plans = expand(file.study, {}, [])
+    for result in found:
+        config = result.config
+        plan = plans[config.variant].plan if config.variant in plans else None
+        if config.study != file.name or config.plan != plan:
+            raise ExperimentError(
+                f"{results / file.name / config.file_name()} was not made by the study as it is "
+                "now: move it away, or run the study again"
+            )
     variants = []
-    for name, study in expand(file.study, {}, []).items():
+    for name, study in plans.items():
         mine = [result for result in found if result.config.variant == name]
-        for result in mine:
-            if result.config.study != file.name or result.config.plan != study.plan:
-                raise ExperimentError(
-                    f"{results / file.name / result.config.file_name()} was not made by the study "
-                    f"as it is now: move it away, or run the study again"
-                )
         if mine:
             variants.append(Variant(name, study, mine))
     return variants
@@ -132,27 +140,49 @@ def _provenance(variants: Sequence[Variant]) -> str:
     )
 
 
-def readme_block(studies: Mapping[str, Sequence[Variant]]) -> str:
-    """Writes the README's table: one row for every variant that AdamW belongs to."""
+def index_block(studies: Mapping[str, Sequence[Variant]]) -> str:
+    """Writes the table of all studies: one row for every variant that AdamW belongs to."""
     rows = []
     for name, variants in studies.items():
         for variant in variants:
-            if BASELINE not in variant.study.learning_rates:
+            if not set(TUNED_ADAMW) & set(variant.study.learning_rates):
                 continue
-            page = f"[{name}](docs/results/{name}.md)"
-            label = f"{page}, {variant.name}" if variant.name else page
+            label = f"[{name}]({name}.md)" + f", {variant.name}" * bool(variant.name)
             state = f"{len(variant.missing)} methods incomplete" if variant.missing else "complete"
             rows.append([label, *_verdicts(variant.summaries), state])
     headings = ["study", "AdamW's loss", "claimed better", "within noise", "claimed worse", "runs"]
     text = (
         "Each method at its own best learning rate, final loss (on the test where there is one) "
-        "against LoRA with AdamW; a difference is claimed above twice its pooled standard error."
+        "against LoRA with tuned AdamW; a difference is claimed above twice its pooled standard "
+        "error."
     )
     return f"{text}\n\n{markdown(headings, rows)}"
 
 
+def readme_block(comparisons: Sequence[Comparison]) -> str:
+    """Writes the README's table of the peers, with its figure."""
+    text = (
+        f"Fewer steps than tuned AdamW's to its best validation loss, mean ± standard deviation "
+        f"over seeds, and the difference of the final losses. The last of {len(SHOWN)} methods "
+        f"trains all weights."
+    )
+    if not comparisons:
+        return text
+    figure = f"![Fewer steps than AdamW's](docs/results/{SPEEDUPS})"
+    return f"{text}\n\n{headline_table(comparisons)}\n\n{figure}"
+
+
+def _comparisons(studies: Mapping[str, Sequence[Variant]]) -> list[Comparison]:
+    return [
+        found
+        for name, variants in studies.items()
+        for variant in variants
+        if (found := compare(f"{name}, {variant.name}", name, variant.summaries)) is not None
+    ]
+
+
 def _verdicts(summaries: Sequence[MethodSummary]) -> list[str]:
-    base = next((s for s in summaries if s.method == BASELINE and s.best), None)
+    base = tuned_baseline(summaries)
     if base is None:
         return ["not run", "", "", ""]
     split = base.reported_split
@@ -168,20 +198,22 @@ def _verdicts(summaries: Sequence[MethodSummary]) -> list[str]:
             continue
         side = ("better" if found.value < 0 else "worse") if found.claimed else "same"
         groups[side].append(summary.method)
-    return [spread(base.losses(split)), *(", ".join(names) for names in groups.values())]
+    loss = f"{spread(base.losses(split))} ({base.method})"
+    return [loss, *(", ".join(names) for names in groups.values())]
 
 
-def replace_block(text: str, block: str, name: str) -> str:
+def replace_block(text: str, block: str, name: str, marker: str = "results") -> str:
     """Puts a generated block between the markers of a text.
 
     Raises:
         ExperimentError: The text lacks the markers, or has them more than once.
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1:
-        raise ExperimentError(f"{name} must hold {BEGIN!r} and {END!r} once each")
-    head, rest = text.split(BEGIN)
-    _, tail = rest.split(END)
-    return f"{head}{BEGIN}\n{block}\n{END}{tail}"
+    begin, end = (mark.format(marker) for mark in MARKERS)
+    if text.count(begin) != 1 or text.count(end) != 1:
+        raise ExperimentError(f"{name} must hold {begin!r} and {end!r} once each")
+    head, rest = text.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n{block}\n{end}{tail}"
 
 
 def make_pages(results: Path, docs: Path, readme: Path) -> dict[Path, str]:
@@ -206,10 +238,16 @@ def make_pages(results: Path, docs: Path, readme: Path) -> dict[Path, str]:
     for file, variants in _studies(results):
         studies[file.name] = variants
         path = docs / f"{file.name}.md"
-        text = path.read_text() if path.exists() else _new_page(file)
+        title = file.description.splitlines()[0]
+        text = path.read_text() if path.exists() else _empty_page(title)
         pages[path] = replace_block(text, study_page(file, variants), str(path))
+    index = docs / "README.md"
+    text = index.read_text() if index.exists() else _empty_page("Results")
+    pages[index] = replace_block(text, index_block(studies), str(index))
     if readme.exists():
-        pages[readme] = replace_block(readme.read_text(), readme_block(studies), str(readme))
+        comparisons = _comparisons(studies)
+        text = replace_block(readme.read_text(), readme_block(comparisons), str(readme))
+        pages[readme] = replace_block(text, claim(comparisons), str(readme), "claim")
     return pages
 
 
@@ -222,8 +260,9 @@ def _studies(results: Path) -> Iterator[tuple[StudyFile, list[Variant]]]:
                 yield file, variants
 
 
-def _new_page(file: StudyFile) -> str:
-    return f"# {file.description.splitlines()[0]}\n\n{BEGIN}\n{END}\n"
+def _empty_page(title: str) -> str:
+    begin, end = (mark.format("results") for mark in MARKERS)
+    return f"# {title}\n\n{begin}\n{end}\n"
 
 
 def write_pages(pages: Mapping[Path, str]) -> list[Path]:
@@ -250,6 +289,9 @@ def draw_pages(results: Path, docs: Path) -> list[Path]:
         drawn.append(docs / name)
         function(found, title, drawn[-1])
 
+    studies = {file.name: variants for file, variants in _studies(results)}
+    if comparisons := _comparisons(studies):
+        draw(draw_speedups, comparisons, "Fewer steps than tuned AdamW", SPEEDUPS)
     for file, variants in _studies(results):
         if file.study.variant_axis:
             by_variant = {variant.name: variant.summaries for variant in variants}

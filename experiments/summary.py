@@ -4,7 +4,9 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
+from experiments.peers import TUNED_ADAMW
 from experiments.schema import RunResult, Scores
 
 
@@ -67,6 +69,40 @@ class Difference:
         return self.error is not None and abs(self.value) > 2 * self.error
 
 
+class Goal(NamedTuple):
+    """What the baseline reaches: the lowest point of its mean validation curve.
+
+    Attributes:
+        loss: The mean validation loss there.
+        step: The step there.
+    """
+
+    loss: float
+    step: int
+
+
+@dataclass(frozen=True)
+class Speedup:
+    """The baseline's steps to its goal, in units of a method's: 1.5 means a third fewer steps.
+
+    Attributes:
+        reached: Of the runs at the best learning rate that reach the goal, one a seed.
+        runs: How many runs there are.
+        forgiving: The first seed's mean over the best learning rate and its two neighbours in the
+            sweep, where a run that does not reach the goal counts as zero; None if the best is an
+            end of the sweep.
+    """
+
+    reached: list[float]
+    runs: int
+    forgiving: float | None
+
+    @property
+    def mean(self) -> float | None:
+        """The mean over the seeds; None unless all of them reach the goal."""
+        return statistics.mean(self.reached) if 0 < len(self.reached) == self.runs else None
+
+
 def summarize(results: Iterable[RunResult]) -> list[MethodSummary]:
     """Groups the results of one variant by method, in the order in which they come.
 
@@ -106,23 +142,75 @@ def difference(own: Sequence[float], base: Sequence[float]) -> Difference:
     return Difference(value, math.sqrt(sum(squares) / freedom * (1 / len(own) + 1 / len(base))))
 
 
-def steps_to(summary: MethodSummary, loss: float) -> float | None:
-    """Counts the steps until the validation loss is first at or below a value.
+def tuned_baseline(summaries: Sequence[MethodSummary]) -> MethodSummary | None:
+    """Returns the baseline: of LoRA with AdamW, at each ratio of b's rate to a's, the best.
 
     Args:
-        summary: The method.
+        summaries: The methods of one variant.
+
+    Returns:
+        The one with the lowest mean final validation loss; None if none has finished.
+    """
+    tuned = [s for s in summaries if s.method in TUNED_ADAMW and s.best]
+    return min(tuned, key=lambda s: statistics.mean(s.losses("validation")), default=None)
+
+
+def goal_of(baseline: MethodSummary) -> Goal:
+    """Returns the lowest point of a method's mean validation curve."""
+    by_step = zip(*(run.curve for run in baseline.best), strict=True)
+    means = [
+        Goal(statistics.mean(p.validation.loss for p in points), points[0].step)
+        for points in by_step
+    ]
+    return min(means)
+
+
+def steps_to(run: RunResult, loss: float) -> float | None:
+    """Returns the step at which a run's validation loss first is at or below a value.
+
+    Between two evaluations the loss is taken to be linear in the step.
+
+    Args:
+        run: The run.
         loss: The value.
 
     Returns:
-        The median over the best runs, in steps of the evaluations; None if half of them or more
-        never get there.
+        The step; None if the run never gets there.
     """
-    steps = [
-        min((p.step for p in run.curve if p.validation.loss <= loss), default=math.inf)
-        for run in summary.best
-    ]
-    middle = statistics.median_high(steps) if steps else math.inf
-    return None if math.isinf(middle) else middle
+    before = None
+    for point in run.curve:
+        if point.validation.loss <= loss:
+            if before is None:
+                return float(point.step)
+            fall = before.validation.loss - point.validation.loss
+            part = (before.validation.loss - loss) / fall
+            return before.step + part * (point.step - before.step)
+        before = point if math.isfinite(point.validation.loss) else None
+    return None
+
+
+def speedup(summary: MethodSummary, goal: Goal) -> Speedup:
+    """Counts how many times fewer steps than the baseline's a method needs to the baseline's goal.
+
+    Args:
+        summary: The method.
+        goal: What the baseline reaches, and when.
+    """
+
+    def of_run(run: RunResult) -> float:
+        steps = steps_to(run, goal.loss) if run.status == "finished" else None
+        if steps is None:
+            return 0.0
+        return goal.step / steps if steps else math.inf
+
+    values = [of_run(run) for run in summary.best]
+    forgiving = None
+    if summary.best:
+        rates = [run.config.learning_rate for run in summary.sweep]
+        at = rates.index(summary.best[0].config.learning_rate)
+        near = summary.sweep[max(at - 1, 0) : at + 2]
+        forgiving = statistics.mean(map(of_run, near)) if len(near) == 3 else None
+    return Speedup([value for value in values if value], len(values), forgiving)
 
 
 def memory(run: RunResult) -> int:

@@ -7,13 +7,28 @@ from typing import NamedTuple
 from rich.box import SIMPLE
 from rich.table import Table
 
-from experiments.figures import PROBES
 from experiments.schema import RunResult
-from experiments.summary import MethodSummary, difference, memory, steps_to
+from experiments.summary import (
+    Difference,
+    MethodSummary,
+    Speedup,
+    difference,
+    goal_of,
+    memory,
+    speedup,
+    tuned_baseline,
+)
 
-BASELINE = "adamw"
 Cell = Callable[[MethodSummary, MethodSummary | None], str]
 NOTHING = "–"
+
+
+PROBES = {
+    "rank_a": "effective rank of the gradient of a",
+    "rank_b": "effective rank of the gradient of b",
+    "gradient_alignment": "cosine: full gradient, step along the factors' gradients",
+    "step_alignment": "cosine: negative full gradient, the optimizer's step",
+}
 
 
 class Column(NamedTuple):
@@ -37,7 +52,11 @@ def columns(summaries: Sequence[MethodSummary]) -> list[Column]:
     splits = ["validation"]
     if any("test" in run.final for summary in summaries for run in summary.best):
         splits.append("test")
-    chosen = [Column("lr", _rate, True)]
+    chosen = [
+        Column("lr", _rate, True),
+        Column("fewer steps", _speedup, True),
+        Column("lr off by one", _forgiving),
+    ]
     for split in splits:
         losses = lambda summary, _, split=split: spread(summary.losses(split))
         chosen.append(Column(f"{split} loss", losses, split == "validation"))
@@ -50,8 +69,7 @@ def columns(summaries: Sequence[MethodSummary]) -> list[Column]:
                 chosen.append(Column(f"{split} {heading}", scores, True))
     chosen += [
         Column(f"{splits[-1]} loss – AdamW's", _verdict),
-        Column("steps to AdamW's loss", _steps),
-        Column("time to it", _time),
+        Column("time to AdamW's loss", _time),
         Column("time a step", _step_ratio, True),
         Column("memory", _memory),
         Column("parameters", _parameters),
@@ -62,7 +80,7 @@ def columns(summaries: Sequence[MethodSummary]) -> list[Column]:
 
 def cells(summaries: Sequence[MethodSummary]) -> tuple[list[Column], list[list[str]]]:
     """Returns the columns and the cells of all rows, the method's name excepted."""
-    baseline = next((s for s in summaries if s.method == BASELINE and s.best), None)
+    baseline = tuned_baseline(summaries)
     chosen = columns(summaries)
     return chosen, [[column.cell(s, baseline) for column in chosen] for s in summaries]
 
@@ -133,24 +151,38 @@ def _verdict(summary: MethodSummary, baseline: MethodSummary | None) -> str:
     if baseline is None or summary is baseline or not summary.best:
         return NOTHING
     split = summary.reported_split
-    found = difference(summary.losses(split), baseline.losses(split))
+    return verdict(difference(summary.losses(split), baseline.losses(split)))
+
+
+def verdict(found: Difference) -> str:
+    """Writes a difference, its pooled standard error, and how many of these it is."""
     if found.error is None:
         return f"{found.value:+.2g} (too few seeds)"
     word = ("better" if found.value < 0 else "worse") if found.claimed else "within noise"
-    return f"{found.value:+.2g} ± {found.error:.1g}: {word}"
+    units = f"{found.value / found.error:+.1f}" if found.error else "∞"
+    return f"{found.value:+.2g} ± {found.error:.1g} ({units}): {word}"
 
 
-def _goal(baseline: MethodSummary) -> float:
-    return statistics.mean(baseline.losses("validation"))
+def times(found: Speedup) -> str:
+    """Writes by how many times a method needs fewer steps, or how many seeds get there."""
+    if found.mean is None:
+        return f"{len(found.reached)} of {found.runs} reach it" if found.runs else NOTHING
+    spread = f" ± {statistics.stdev(found.reached):.2f}" if len(found.reached) > 1 else ""
+    return f"{found.mean:.2f}×{spread}"
 
 
-def _steps(summary: MethodSummary, baseline: MethodSummary | None) -> str:
+def _speedup(summary: MethodSummary, baseline: MethodSummary | None) -> str:
     if baseline is None or not summary.best:
         return NOTHING
-    if summary is baseline:
-        return f"{baseline.best[0].config.plan.steps}"
-    steps = steps_to(summary, _goal(baseline))
-    return "not reached" if steps is None else f"{steps:g}"
+    goal = goal_of(baseline)
+    return f"1 ({goal.step} steps)" if summary is baseline else times(speedup(summary, goal))
+
+
+def _forgiving(summary: MethodSummary, baseline: MethodSummary | None) -> str:
+    if baseline is None or not summary.best:
+        return NOTHING
+    found = speedup(summary, goal_of(baseline)).forgiving
+    return NOTHING if found is None else f"{found:.2f}×"
 
 
 def _time(summary: MethodSummary, baseline: MethodSummary | None) -> str:
@@ -158,15 +190,17 @@ def _time(summary: MethodSummary, baseline: MethodSummary | None) -> str:
         return NOTHING
     if summary is baseline:
         return "1.00×"
-    steps = steps_to(summary, _goal(baseline))
-    if steps is None:
-        return NOTHING
-    return f"{steps / baseline.best[0].config.plan.steps * summary.best[0].step_ratio:.2f}×"
+    mean = speedup(summary, goal_of(baseline)).mean
+    return NOTHING if mean is None else f"{_ratio(summary) / _ratio(baseline) / mean:.2f}×"
+
+
+def _ratio(summary: MethodSummary) -> float:
+    ratios = [run.step_ratio for run in summary.sweep if run.step_ratio is not None]
+    return statistics.median(ratios)
 
 
 def _step_ratio(summary: MethodSummary, baseline: MethodSummary | None) -> str:
-    ratios = [run.step_ratio for run in summary.sweep if run.step_ratio is not None]
-    return f"{statistics.median(ratios):.2f}×" if ratios else NOTHING
+    return NOTHING if summary.sweep[0].step_ratio is None else f"{_ratio(summary):.2f}×"
 
 
 def _memory(summary: MethodSummary, baseline: MethodSummary | None) -> str:

@@ -22,6 +22,7 @@ SDS_LORA = {"sds-lora": ADAM}
 STUDY = digits.STUDY.model_copy(
     update={
         "plan": digits.STUDY.plan.model_copy(update={"eval_every": 15}),
+        "seeds": (0, 1, 2),
         "learning_rates": {
             "adamw": ADAM,
             **ALTLORA,

@@ -23,10 +23,10 @@ STUDY = Study(
     task="digits",
     plan=Plan(steps=150, eval_every=5, head_learning_rate=3e-3),
     learning_rates=peers(adamw=1e-2, polora=0.3),
-    seeds=(0, 1, 2),
+    seeds=tuple(range(10)),  # its validation split is small
     variants={
         "peers": {},
-        "papers": {"plan.eval_every": 15, "learning_rates": PAPERS},
+        "papers": {"plan.eval_every": 15, "seeds": (0, 1, 2), "learning_rates": PAPERS},
     },
 )
 
@@ -36,6 +36,11 @@ SMOKE = {
     "task_options.depth": 1,
     "task_options.targets": "query|value",
     "task_options.pretrain_steps": 60,
-    "learning_rates": {"adamw": [3e-3, 1e-2], "altlora": [0.1, 0.3], "altlora-plus": [3e-3, 1e-2]},
+    "learning_rates": {
+        "adamw": [3e-3, 1e-2],
+        "polora-start": [0.1, 0.3],
+        "altlora-plus-simultaneous": [1e-2],
+        "sds-lora": [1e-3],
+    },
     "seeds": [0],
 }

@@ -39,10 +39,10 @@ STUDY = Study(
     task_options={"validation_size": 1000, "test_limit": 2000},
     plan=Plan(steps=200, eval_every=10, head_learning_rate=1e-3),
     learning_rates=peers(adamw=3e-2, polora=1.0),
-    seeds=(0, 1, 2),
+    seeds=(0, 1, 2, 3, 4),
     variants={
         "peers": {},
-        "papers": {"plan.eval_every": 25, "learning_rates": PAPERS},
+        "papers": {"plan.eval_every": 25, "seeds": (0, 1, 2), "learning_rates": PAPERS},
     },
 )
 

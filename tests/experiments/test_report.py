@@ -9,18 +9,26 @@ from rich.console import Console
 
 from experiments.errors import ExperimentError
 from experiments.figures import draw_variant
+from experiments.headline import claim, compare, headline_table
 from experiments.report import (
     Variant,
     check_pages,
     draw_pages,
+    index_block,
     make_pages,
-    readme_block,
     replace_block,
     write_pages,
 )
-from experiments.schema import Plan
+from experiments.schema import CurvePoint, Plan, Scores
 from experiments.study import Study
-from experiments.summary import difference, steps_to, summarize
+from experiments.summary import (
+    difference,
+    goal_of,
+    speedup,
+    steps_to,
+    summarize,
+    tuned_baseline,
+)
 from experiments.tables import comparison_table, screen_table, sweep_table
 from tests.experiments.samples import make_result
 from tests.experiments.test_cli import invoke
@@ -64,18 +72,80 @@ def test_a_difference_is_claimed_above_twice_the_pooled_standard_error():
     assert not difference([1.0], base).claimed
 
 
-def test_steps_to_a_loss_are_the_median_over_seeds(results):
-    adamw, *_ = summarize(results)
-    assert steps_to(adamw, 0.41) is None  # one of two seeds
-    assert steps_to(adamw, 0.43) == 2
-    assert steps_to(adamw, 1.0) == 0
+def curve_of(*losses, every=10):
+    points = enumerate(losses)
+    return [
+        CurvePoint(step=every * i, seconds=0.0, validation=Scores(loss=loss)) for i, loss in points
+    ]
+
+
+def with_curve(*losses, **changes):
+    result = make_result(loss=losses[-1], **changes)
+    return result.model_copy(update={"curve": curve_of(*losses)})
+
+
+def test_steps_to_a_loss_are_interpolated_between_evaluations():
+    run = with_curve(4.0, 2.0, 1.0, 1.5)
+    assert steps_to(run, 2.0) == 10
+    assert steps_to(run, 3.0) == 5
+    assert steps_to(run, 1.2) == pytest.approx(18)
+    assert steps_to(run, 5.0) == 0
+    assert steps_to(run, 0.9) is None
+
+
+@pytest.fixture
+def curves():
+    """AdamW's mean curve is lowest at step 20, with 1.5."""
+    return [
+        with_curve(4.0, 2.0, 1.0, 1.5, method="adamw"),
+        with_curve(4.0, 3.0, 2.0, 2.5, method="adamw", seed=1),
+        with_curve(4.0, 3.0, 2.5, 2.2, method="lora-plus"),
+        with_curve(4.0, 3.9, 3.9, 3.9, method="polora-start", learning_rate=0.01),
+        with_curve(4.0, 1.5, 1.0, 0.5, method="polora-start", learning_rate=0.1),
+        with_curve(4.0, 2.0, 1.0, 0.9, method="polora-start", learning_rate=0.1, seed=1),
+        with_curve(4.0, 1.0, 0.9, 0.9, method="polora-start", learning_rate=1.0),
+    ]
+
+
+def test_the_baseline_is_the_best_of_adamw_at_all_ratios(curves):
+    assert tuned_baseline(summarize(curves)).method == "adamw"
+    better = with_curve(4.0, 0.2, 0.2, 0.2, method="lora-plus")
+    assert tuned_baseline(summarize([*curves, better])).method == "lora-plus"
+    assert tuned_baseline(summarize(curves[3:])) is None
+
+
+def test_speedup_is_the_baselines_steps_by_the_methods(curves):
+    adamw, _, polora = summarize(curves)
+    goal = goal_of(adamw)
+    assert goal == (1.5, 20)
+    found = speedup(polora, goal)
+    assert found.reached == pytest.approx([20 / 10, 20 / 15])
+    assert found.mean == pytest.approx((2 + 4 / 3) / 2)
+    assert found.forgiving == pytest.approx((0 + 2 + 20 / (10 * 2.5 / 3)) / 3)
+    at_edge = speedup(summarize(curves[4:])[0], goal)
+    assert at_edge.forgiving is None
+    assert speedup(adamw, goal).mean is None  # one of two seeds does not reach the mean
+
+
+def test_the_claim_counts_the_comparisons(curves):
+    found = compare("digits, peers", "digits", summarize(curves))
+    assert found.speedups["polora-start"].mean == pytest.approx(5 / 3)
+    text = claim([found, found._replace(study="mnist")])
+    assert "In 2 comparisons on 2 tasks" in text
+    assert "1.7 to 1.7 times fewer steps" in text
+    assert "at least 1.5 times fewer on 2, at least half on 0" in text
+    row = headline_table([found]).splitlines()[2]
+    assert row.startswith("| [digits, peers](docs/results/digits.md) | 2 ± 0.71 (adamw, 0.001) |")
+    assert "1.67× ± 0.47" in row
+    assert compare("x", "x", summarize(curves[:3])) is None
+    assert claim([]) == "No comparison has run yet."
 
 
 def test_tables_show_spread_claim_edge_and_divergence(results):
     table = comparison_table(summarize(results))
     rows = {line.split("|")[1].strip(): line for line in table.splitlines()}
     assert "0.41 ± 0.014" in rows["adamw"]
-    assert "+0.1 ± 0.01: worse" in rows["altlora"]
+    assert "+0.1 ± 0.01 (+7.1): worse" in rows["altlora"]
     assert "| 0.1* |" in rows["altlora"]
     assert rows["altlora"].endswith("| 1/2 |")
     assert "-0.11 (too few seeds)" in rows["oplora"]
@@ -102,12 +172,12 @@ def test_what_is_missing_is_said(results):
     assert "nothing has run" in missing[1]
 
 
-def test_the_readme_leaves_out_what_adamw_was_not_to_run_beside(results):
+def test_the_index_leaves_out_what_adamw_was_not_to_run_beside(results):
     plan = Plan(steps=2, eval_every=2, head_learning_rate=1e-3)
     beside = Study(task="digits", plan=plan, learning_rates={"adamw": (1e-2,), "altlora": (0.1,)})
     alone = Study(task="digits", plan=plan, learning_rates={"altlora": (0.1,)})
-    block = readme_block({"one": [Variant("", beside, results), Variant("other", alone, results)]})
-    assert "[one](docs/results/one.md) | 0.41 ± 0.014 |  |  | altlora |" in block
+    block = index_block({"one": [Variant("", beside, results), Variant("other", alone, results)]})
+    assert "[one](one.md) | 0.41 ± 0.014 (adamw) |  |  | altlora |" in block
     assert "other" not in block
 
 
@@ -131,10 +201,11 @@ def committed(tmp_path_factory):
 
 def test_pages_follow_from_the_results_and_keep_what_is_around(committed, tmp_path):
     docs, readme = tmp_path / "docs", tmp_path / "README.md"
-    readme.write_text("above\n<!-- results: begin -->\nold\n<!-- results: end -->\nbelow\n")
+    blocks = [f"<!-- {name}: begin -->\nold\n<!-- {name}: end -->" for name in ("claim", "results")]
+    readme.write_text("\n".join(["above", *blocks, "below\n"]))
     pages = make_pages(committed, docs, readme)
     assert check_pages(pages)
-    assert set(write_pages(pages)) == {docs / "conditioning.md", readme}
+    assert set(write_pages(pages)) == {docs / "conditioning.md", docs / "README.md", readme}
     draw_pages(committed, docs)
     assert readme.read_text().startswith("above\n")
     assert readme.read_text().endswith("\nbelow\n")

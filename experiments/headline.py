@@ -1,0 +1,96 @@
+"""What a reader asks first: how many times fewer steps than tuned AdamW, on every task."""
+
+import statistics
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from experiments.summary import (
+    Difference,
+    MethodSummary,
+    Speedup,
+    difference,
+    goal_of,
+    speedup,
+    tuned_baseline,
+)
+from experiments.tables import NOTHING, markdown, spread, times, verdict
+
+RECOMMENDED = "polora-start"
+SHOWN = (RECOMMENDED, "polora", "adamw-start", "full-adamw")
+
+
+class Comparison(NamedTuple):
+    """One comparison of the peers.
+
+    Attributes:
+        label: Name of the study and the variant.
+        study: Name of the study.
+        baseline: AdamW as it was best.
+        speedups: Of each method of `SHOWN` that has run.
+        loss: How the recommended method's final loss differs from the baseline's.
+    """
+
+    label: str
+    study: str
+    baseline: MethodSummary
+    speedups: dict[str, Speedup]
+    loss: Difference
+
+
+def compare(label: str, study: str, summaries: Sequence[MethodSummary]) -> Comparison | None:
+    """Compares the recommended method with tuned AdamW; None where it has not run.
+
+    Args:
+        label: Name of the study and the variant.
+        study: Name of the study.
+        summaries: The methods of the variant.
+    """
+    by_name = {summary.method: summary for summary in summaries if summary.best}
+    baseline = tuned_baseline(summaries)
+    if baseline is None or RECOMMENDED not in by_name:
+        return None
+    goal = goal_of(baseline)
+    found = {name: speedup(by_name[name], goal) for name in SHOWN if name in by_name}
+    split = baseline.reported_split
+    loss = difference(by_name[RECOMMENDED].losses(split), baseline.losses(split))
+    return Comparison(label, study, baseline, found, loss)
+
+
+def claim(comparisons: Sequence[Comparison]) -> str:
+    """Writes in one sentence what the recommended method gains, counted from the comparisons."""
+    means = [comparison.speedups[RECOMMENDED].mean for comparison in comparisons]
+    reached = sorted(mean for mean in means if mean is not None)
+    if not reached:
+        return "No comparison has run yet."
+    missed = len(means) - len(reached)
+    at_least = lambda least: sum(mean >= least for mean in reached)
+    sentence = (
+        f"In {len(means)} comparisons on {len({c.study for c in comparisons})} tasks, PoLoRA "
+        f"started from the gradient reaches the best validation loss of tuned LoRA AdamW in "
+        f"{reached[0]:.1f} to {reached[-1]:.1f} times fewer steps (median "
+        f"{statistics.median(reached):.1f}): at least 1.5 times fewer on {at_least(1.5)}, "
+        f"at least half on {at_least(2.0)}"
+    )
+    if missed:
+        sentence += f"; on {missed} some seeds do not reach it"
+    claimed = [comparison.loss for comparison in comparisons if comparison.loss.claimed]
+    better = sum(found.value < 0 for found in claimed)
+    return (
+        f"{sentence}. Its final loss is lower than AdamW's on {better}, higher on "
+        f"{len(claimed) - better}, and not distinguishable on {len(means) - len(claimed)}."
+    )
+
+
+def headline_table(comparisons: Sequence[Comparison]) -> str:
+    """Writes a row for every comparison, in Markdown."""
+    rows = []
+    for comparison in comparisons:
+        speedups = comparison.speedups
+        shown = [times(speedups[name]) if name in speedups else NOTHING for name in SHOWN]
+        best = comparison.baseline
+        rate = f"{best.best[0].config.learning_rate:g}"
+        loss = f"{spread(best.losses(best.reported_split))} ({best.method}, {rate})"
+        page = f"[{comparison.label}](docs/results/{comparison.study}.md)"
+        rows.append([page, loss, *shown, verdict(comparison.loss)])
+    headings = ["comparison", "AdamW's loss", *SHOWN, f"loss of {RECOMMENDED} – AdamW's"]
+    return markdown(headings, rows)

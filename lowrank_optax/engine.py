@@ -59,7 +59,6 @@ from lowrank_optax._core.arguments import (
     check_integer,
     check_positive,
     is_zero,
-    unpaired_mask,
 )
 from lowrank_optax._core.layouts import PairMatcher
 from lowrank_optax._core.linalg import (
@@ -72,6 +71,7 @@ from lowrank_optax._core.linalg import (
     dots,
     eigh,
     gram,
+    identity,
     inverse_square_root,
     largest,
     long_axis_size,
@@ -108,6 +108,7 @@ __all__ = [
     "eigh",
     "find_nodes",
     "gram",
+    "identity",
     "inverse_root",
     "inverse_square_root",
     "is_zero",
@@ -184,8 +185,8 @@ def lift(
             factors, or declared `Small`.
         learning_rate: $\eta$, positive, or a schedule of the update count; None for a method
             without one, as a chainable `scale_by_...`.
-        weight_decay: $\lambda$ of `Pairs.descend`, decoupled, not negative; None for a method
-            without one.
+        weight_decay: $\lambda$ of `Pairs.descend`, decoupled, not negative, or a schedule of the
+            update count; None for a method without one.
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one; None
             for everything.
         scale: the forward scale s, as alpha / r: a number, a callable from a pair's path, or a tree
@@ -216,14 +217,17 @@ def lift(
     """
     check_positive("learning_rate", learning_rate)
     check("weight_decay", weight_decay, lambda v: v >= 0, "must not be negative")
-    if fallback is None and learning_rate is not None:
-        decay = {"weight_decay": weight_decay, "mask": unpaired_mask(mask)}
-        decay = {} if weight_decay is None else decay
-        fallback = optax.adamw(learning_rate, **decay, **(adamw or {}))
-    rest_tx = optax.with_extra_args_support(fallback or optax.identity())
     small = _small_fields(state_type)
     start = init or functools.partial(_zero_state, state_type, small)
     find = functools.partial(find_nodes, specs=specs, node=node, why_unfit=why_unfit, name=name)
+
+    def rest_tx(found: pairing.Pairing, decayed: Any) -> optax.GradientTransformationExtraArgs:
+        """The transformation of the unpaired leaves, of which those of a mask are decayed."""
+        if fallback is not None or learning_rate is None:
+            return optax.with_extra_args_support(fallback or optax.identity())
+        decay = {"weight_decay": weight_decay, "mask": decayed and found.rest(decayed)}
+        decay = {} if weight_decay is None else decay
+        return optax.adamw(learning_rate, **decay, **(adamw or {}))
 
     def init_fn(params: Any) -> PairwiseState:
         found = find(params)
@@ -233,7 +237,7 @@ def lift(
             count=jnp.zeros([], jnp.int32),
             skipped=jnp.zeros([], jnp.int32),
             pairs=_to_trees(found, lists, small, params),
-            fallback=rest_tx.init(found.rest(params)),
+            fallback=rest_tx(found, found.mask(mask, params)).init(found.rest(params)),
         )
 
     def update_fn(
@@ -248,7 +252,8 @@ def lift(
             raise ValueError(f"{name} needs the parameters: call `update(grads, state, params)`.")
         found = find(params)
         _check_same_tree(updates, found, name)
-        rest, fallback_state = rest_tx.update(
+        decayed = found.mask(mask, params)
+        rest, fallback_state = rest_tx(found, decayed).update(
             found.rest(updates), state.fallback, found.rest(params), **extra_args
         )
         count = optax.safe_increment(state.count)
@@ -262,7 +267,7 @@ def lift(
             rate=learning_rate(state.count) if callable(learning_rate) else learning_rate,
             scales=pairing.scales(found, scale),
             grads=grads,
-            decays=_decays(found, weight_decay, mask, params),
+            decays=_decays(found, weight_decay, decayed, state.count),
             sharded_axes=_sharded_axes(found, params, param_specs),
         )
         moves, new = checked(rule(pairs, grads, values, old), grads, values, old, name)
@@ -363,13 +368,13 @@ def _sharded_axes(found: pairing.Pairing, params: Any, param_specs: Any) -> list
 
 
 def _decays(
-    found: pairing.Pairing, weight_decay: Any, mask: Any, params: Any
+    found: pairing.Pairing, weight_decay: Any, decayed: Any, count: jax.Array
 ) -> list[dict[str, Any]]:
     """Reads the weight decay of every pair's leaves, by role."""
-    mask = mask(params) if callable(mask) else mask
-    decayed = found.by_leaf(True if mask is None else mask, "mask")
+    decay = weight_decay(count) if callable(weight_decay) else weight_decay
+    wanted = found.by_leaf(True if decayed is None else decayed, "mask")
     return [
-        {role: weight_decay if decayed[i] else None for role, i in pair.leaves.items()}
+        {role: decay if wanted[i] else None for role, i in pair.leaves.items()}
         for pair in found.pairs
     ]
 

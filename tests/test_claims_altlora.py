@@ -27,7 +27,7 @@ def factor_gradients(pair, full, scale=1.0):
 
 
 def first_direction(pair, scale=1.0, damping=1e-12, **keywords):
-    tx = altlora(1.0, 0.0, damping, scale=scale, **keywords)
+    tx = altlora(1.0, 0.0, damping=damping, scale=scale, **keywords)
     grads = factor_gradients(pair, FULL_GRADIENT, scale)
     return jax.tree.map(jnp.negative, tx.update(grads, tx.init(pair), pair)[0])
 

@@ -29,7 +29,7 @@ def test_alias_follows_the_equations(name):
         "scale": hp["scale"],
     }
     if "plus" in name:
-        tx = altlora_plus(hp["lr"], hp["b1"], hp["b2"], hp["eps"], **shared)
+        tx = altlora_plus(hp["lr"], hp["b1"], hp["b2"], eps=hp["eps"], **shared)
     else:
         tx = altlora(hp["lr"], hp["b1"], **shared)
     assert_trajectory(run(tx, data, hp["scale"]), data)
@@ -39,7 +39,11 @@ def test_alias_follows_the_equations(name):
 def test_sequential_altlora_equals_the_released_code(start):
     data, hp = load(f"altlora_released_{start}")
     tx = altlora(
-        hp["lr"], float(data["hp_betas"][0]), hp["reg"], order="sequential", scale=hp["scale"]
+        hp["lr"],
+        float(data["hp_betas"][0]),
+        damping=hp["reg"],
+        order="sequential",
+        scale=hp["scale"],
     )
     assert_trajectory(run(tx, data, hp["scale"]), data)
 
@@ -49,7 +53,9 @@ def test_altlora_plus_differs_from_the_released_code_where_documented(start):
     """Without bias correction of v the released first step is 1/sqrt(1 − β2) times longer."""
     data, hp = load(f"altlora_plus_released_{start}")
     b1, b2 = (float(b) for b in data["hp_betas"])
-    tx = altlora_plus(hp["lr"], b1, b2, 1e-12, hp["reg"], order="sequential", scale=hp["scale"])
+    tx = altlora_plus(
+        hp["lr"], b1, b2, eps=1e-12, damping=hp["reg"], order="sequential", scale=hp["scale"]
+    )
     ours = run(tx, data, hp["scale"])
     step, released = ours[1].b.T - data["B"][0], data["B"][1] - data["B"][0]
     np.testing.assert_allclose(np.abs(step), hp["lr"], rtol=1e-6)

@@ -41,13 +41,13 @@ def test_it_is_adamw_with_a_higher_rate_for_b(weight_decay):
     )
     labels = {"q": LoRAPair("slow", "fast"), "bias": "slow"}
     expected = run(optax.partition({"slow": slow, "fast": fast}, labels))
-    ours = run(lora_plus(schedule, 4.0, 0.8, 0.95, 1e-6, weight_decay=weight_decay))
+    ours = run(lora_plus(schedule, 0.8, 0.95, ratio=4.0, eps=1e-6, weight_decay=weight_decay))
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
 
 
 def test_a_ratio_of_one_is_adamw():
-    ours, expected = run(lora_plus(0.02, 1.0)), run(optax.adamw(0.02, weight_decay=0.0))
+    ours, expected = run(lora_plus(0.02, ratio=1.0)), run(optax.adamw(0.02, weight_decay=0.0))
     for x, y in zip(jax.tree.leaves(ours), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-12, atol=1e-14)
 
@@ -55,4 +55,4 @@ def test_a_ratio_of_one_is_adamw():
 @pytest.mark.parametrize("ratio", [0.0, -1.0])
 def test_a_ratio_that_is_not_positive_is_refused(ratio):
     with pytest.raises(ValueError, match="`ratio` must be positive"):
-        lora_plus(0.1, ratio)
+        lora_plus(0.1, ratio=ratio)

@@ -3,9 +3,7 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-import jax
 import numpy as np
-import optax
 
 
 def check(name: str, value: Any, ok: Callable[[Any], bool], remedy: str) -> None:
@@ -87,31 +85,3 @@ def is_zero(value: Any) -> bool:
         (True, False)
     """
     return isinstance(value, int | float) and value == 0
-
-
-def unpaired_mask(mask: Any) -> Any:
-    """Makes a mask of a whole parameter tree serve the leaves that are left to a fallback.
-
-    Args:
-        mask: None, a callable from parameters to booleans, or a (prefix) tree of booleans.
-
-    Returns:
-        What an optax transformation of the unpaired leaves takes as its `mask`.
-
-    Example:
-        >>> import optax
-        >>> rest = {"lora_a": optax.MaskedNode(), "bias": 0.0}
-        >>> unpaired_mask({"lora_a": True, "bias": False})(rest)
-        {'bias': False, 'lora_a': MaskedNode()}
-    """
-    if mask is None or callable(mask):
-        return mask
-
-    def of_rest(rest: Any) -> Any:
-        is_masked = lambda x: isinstance(x, optax.MaskedNode)
-        full = jax.tree.broadcast(mask, rest, is_leaf=is_masked)
-        return jax.tree.map(
-            lambda leaf, m: leaf if is_masked(leaf) else m, rest, full, is_leaf=is_masked
-        )
-
-    return of_rest

@@ -21,6 +21,7 @@ from lowrank_optax._core.linalg import (
     cross,
     dots,
     gram,
+    identity,
     mix,
     orthonormalizer,
     product,
@@ -185,7 +186,7 @@ def orthonormalize(pairs: Verbs, factors: Sequence[LoRAPair]) -> list[LoRAPair]:
     mixed = lambda factors, by: pairs.each(lambda pair, m: both(mix, pair, m), factors, by)
     for _ in range(3):
         factors = mixed(factors, pairs.together(orthonormalizer, grams(factors)))
-    newton_schulz = lambda m: 1.5 * jnp.eye(m.shape[-1], dtype=m.dtype) - 0.5 * m
+    newton_schulz = lambda m: 1.5 * identity(m) - 0.5 * m
     return mixed(factors, jax.tree.map(newton_schulz, grams(factors)))
 
 

@@ -228,7 +228,7 @@ def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
         >>> damped_inverse(jnp.zeros((2, 2)), 0.25).tolist()
         [[4.0, 0.0], [0.0, 4.0]]
     """
-    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    eye = identity(matrix)
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
     floor = 4 * jnp.finfo(matrix.dtype).eps * trace
     root = _inverse_root(matrix + jnp.maximum(jnp.asarray(damping, matrix.dtype), floor) * eye)
@@ -253,7 +253,7 @@ def orthonormalizer(matrix: jax.Array) -> jax.Array:
 
     Source: shifted Cholesky QR, arXiv 1809.11085.
     """
-    eye = jnp.eye(matrix.shape[-1], dtype=matrix.dtype)
+    eye = identity(matrix)
     info = jnp.finfo(matrix.dtype)
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
     root = _inverse_root(matrix + (4 * info.eps * trace + info.tiny) * eye)
@@ -332,6 +332,16 @@ def inverse_square_root(matrix: jax.Array, damping: Any) -> jax.Array:
     return _einsum("...ij,...kj->...ik", vectors / jnp.sqrt(damped)[..., None, :], vectors)
 
 
+def identity(matrix: jax.Array) -> jax.Array:
+    """Returns an identity matrix for each matrix (..., r, r), of its dtype.
+
+    Example:
+        >>> identity(jnp.ones((3, 2, 2))).shape
+        (3, 2, 2)
+    """
+    return jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+
+
 def _one_at_a_time_on_cpu(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
     """Makes a batched decomposition safe where several of them run at once.
 
@@ -356,7 +366,7 @@ def _one_at_a_time_on_cpu(function: Callable[[jax.Array], Any]) -> Callable[[jax
 def _inverse_root(matrix: jax.Array) -> jax.Array:
     """Inverts the Cholesky factor of positive definite matrices (..., r, r)."""
     factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
-    eye = jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
+    eye = identity(matrix)
     return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
 
 

@@ -28,6 +28,7 @@ from lowrank_optax._core.linalg import (
     compute_dtype,
     cross,
     damped_inverse,
+    identity,
     mix,
     other,
     product,
@@ -201,17 +202,17 @@ def half_step(
         return cross(y, weigh(y, x.value, target.weights[y]), x.value)
 
     def regularized(target: Target, gram: jax.Array) -> jax.Array:
-        return gram + (target.ridge + target.damping) * jnp.eye(gram.shape[-1], dtype=gram.dtype)
+        return gram + (target.ridge + target.damping) * identity(gram)
 
     def solve(target: Target, x: Factor, gram: jax.Array, inverse: jax.Array) -> Factor:
         core = target.core if side == "a" else target.core.T
         weighted = weigh(y, x.value, target.weights[y])
-        damping = target.damping * jnp.eye(gram.shape[-1], dtype=gram.dtype)
+        damping = target.damping * identity(gram)
         narrow = product(core, cross(y, target.basis[y][0], weighted))
         narrow -= product(target.start, gram + damping)
         full = [] if target.gradient is None else [target.gradient * c for c in x.coordinates]
         change, *others = (product(m, inverse) for m in (narrow, *full))
-        coordinates = [target.start + change, *others]
+        coordinates = [jnp.broadcast_to(target.start, change.shape) + change, *others]
         return Factor(combine(side, target.basis[side], coordinates), coordinates)
 
     grams = pairs.each(square, targets, fixed)

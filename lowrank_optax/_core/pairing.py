@@ -130,6 +130,25 @@ class Pairing:
             ) from error
         return jax.tree.leaves(full)
 
+    def mask(self, mask: Any, params: Any) -> Any:
+        """Resolves what optax takes as a mask to a tree of one boolean for each leaf.
+
+        Args:
+            mask: None; a callable from the parameters to a (prefix) tree of booleans; or such a
+                tree, which may be a module that can also be called.
+            params: the parameters.
+
+        Returns:
+            The tree, or None.
+        """
+        if mask is None:
+            return None
+        if not self.paths:
+            return params  # optax asks with a placeholder that has no leaves
+        is_function = jax.tree_util.all_leaves([mask]) or isinstance(mask, jax.tree_util.Partial)
+        tree = mask(params) if is_function and callable(mask) else mask
+        return jax.tree.unflatten(self.treedef, self.by_leaf(tree, "mask"))
+
     @property
     def _paired(self) -> list[int]:
         return [index for pair in self.pairs for index in pair.leaves.values()]

@@ -19,6 +19,7 @@ from lowrank_optax._core.linalg import (
     cross,
     damped_inverse,
     gram,
+    identity,
     mix,
     other,
     product,
@@ -123,7 +124,7 @@ def projection_rule(
         grams = pairs.each(lambda pair: both(gram, pair), params)
         inverses, transports = pairs.together(invert_and_transport, grams, state.drift)
         if repeats:  # a momentum follows the other factor only if that moved in the last update
-            follow = lambda y, t: jnp.where(moves[y] == begins, jnp.eye(t.shape[-1]), t)
+            follow = lambda y, t: jnp.where(moves[y] == begins, identity(t), t)
             transports = pairs.each(lambda t: both(follow, t), transports)
         a = move("a", (_of("b", inverses), _of("b", transports)), k, moves["a"])
         b = move("b", (_of("a", inverses), _of("a", transports)), k, moves["b"])

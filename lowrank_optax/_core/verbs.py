@@ -90,7 +90,9 @@ class Verbs:
 
         def counted(branch: Callable[[], Any]) -> Any:
             self.failures = jnp.zeros([], jnp.int32)
-            return branch(), self.failures
+            result = branch()
+            failures, self.failures = self.failures, before  # no tracer may outlive its branch
+            return result, failures
 
         result, failures = jax.lax.switch(
             jnp.int32(index), [functools.partial(counted, branch) for branch in branches]

@@ -36,11 +36,11 @@ class LoRAPlusState(NamedTuple):
 
 def lora_plus(
     learning_rate: optax.ScalarOrSchedule,
-    ratio: Any = 16.0,
     b1: Any = 0.9,
     b2: Any = 0.999,
-    eps: Any = 1e-8,
     *,
+    ratio: Any = 16.0,
+    eps: Any = 1e-8,
     weight_decay: Any = 0.0,
     mask: Any = None,
     fallback: optax.GradientTransformation | None = None,
@@ -55,9 +55,9 @@ def lora_plus(
 
     Args:
         learning_rate: $\eta$, the rate of `a`, positive, or a schedule; of the order of AdamW's.
-        ratio: $\rho$, the rate of `b` over that of `a`, positive.
         b1: decay of the momentum, in [0, 1).
         b2: decay of the second moment, in [0, 1).
+        ratio: $\rho$, the rate of `b` over that of `a`, positive.
         eps: $\epsilon$, added to the root of the second moment.
         weight_decay: $\lambda$, decoupled.
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one.

@@ -98,7 +98,7 @@ def oplora(
             length = pairs.rate / scale**2
             rank, width = pair.a.shape[-1], basis["a"][0].shape[-1]
             eye = jnp.eye(width, dtype=engine.compute_dtype(*basis["a"]))
-            core = eye * jnp.where(jnp.arange(width) < rank, 1, -length * momentum)
+            core = eye * jnp.where(jnp.arange(width) < rank, 1, -length * momentum)[None]
             gradient = -length * (1 - dampening)
             return Target(basis, core, gradient, eye[:, :rank], ridge, damping)
 
@@ -107,7 +107,7 @@ def oplora(
                 return None
             rank, width = pair.a.shape[-1], basis["a"][0].shape[-1]
             eye = jnp.eye(width, dtype=engine.compute_dtype(*basis["a"]))
-            core = eye * jnp.where(jnp.arange(width) < rank, 0, momentum)
+            core = eye * jnp.where(jnp.arange(width) < rank, 0, momentum)[None]
             start, floor = eye[:, rank:], jnp.maximum(ridge, 10 * momentum_damping)
             return Target(basis, core, 1 - dampening, start, floor, momentum_damping)
 

@@ -25,7 +25,7 @@ from lowrank_optax import engine
 from lowrank_optax._core import krylov, shadows
 from lowrank_optax._core.lorsum import Factor, Target, approximate, check_settings, combine, invert
 from lowrank_optax._core.shadows import ShadowedPair
-from lowrank_optax.engine import LoRAPair, both, cross, gram, mix, product, swap
+from lowrank_optax.engine import LoRAPair, both, cross, gram, identity, mix, product, swap
 
 
 class OPLoRAProjState(NamedTuple):
@@ -94,12 +94,12 @@ def oplora_proj(
         def step(pair: ShadowedPair, basis: krylov.Basis, scale: Any) -> Target:
             rank, width = pair.a.shape[-1], basis["a"][0].shape[-1]
             eye = jnp.eye(width, dtype=engine.compute_dtype(*basis["a"]))
-            core = eye * (jnp.arange(width) < rank)
+            core = eye * jnp.where(jnp.arange(width) < rank, 1.0, 0.0)[None]
             return Target(basis, core, -eta / scale**2, eye[:, :rank], ridge, damping)
 
         def regularized(x: LoRAPair) -> LoRAPair:
-            eye = jnp.eye(x.a.shape[-1])
-            return both(lambda side, x: gram(side, x) + (ridge + damping) * eye, x)
+            damped = lambda gram: gram + (ridge + damping) * identity(gram)
+            return both(lambda side, x: damped(gram(side, x)), x)
 
         def carry(mu: LoRAPair, old: LoRAPair, new: LoRAPair, inverse: LoRAPair) -> LoRAPair:
             transport = both(lambda y, o, n, inv: product(cross(y, o, n), inv), old, new, inverse)

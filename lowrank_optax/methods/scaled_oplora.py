@@ -33,8 +33,8 @@ def scaled_oplora(
     learning_rate: optax.ScalarOrSchedule,
     b1: Any = 0.9,
     b2: Any = 0.99,
-    damping: Any = 1e-3,
     *,
+    damping: Any = 1e-3,
     power: Any = 0.5,
     iterations: int = 1,
     lmbd: Any = 1e-2,
@@ -109,7 +109,7 @@ def scaled_oplora(
         def step(pair: ShadowedPair, basis: krylov.Basis, metric: Any, scale: Any) -> Target:
             length = pairs.rate / scale**2
             rank, eye = pair.a.shape[-1], _eye(metric.columns, basis)
-            core = eye * jnp.where(jnp.arange(metric.columns) < rank, 1, -length * b1)
+            core = eye * jnp.where(jnp.arange(metric.columns) < rank, 1, -length * b1)[None]
             start, floor = eye[:, :rank], jnp.maximum(ridge, 1e-5)
             gradient = -length * (1 - b1)
             return Target(basis, core, gradient, start, floor, solver_damping, metric.weights)
@@ -126,7 +126,7 @@ def scaled_oplora(
             averages = {"d_in": metric.averages["a"], "d_out": metric.averages["b"]}
             moves = shadows.updates_to(pair, *factors, **averages)
             return moves._replace(
-                **{kind: settings - old}
+                **{kind: jnp.broadcast_to(settings, old.shape) - old}
             )  # whether the gradient is trusted or not
 
         bases, metrics = pairs.each(krylov.unpack, params, grads)

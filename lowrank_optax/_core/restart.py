@@ -24,7 +24,10 @@ def factors_only(found: Pairing, tree: Any) -> Any:
 
 
 def restart_moments(fresh: Any, state: Any, params: Any, now: jax.Array) -> Any:
-    """Restarts every part of an optax state that holds something shaped like the parameters.
+    """Restarts what an optax state holds in the shape of the parameters.
+
+    A count beside moments, as Adam's, is their age and restarts with them. No other count does: not
+    a schedule's, nor those of a state that holds other states or accumulates gradients.
 
     Args:
         fresh: a state as `init` makes it.
@@ -33,8 +36,7 @@ def restart_moments(fresh: Any, state: Any, params: Any, now: jax.Array) -> Any:
         now: whether to restart, a boolean scalar.
 
     Returns:
-        The state, with the parts that hold moments from `fresh` if `now`; counts that stand apart
-        from moments go on.
+        The state, with the moments from `fresh` if `now`.
 
     Raises:
         TypeError: a part that is no NamedTuple, tuple, list or dictionary.
@@ -46,25 +48,42 @@ def restart_moments(fresh: Any, state: Any, params: Any, now: jax.Array) -> Any:
         >>> restart_moments(tx.init(params), state, params, jnp.array(True))[0].trace["w"].tolist()
         [0.0, 0.0]
     """
-    return _restart(fresh, state, _layout(params), now)
+    return _restart(fresh, state, params, now)
 
 
-def _layout(tree: Any) -> Any:
-    """The structure of a tree, whatever is masked in it."""
-    return jax.tree.structure(tree, is_leaf=lambda x: isinstance(x, optax.MaskedNode))
+def _is_masked(x: Any) -> bool:
+    return isinstance(x, optax.MaskedNode)
 
 
-def _restart(fresh: Any, state: Any, layout: Any, now: jax.Array) -> Any:
+def _is_like(params: Any, tree: Any) -> bool:
+    """Whether a tree has the structure of the parameters, whatever parts are masked in it."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=_is_masked)
+    try:
+        parts = treedef.flatten_up_to(params)
+    except ValueError:
+        return False
+    is_leaf = lambda x: _is_masked(x) or jax.tree_util.all_leaves([x])
+    return all(_is_masked(x) or is_leaf(part) for x, part in zip(leaves, parts, strict=True))
+
+
+def _restart(fresh: Any, state: Any, params: Any, now: jax.Array) -> Any:
+    chosen = lambda new, old: jax.tree.map(lambda n, o: jnp.where(now, n, o), new, old)
     if hasattr(state, "_fields"):
-        if any(_layout(field) == layout for field in state):
-            return jax.tree.map(lambda new, old: jnp.where(now, new, old), fresh, state)
-        parts = (_restart(new, old, layout, now) for new, old in zip(fresh, state, strict=True))
-        return type(state)(*parts)
+        is_moment = [_is_like(params, field) for field in state]
+        is_simple = all(
+            m or jax.tree_util.all_leaves([x]) for m, x in zip(is_moment, state, strict=True)
+        )
+        if any(is_moment) and is_simple and not isinstance(state, optax.ApplyEvery):
+            return chosen(fresh, state)
+        fields = zip(is_moment, fresh, state, strict=True)
+        return type(state)(
+            *(chosen(n, o) if m else _restart(n, o, params, now) for m, n, o in fields)
+        )
     if isinstance(state, tuple | list):
         both = zip(fresh, state, strict=True)
-        return type(state)(_restart(new, old, layout, now) for new, old in both)
+        return type(state)(_restart(new, old, params, now) for new, old in both)
     if isinstance(state, dict):
-        return {name: _restart(fresh[name], old, layout, now) for name, old in state.items()}
+        return {name: _restart(fresh[name], old, params, now) for name, old in state.items()}
     if not jax.tree_util.all_leaves([state]) and state is not None:
         raise TypeError(
             "sds_lora restarts moments at the end of its warm-up and cannot find them in a"

@@ -274,10 +274,11 @@ class Contraction:
         labels, batch, tokens, contracted = self._input_roles(x.ndim)
         order = [labels.index(label) for label in (*batch, *tokens, *contracted)]
         shape = dict(zip(labels, x.shape, strict=True))
-        n_in = math.prod(shape[label] for label in contracted)
-        return jnp.transpose(x, order).reshape(
-            *(shape[label] for label in batch), *_token_shape(shape, batch, tokens), n_in
-        )
+        sizes = lambda labels: [shape[label] for label in labels]
+        # Twice, for on an Explicit mesh a reshape may merge axes in one place only.
+        leading = (*sizes(batch), *_token_shape(shape, batch, tokens))
+        x = jnp.transpose(x, order).reshape(*leading, *sizes(contracted))
+        return x.reshape(*leading, math.prod(sizes(contracted)))
 
     def unflatten_output(
         self, y: jax.Array, x_shape: Sequence[int], kernel_shape: Sequence[int]
@@ -298,6 +299,7 @@ class Contraction:
         shape |= {label: kernel_shape[self.kernel.index(label)] for label in out}
         ordered = (*batch, *tokens, *out)
         target = _expand(self.y, tuple(label for label in labels if label.startswith(_ELLIPSIS)))
+        y = y.reshape(*y.shape[:-1], *(shape[label] for label in out))  # see `flatten_input`
         return jnp.transpose(
             y.reshape([shape[label] for label in ordered]),
             [ordered.index(label) for label in target],

@@ -24,6 +24,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax._core import meshes
 from lowrank_optax._core.layouts import node_of, variables_of
 from lowrank_optax.nn.config import LoRAConfig
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
@@ -190,7 +191,7 @@ def adapter_output(
         deterministic: if True, no dropout.
 
     Returns:
-        The addition, in the shape and dtype of `y`.
+        The addition, in the shape and dtype of `y`, and sharded like it on an Explicit mesh.
 
     Raises:
         ValueError: if the rank exceeds min(in, out) or the variables hold no adapter.
@@ -204,7 +205,7 @@ def adapter_output(
     flat = lora_apply(
         contraction.flatten_input(x), pair, config.scale, config.dtype, config.axis_name
     )
-    return contraction.unflatten_output(flat, inputs.shape, kernel_shape)
+    return meshes.reshard_like(contraction.unflatten_output(flat, inputs.shape, kernel_shape), y)
 
 
 def layer_contraction(

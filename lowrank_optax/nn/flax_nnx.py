@@ -23,7 +23,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from lowrank_optax._core import meshes
 from lowrank_optax._core.layouts import node_of, variables_of
+from lowrank_optax.nn.calls import read_call
 from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.functional import lora_apply
@@ -107,28 +109,26 @@ class LoRALayer(nnx.Module):
         """The factors as a value, a node with what they carry."""
         return node_of(lambda name: getattr(self, name)[...] if hasattr(self, name) else None)
 
-    def __call__(
-        self, inputs: jax.Array, *, einsum_str: str | None = None, out_sharding: Any = None
-    ) -> jax.Array:
+    def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Applies the base layer and its adapter.
 
         Args:
-            inputs: what the base layer takes.
-            einsum_str: overrides the string of an `nnx.Einsum` base; the kernel's axes must keep
-                their roles.
-            out_sharding: passed to the base layer; the adapter's output is brought to it.
+            *args: what the base layer takes, its input first.
+            **kwargs: what the base layer takes by name, such as `out_sharding`. The `einsum_str`
+                of an `nnx.Einsum` must keep the roles of the kernel's axes.
 
         Returns:
             What the base layer returns, in the same dtype. The adapter works in that dtype unless
-            `lora.dtype` says otherwise.
+            `lora.dtype` says otherwise. On an Explicit mesh its output gets the sharding of the
+            base layer's.
 
         Raises:
             ValueError: if `einsum_str` changes the role of a kernel axis.
         """
-        override = {} if einsum_str is None else {"einsum_str": einsum_str}
-        y = self.base(inputs, out_sharding=out_sharding, **override)
+        y = self.base(*args, **kwargs)
         if self.merged:
             return y
+        inputs, einsum_str = read_call(self.base.__call__, args, kwargs)
         contraction = _contraction(self.base, inputs.ndim, einsum_str)
         if contraction.kernel_axes != self.axes:
             raise ValueError(
@@ -149,9 +149,7 @@ class LoRALayer(nnx.Module):
             inputs.shape,
             self.base.kernel.shape,
         )
-        if out_sharding is not None:
-            delta = jax.sharding.reshard(delta, out_sharding)
-        return y + delta
+        return y + meshes.reshard_like(delta, y)
 
 
 class LoRALinear(LoRALayer):

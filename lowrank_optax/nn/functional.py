@@ -109,7 +109,7 @@ def merge_kernel(
         The sum, formed in at least float32 and rounded to the kernel's dtype.
 
     Raises:
-        ValueError: if the factors do not fit the kernel.
+        ValueError: if the factors do not fit the kernel, or its dtype cannot hold the sum.
 
     Example:
         >>> import jax.numpy as jnp
@@ -120,6 +120,33 @@ def merge_kernel(
         Array([[0.5, 0.5],
                [0.5, 0.5]], dtype=bfloat16)
     """
+    if reason := why_not_mergeable(kernel.dtype):
+        raise ValueError(reason)
     delta = axes.from_matrix(lora_delta(pair, scale), kernel.shape)
     wide = jnp.promote_types(kernel.dtype, delta.dtype)
     return (kernel.astype(wide) + delta.astype(wide)).astype(kernel.dtype)
+
+
+def why_not_mergeable(dtype: DTypeLike) -> str:
+    """Says why an update cannot be added to a kernel of this dtype; empty if it can.
+
+    Args:
+        dtype: the kernel's.
+
+    Returns:
+        The reason with the remedy, as a sentence without the kernel's name.
+
+    Example:
+        >>> why_not_mergeable("bfloat16")
+        ''
+        >>> why_not_mergeable("int8")[:40]
+        'a kernel of int8 cannot hold the sum wit'
+    """
+    dtype = jnp.dtype(dtype)
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 16:
+        return ""
+    return (
+        f"a kernel of {dtype} cannot hold the sum with its adapter: rounding to it would lose the"
+        " adapter, and its scales belong to the layer. Dequantize the kernel to bfloat16 or float32"
+        " first, or keep the adapter beside it, unmerged"
+    )

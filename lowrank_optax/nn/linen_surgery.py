@@ -31,6 +31,7 @@ from flax import traverse_util
 from flax.linen.module import InterceptorContext
 
 from lowrank_optax._core.layouts import node_of
+from lowrank_optax.nn.calls import read_call
 from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.flax_linen import (
     COLLECTION,
@@ -89,6 +90,7 @@ def lora_interceptor(
     matcher = TargetMatcher(targets)
     adapters: dict[str, LinenAdapter] = {}
     initialized: set[str] = set()
+    running: list[nn.Module] = []
 
     def intercept(
         call: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext
@@ -99,13 +101,18 @@ def lora_interceptor(
         path = "/".join(module.path)
         if module.is_initializing() and isinstance(module, LinenLayer):
             initialized.add(path)
-        if not matcher(path, module):
+        # A subclass that calls its parent's method is one layer, not two.
+        if any(module is outer for outer in running) or not matcher(path, module):
             return call(*args, **kwargs)
         layer = _require_supported(module, path)
-        y = call(*args, **kwargs)
-        contraction = layer_contraction(layer, *args, **kwargs)
+        running.append(module)
+        try:
+            y = call(*args, **kwargs)
+        finally:
+            running.pop()
+        inputs, einsum_str = read_call(context.orig_method, args, kwargs)
+        contraction = layer_contraction(layer, inputs, einsum_str)
         _record(adapters, path, LinenAdapter(contraction.kernel_axes, config.scale))
-        inputs = args[0] if args else kwargs["inputs"]
         return y + adapter_output(
             layer, config, contraction, inputs, y, deterministic=deterministic
         )
@@ -146,7 +153,8 @@ def lora_adapters(
     ) -> Any:
         module = context.module
         if context.method_name == "__call__" and isinstance(module, LoRAModule):
-            axes = layer_contraction(module, *args, **kwargs).kernel_axes
+            given = read_call(context.orig_method, args, kwargs)
+            axes = layer_contraction(module, *given).kernel_axes
             _record(adapters, "/".join(module.path), LinenAdapter(axes, module.lora.scale))
         return call(*args, **kwargs)
 

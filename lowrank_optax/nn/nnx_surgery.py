@@ -7,7 +7,7 @@ from flax import nnx
 
 from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.flax_nnx import BaseLayer, LoRALayer, require_rngs, require_supported
-from lowrank_optax.nn.functional import merge_kernel
+from lowrank_optax.nn.functional import merge_kernel, why_not_mergeable
 from lowrank_optax.nn.targets import TargetMatcher, Targets
 
 
@@ -97,8 +97,8 @@ def merge_lora(model: nnx.Module) -> list[str]:
         The paths of the layers merged by this call, sorted.
 
     Raises:
-        ValueError: if there is no LoRA layer, or a kernel is shared with another layer, which would
-            change too.
+        ValueError: if there is no LoRA layer; a kernel is shared with another layer, which would
+            change too; or a kernel's dtype cannot hold the sum, as int8. Nothing is merged then.
 
     Example:
         >>> from flax import nnx
@@ -109,6 +109,9 @@ def merge_lora(model: nnx.Module) -> list[str]:
     """
     layers = {path: layer for path, layer in lora_layers(model).items() if not layer.merged}
     _refuse_shared_kernels(model, layers)
+    for path, layer in layers.items():
+        if reason := why_not_mergeable(layer.base.kernel[...].dtype):
+            raise ValueError(f"{path or 'the layer'}: {reason}")
     for layer in layers.values():
         _add_to_kernel(layer, 1)
     return sorted(layers)

@@ -27,7 +27,7 @@ from lowrank_optax._core.pairing import find_pairs, scales
 from lowrank_optax._core.sketch import Triplets, leading_triplets
 from lowrank_optax.nn.config import Frames, LoRAConfig
 from lowrank_optax.nn.flax_nnx import LoRALayer
-from lowrank_optax.nn.functional import merge_kernel
+from lowrank_optax.nn.functional import merge_kernel, why_not_mergeable
 from lowrank_optax.nn.nnx_surgery import lora_layers, replace_lora
 
 _BLOCKS = {"lora_one": 1, "lora_ga": 2, "frames": 1}
@@ -252,7 +252,7 @@ def _require_startable(path: str, layer: LoRALayer, method: str, keep_function: 
     if layer.merged:
         raise ValueError(f"{path}: is merged; call unmerge_lora first")
     kernel = layer.base.kernel[...]
-    if keep_function and not jnp.issubdtype(kernel.dtype, jnp.floating):
+    if keep_function and why_not_mergeable(kernel.dtype):
         raise ValueError(
             f"{path}: its kernel of {kernel.dtype} cannot be corrected for the start; give"
             " keep_function=False"

@@ -4,9 +4,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from lowrank_optax import LoRAPair
-from lowrank_optax.nn import KernelAxes, lora_apply, lora_delta
+from lowrank_optax.nn import (
+    KernelAxes,
+    LinenAdapter,
+    LoRAConfig,
+    add_lora,
+    lora_apply,
+    lora_delta,
+    merge_lora,
+    merge_lora_variables,
+    unload_lora,
+)
 from lowrank_optax.nn.functional import merge_kernel
 
 
@@ -107,3 +118,56 @@ def test_merge_kernel_sums_in_float32_and_keeps_the_kernel_dtype():
 def test_apply_is_the_same_under_jit():
     pair, x = random_pair(), normal((2, 7))
     np.testing.assert_allclose(jax.jit(lora_apply)(x, pair, 2.0), lora_apply(x, pair, 2.0))
+
+
+NOT_MERGEABLE = [jnp.int8, jnp.uint8, jnp.int4, jnp.int32, jnp.bool_, jnp.float8_e4m3fn]
+
+
+@pytest.mark.parametrize("dtype", NOT_MERGEABLE, ids=lambda dtype: jnp.dtype(dtype).name)
+def test_a_kernel_that_cannot_hold_the_sum_is_refused(dtype):
+    pair = LoRAPair(jnp.full((3, 1), 0.6), jnp.ones((1, 4)))
+    with pytest.raises(ValueError, match="cannot hold the sum with its adapter.*Dequantize"):
+        merge_kernel(jnp.ones((3, 4), dtype), pair, 1.0, KernelAxes.in_order(0, 1, 1))
+
+
+def quantized(rngs):
+    """A weight-only int8 layer: its kernel times a scale for each output."""
+
+    class Int8Linear(nnx.Linear):
+        def __init__(self, n_in, n_out, *, rngs):
+            super().__init__(n_in, n_out, use_bias=False, rngs=rngs)
+            kernel = self.kernel[...]
+            scale = jnp.abs(kernel).max(0) / 127
+            self.kernel = nnx.Param(jnp.round(kernel / scale).astype(jnp.int8))
+            self.scale = nnx.Param(scale)
+
+        def __call__(self, x):
+            return x @ (self.kernel[...] * self.scale[...])
+
+    return Int8Linear(8, 6, rngs=rngs)
+
+
+def test_merging_into_a_quantized_model_names_the_layer_and_changes_nothing():
+    rngs = nnx.Rngs(0)
+    model = nnx.Dict(first=nnx.Linear(8, 8, rngs=rngs), last=quantized(rngs))
+    config = LoRAConfig(2, b_init=nnx.initializers.ones)
+    add_lora(model, "first|last", config, rngs=rngs)
+    kernel = model["first"].base.kernel[...]
+    x = jnp.ones((1, 8))
+    y = model["last"](x)
+    for merge in (merge_lora, unload_lora):
+        with pytest.raises(ValueError, match="^last: a kernel of int8"):
+            merge(model)
+    np.testing.assert_array_equal(model["first"].base.kernel[...], kernel)
+    assert not model["first"].merged
+    np.testing.assert_array_equal(model["last"](x), y)
+
+
+def test_merging_linen_variables_names_the_layer():
+    variables = {
+        "params": {"q": {"kernel": jnp.ones((3, 4), jnp.int8)}},
+        "lora": {"q": {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 4))}},
+    }
+    adapters = {"q": LinenAdapter(KernelAxes.in_order(0, 1, 1), 1.0)}
+    with pytest.raises(ValueError, match="^q: a kernel of int8"):
+        merge_lora_variables(variables, adapters)

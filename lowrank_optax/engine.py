@@ -45,7 +45,7 @@ Example:
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Annotated, Any, NamedTuple, get_type_hints
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,6 +58,7 @@ from lowrank_optax._core.arguments import (
     check_decay,
     check_integer,
     check_positive,
+    check_schedule,
     is_zero,
 )
 from lowrank_optax._core.layouts import PairMatcher
@@ -83,6 +84,8 @@ from lowrank_optax._core.linalg import (
 )
 from lowrank_optax._core.nodes import LoRAPair, both, join, only, register_node, swap
 from lowrank_optax._core.roots import inverse_root, pseudo_inverse_root, spectral_norm
+from lowrank_optax._core.scales import scales
+from lowrank_optax._core.states import PairwiseState, Small, StateForm
 from lowrank_optax._core.verbs import Pairs, checked
 
 __all__ = [
@@ -101,6 +104,7 @@ __all__ = [
     "check_decay",
     "check_integer",
     "check_positive",
+    "check_schedule",
     "compute_dtype",
     "cross",
     "damped_inverse",
@@ -128,10 +132,8 @@ __all__ = [
     "weigh",
 ]
 
-_SMALL = "not shaped like the factors"
-
-Small = Annotated[Any, _SMALL]
-"""Annotates a field of a state that is not shaped like the factors, such as r×r matrices."""
+WITHOUT_RATE = object()
+"""The learning rate of a method that has none."""
 
 Rule = Callable[[Pairs, list[Any], list[Any], Any], tuple[list[Any], Any]]
 """`(pairs, grads, params, state) → (updates, state)`, lists and a state of lists."""
@@ -141,36 +143,18 @@ class NoState(NamedTuple):
     """The state of a method that keeps nothing, or keeps all in auxiliary leaves of pairs."""
 
 
-class PairwiseState(NamedTuple):
-    """State of a lifted method.
-
-    Args:
-        count: updates done, int32 scalar.
-        skipped: how often small algebra failed and its result was taken as zero; int32 scalar,
-            summed over pairs.
-        pairs: the method's own state, a NamedTuple. Each field is a tree shaped like the parameters
-            with `MaskedNode` in place of unpaired leaves, or, if declared `Small`, a list with one
-            entry a pair (without pairs, an empty array).
-        fallback: state of the transformation of the unpaired leaves.
-    """
-
-    count: jax.Array  # type: ignore[assignment]
-    skipped: jax.Array
-    pairs: Any
-    fallback: optax.OptState
-
-
 def lift(
     rule: Rule,
     state_type: Any,
     *,
-    learning_rate: optax.ScalarOrSchedule | None = None,
+    learning_rate: Any = WITHOUT_RATE,
     weight_decay: Any = None,
     mask: Any = None,
     scale: Any = 1.0,
     fallback: optax.GradientTransformation | None = None,
     adamw: Mapping[str, Any] | None = None,
     specs: Sequence[PairMatcher] | None = None,
+    allow_no_pairs: bool = False,
     init: Callable[[Any], Any] | None = None,
     node: Any = LoRAPair,
     why_unfit: Callable[[Any], str] = lambda pair: "",
@@ -183,7 +167,7 @@ def lift(
             pair. It returns updates as nodes of the parameters' kind; None is no update.
         state_type: the method's NamedTuple, defined at module level. A field is shaped like the
             factors, or declared `Small`.
-        learning_rate: $\eta$, positive, or a schedule of the update count; None for a method
+        learning_rate: $\eta$, positive, or a schedule of the update count. Left out by a method
             without one, as a chainable `scale_by_...`.
         weight_decay: $\lambda$ of `Pairs.descend`, decoupled, not negative, or a schedule of the
             update count; None for a method without one.
@@ -196,6 +180,7 @@ def lift(
             decay); nothing is done to them without a learning rate.
         adamw: further arguments of that AdamW, such as `b1`.
         specs: layouts of the pairs, see `find_pairs`.
+        allow_no_pairs: whether parameters without any pair are taken, and left to the fallback.
         init: the `state_type` of one pair at the start, from the pair. By default zeros, shaped
             like the factors or, where `Small`, r×r for each side; in float32 or better.
         node: the kind of pair that the rule understands. Fields with a default may be absent.
@@ -207,23 +192,25 @@ def lift(
         `shard_map`, `update` takes `param_specs`, a `PartitionSpec` for each parameter.
 
     Raises:
-        ValueError: a learning rate or decay out of range; in `init` or `update`, pairs that do not
-            fit (see `find_pairs`), missing `params`, trees that do not match, or a rule that
-            returns another structure.
-        TypeError: a rule that is a generator.
+        ValueError: a learning rate or decay out of range; in `init`, no pairs; in `init` or
+            `update`, pairs that do not fit (see `find_pairs`), missing `params`, trees that do not
+            match, or a rule that returns another structure.
+        TypeError: a rule that is a generator; the state of another method.
 
     Example:
         See the module, `lowrank_optax.engine`.
     """
-    check_positive("learning_rate", learning_rate)
-    check("weight_decay", weight_decay, lambda v: v >= 0, "must not be negative")
-    small = _small_fields(state_type)
-    start = init or functools.partial(_zero_state, state_type, small)
+    if learning_rate is not WITHOUT_RATE:
+        check_schedule("learning_rate", learning_rate, lambda v: v > 0, "must be positive")
+    if weight_decay is not None:
+        check_schedule("weight_decay", weight_decay, lambda v: v >= 0, "must not be negative")
+    form = StateForm(state_type, name)
+    start = init or form.zero
     find = functools.partial(find_nodes, specs=specs, node=node, why_unfit=why_unfit, name=name)
 
     def rest_tx(found: pairing.Pairing, decayed: Any) -> optax.GradientTransformationExtraArgs:
         """The transformation of the unpaired leaves, of which those of a mask are decayed."""
-        if fallback is not None or learning_rate is None:
+        if fallback is not None or learning_rate is WITHOUT_RATE:
             return optax.with_extra_args_support(fallback or optax.identity())
         decay = {"weight_decay": weight_decay, "mask": decayed and found.rest(decayed)}
         decay = {} if weight_decay is None else decay
@@ -231,12 +218,13 @@ def lift(
 
     def init_fn(params: Any) -> PairwiseState:
         found = find(params)
-        states = [start(pair) for pair in found.take(params, node)]
-        lists = state_type(*([getattr(s, f) for s in states] for f in state_type._fields))
+        if not (found.pairs or allow_no_pairs):
+            _require_no_leaves(params, found, name)
+        lists = form.gather([start(pair) for pair in found.take(params, node)])
         return PairwiseState(
             count=jnp.zeros([], jnp.int32),
             skipped=jnp.zeros([], jnp.int32),
-            pairs=_to_trees(found, lists, small, params),
+            pairs=form.to_trees(found, lists, params),
             fallback=rest_tx(found, found.mask(mask, params)).init(found.rest(params)),
         )
 
@@ -252,6 +240,7 @@ def lift(
             raise ValueError(f"{name} needs the parameters: call `update(grads, state, params)`.")
         found = find(params)
         _check_same_tree(updates, found, name)
+        form.require_own(state)
         decayed = found.mask(mask, params)
         rest, fallback_state = rest_tx(found, decayed).update(
             found.rest(updates), state.fallback, found.rest(params), **extra_args
@@ -261,11 +250,11 @@ def lift(
             return rest, state._replace(count=count, fallback=fallback_state)
 
         grads, values = found.take(updates, node), found.take(params, node)
-        old = _to_lists(found, state.pairs, small)
+        old = form.to_lists(found, state.pairs, params)
         pairs = Pairs(
             count=state.count,
-            rate=learning_rate(state.count) if callable(learning_rate) else learning_rate,
-            scales=pairing.scales(found, scale),
+            rate=_rate(learning_rate, state.count),
+            scales=scales(found, scale),
             grads=grads,
             decays=_decays(found, weight_decay, decayed, state.count),
             sharded_axes=_sharded_axes(found, params, param_specs),
@@ -274,7 +263,7 @@ def lift(
         new_state = PairwiseState(
             count=count,
             skipped=state.skipped + pairs.failures,
-            pairs=_to_trees(found, new, small, params),
+            pairs=form.to_trees(found, new, params),
             fallback=fallback_state,
         )
         return found.merge(found.put(moves, updates), rest), new_state
@@ -318,8 +307,7 @@ def find_nodes(
         if not needed <= set(pair.leaves) <= set(node._fields):
             raise ValueError(
                 f"{pair.path}: {name} works on {node.__name__}, but this is a"
-                f" {pair.kind.__name__}. Use the optimizer made for it, or add or remove what the"
-                " pair has beside its factors."
+                f" {pair.kind.__name__}. Use the optimizer made for it, or {node.made_by()}."
             )
     for pair, value in zip(found.pairs, found.take(params, node), strict=True):
         if reason := why_unfit(value):
@@ -327,38 +315,28 @@ def find_nodes(
     return found
 
 
-def _small_fields(state_type: Any) -> set[str]:
-    hints = get_type_hints(state_type, include_extras=True)
-    return {name for name, hint in hints.items() if hint is Small}
+def _require_no_leaves(params: Any, found: pairing.Pairing, name: str) -> None:
+    """Raises where there are no pairs, but there should be.
 
-
-def _zero_state(state_type: Any, small: set[str], pair: Any) -> Any:
-    like_factor = lambda side, x: jnp.zeros_like(x, dtype=compute_dtype(x))
-    like_gram = lambda side, x: jnp.zeros_like(gram(side, x))
-    return state_type(
-        *(both(like_gram if f in small else like_factor, pair) for f in state_type._fields)
-    )
-
-
-def _to_trees(found: pairing.Pairing, lists: Any, small: set[str], like: Any) -> Any:
-    """Turns a state of lists into one whose fields are trees shaped like the parameters.
-
-    Small fields stay lists, for they must not be taken for parameters. Without pairs such a field
-    is a leaf, which stands for the list where `optax.tree.map_params` asks.
+    optax itself calls `init` with placeholders and with trees in which everything is masked.
     """
-
-    def field(name: str, values: list[Any]) -> Any:
-        return (values or jnp.zeros([0])) if name in small else found.put(values, like)
-
-    return type(lists)(*(field(name, values) for name, values in lists._asdict().items()))
-
-
-def _to_lists(found: pairing.Pairing, trees: Any, small: set[str]) -> Any:
-    """Undoes `_to_trees`."""
-    fields = trees._asdict().items()
-    return type(trees)(
-        *(tree if name in small else found.take(tree, LoRAPair) for name, tree in fields)
+    remedy = (
+        "Call `nn.add_lora` before you make the optimizer, or declare the layout of the factors"
+        " with `specs`; `allow_no_pairs=True` leaves everything to the fallback."
     )
+    if found.paths:
+        shown = ", ".join(path or "the parameter" for path in found.paths[:4])
+        more = f" and {len(found.paths) - 4} more" if len(found.paths) > 4 else ""
+        raise ValueError(f"{name} finds no LoRA pairs among {shown}{more}. {remedy}")
+    is_masked = lambda x: isinstance(x, optax.MaskedNode)
+    if isinstance(params, Mapping | list) and not jax.tree.leaves(params, is_leaf=is_masked):
+        raise ValueError(f"{name} is given no parameters at all. {remedy}")
+
+
+def _rate(learning_rate: Any, count: jax.Array) -> Any:
+    if learning_rate is WITHOUT_RATE:
+        return None
+    return learning_rate(count) if callable(learning_rate) else learning_rate
 
 
 def _sharded_axes(found: pairing.Pairing, params: Any, param_specs: Any) -> list[Any]:

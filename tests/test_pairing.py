@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 from lowrank_optax import DEFAULT_SPECS, LoRAPair, Member, PairSpec, altlora, find_pairs
-from lowrank_optax._core import pairing
+from lowrank_optax._core.scales import scales
 
 A, B = jnp.arange(12.0).reshape(6, 2), jnp.arange(8.0).reshape(2, 4)
 
@@ -162,18 +162,18 @@ TWO = {"x": LoRAPair(A, B), "y": LoRAPair(A, B)}
     ],
 )
 def test_scales_by_path_by_name_and_by_tree(scale):
-    assert pairing.scales(find_pairs(TWO), scale) == [2.0, 3.0]
-    assert pairing.scales(find_pairs(TWO), 4.0) == [4.0, 4.0]
+    assert scales(find_pairs(TWO), scale) == [2.0, 3.0]
+    assert scales(find_pairs(TWO), 4.0) == [4.0, 4.0]
 
 
 @pytest.mark.parametrize(
     ("scale", "message"),
     [
-        ({"x": 2.0}, "`scale` does not fit the parameter tree"),
+        ({"x": 2.0}, "`scale` has no number for 'y'; it names 'x'"),
         ({"x": LoRAPair(2.0, 3.0), "y": 1.0}, "x: `scale` differs between its two factors"),
         (-1.0, "x: `scale` must be positive, got -1.0"),
     ],
 )
 def test_scales_that_do_not_fit(scale, message):
     with pytest.raises(ValueError, match=message):
-        pairing.scales(find_pairs(TWO), scale)
+        scales(find_pairs(TWO), scale)

@@ -96,6 +96,58 @@ def test_kernels_with_many_axes_give_their_pairs_the_sharding_of_the_major_one()
     assert recipe("q/kernel", (3, 8, 4, 2), mesh) == P(None, None, "data", None)
 
 
+def by_heads(recipe, number=4, size=2):
+    """As an attention layer has them whose model dimension is heads · head_dim."""
+    return sharding.heads(recipe, {"q": (number, size)}, {"o": (number, size)})
+
+
+@pytest.mark.parametrize(
+    ("recipe", "q", "o"),
+    [
+        (sharding.data_parallel(), (None, None), (None, None)),
+        (sharding.fsdp(min_size=0), ("data", None), ("data", None)),
+        (sharding.tensor_parallel(["q"], ["o"]), (None, "model"), ("model", None)),
+        (
+            sharding.fsdp(within=sharding.tensor_parallel(["q"], ["o"]), min_size=0),
+            ("data", "model"),
+            ("model", "data"),
+        ),
+    ],
+)
+def test_attention_kernels_and_their_pairs_are_sharded_by_heads(recipe, q, o):
+    tree = {
+        "q": {"kernel": jnp.ones((8, 4, 2)), "bias": jnp.ones((4, 2)), "pair": make_pair(8, 8)},
+        "o": {"kernel": jnp.ones((4, 2, 8)), "bias": jnp.ones(8), "pair": make_pair(8, 8)},
+        "stacked_q": {"kernel": jnp.ones((4, 8, 4, 2)), "pair": make_pair(8, 8, (4,))},
+        "stacked_o": {"kernel": jnp.ones((4, 4, 2, 8)), "pair": make_pair(8, 8, (4,))},
+    }
+    pair = lambda i, o, *layers: LoRAPair(P(*layers, i, None), P(*layers, None, o))
+    assert lying(by_heads(recipe), tree) == {
+        "q": {"kernel": P(*q, None), "bias": bias_of(q), "pair": pair(*q)},
+        "o": {"kernel": P(o[0], None, o[1]), "bias": P(), "pair": pair(*o)},
+        "stacked_q": {"kernel": P(None, *q, None), "pair": pair(*q, None)},
+        "stacked_o": {"kernel": P(None, o[0], None, o[1]), "pair": pair(*o, None)},
+    }
+
+
+def bias_of(kernel):
+    return P(kernel[1], None)
+
+
+def test_fsdp_takes_another_axis_where_the_mesh_does_not_divide_the_heads():
+    """Though it divides heads · head_dim, the axis that a pair has."""
+    mesh, recipe = make_mesh(), by_heads(sharding.fsdp(min_size=0), 2, 4)
+    assert recipe("o", (2, 4, 8), mesh) == P(None, None, "data")
+    assert recipe("o", (8, 8), mesh) == P(None, "data")
+    assert recipe("q", (2, 8), mesh) == P(None, None)  # neither
+
+
+def test_heads_of_one():
+    recipe = by_heads(sharding.tensor_parallel(["q"]), 1, 8)
+    assert recipe("q", (8, 1, 8), make_mesh()) == P(None, "model", None)
+    assert recipe("q", (8, 8), make_mesh()) == P(None, "model")  # a pair, not a bias of (8, 8)
+
+
 # Specs of pairs, in every layout
 
 
@@ -334,10 +386,53 @@ def test_kernels_that_pairs_do_not_belong_to():
         recipe("q", (8, 8), mesh)
 
 
+def test_heads_that_a_kernel_does_not_have():
+    recipe = by_heads(sharding.tensor_parallel(["q"], ["o"]))
+    with refused(r"q/kernel: a shape of \(8, 2, 4\) has no 4 heads of 2 at its out axis; correct"):
+        recipe("q/kernel", (8, 2, 4), make_mesh())
+    with refused(r"o/kernel: a shape of \(8, 2, 4\) has no 4 heads of 2 at its in axis; correct"):
+        recipe("o/kernel", (8, 2, 4), make_mesh())
+    with refused(r"o/q: fits 'q' and 'o' of `heads`; make one more specific"):
+        recipe("o/q", (8, 8), make_mesh())
+    with refused(r"q/kernel: 4 devices along 'data' do not divide an axis of 2"):
+        tree = {"q": {"kernel": jnp.ones((8, 2, 4))}}
+        lying(by_heads(sharding.tensor_parallel(["q"], axis="data"), 2, 4), tree)
+
+
 def test_a_step_without_a_batch():
     step, params, state, *_ = make_step()
     with refused(r"needs a batch: call `step\(params, state, batch\)`"):
         step(params, state)
+
+
+# The mesh that `jax.make_mesh` makes if nothing else is said
+
+
+@pytest.mark.parametrize("metric", [None, Metric(), Metric("shampoo")])
+@pytest.mark.parametrize("iterations", [0, 1, 2])
+@pytest.mark.parametrize("spec", [P("model", None), P(None, "model")])
+def test_shadows_on_the_default_mesh(spec, iterations, metric):
+    """Ones throughout: y = 8 · 2 in each of 4 × 6 places, and each gradient is a number of them."""
+    mesh = jax.make_mesh((2,), ("model",), devices=jax.devices()[:2])
+    node = shadow(make_pair(8, 6), KEY, iterations=iterations, metric=metric)
+    x = jnp.ones((4, 8))
+    loss = lambda node: nn.lora_apply(x, node).sum()
+    alone, expected = jax.value_and_grad(loss)(node)
+    with jax.set_mesh(mesh):
+        node = sharding.shard_model(node, mesh, lambda *_: spec)
+        value = loss(node)
+        if metric is not None and metric.kind == "shampoo" and spec[1]:
+            with refused("take K-FAC's metric"):
+                jax.grad(loss)(node)
+            return
+        grads = jax.grad(loss)(node)
+    assert value == alone == 4 * 6 * 16
+    assert grads.a.sum() == expected.a.sum() == 8 * 2 * 4 * 6
+    assert jax.tree.map(jax.typeof, grads) == jax.tree.map(jax.typeof, node)
+    for name, one, many in zip(node._fields, expected, grads, strict=True):
+        if one is not None:
+            size = 1e-5 * np.abs(one).max()  # float32, of sums of at most 8 numbers
+            np.testing.assert_allclose(many, one, rtol=0, atol=size, err_msg=name)
 
 
 # Methods that cannot run under a setting

@@ -3,11 +3,14 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
+import jax
 import numpy as np
+
+NUMBERS = int | float | np.number | np.ndarray | jax.Array
 
 
 def check(name: str, value: Any, ok: Callable[[Any], bool], remedy: str) -> None:
-    """Raises unless a plain number passes; traced values and schedules cannot be checked.
+    """Raises unless a value is a number and passes; whether a traced one does cannot be known.
 
     Args:
         name: the argument's name.
@@ -16,13 +19,39 @@ def check(name: str, value: Any, ok: Callable[[Any], bool], remedy: str) -> None
         remedy: what the value must be, as the end of a sentence.
 
     Raises:
+        TypeError: it is no number.
         ValueError: the condition fails.
 
     Example:
         >>> check("damping", 1e-6, lambda v: v > 0, "must be positive")
     """
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
+        raise TypeError(f"`{name}` must be a number, got {value!r}.")
     if isinstance(value, int | float | np.number) and not ok(value):
         raise ValueError(f"`{name}` {remedy}, got {value}.")
+
+
+def check_schedule(name: str, value: Any, ok: Callable[[Any], bool], remedy: str) -> None:
+    """Raises unless a value is a schedule, or a number that passes.
+
+    Args:
+        name: as in `check`.
+        value: its value; what a schedule gives cannot be checked.
+        ok: as in `check`.
+        remedy: as in `check`.
+
+    Raises:
+        TypeError: it is neither.
+        ValueError: the condition fails.
+
+    Example:
+        >>> check_schedule("learning_rate", lambda count: 0.1, lambda v: v > 0, "must be positive")
+    """
+    if callable(value):
+        return
+    if isinstance(value, bool) or not isinstance(value, NUMBERS):
+        raise TypeError(f"`{name}` must be a number or a schedule, got {value!r}.")
+    check(name, value, ok, remedy)
 
 
 def check_integer(name: str, value: Any, least: int) -> None:

@@ -71,6 +71,14 @@ class FramedPair(NamedTuple):
         """Returns which axes of the frames are sharded like the kernel's."""
         return {"f_in": ("in", -2), "f_out": ("out", -1)}
 
+    @staticmethod
+    def made_by() -> str:
+        """Returns how to get this kind of pair."""
+        return (
+            "give the pair frames: `nn.LoRAConfig(..., extra=nn.Frames())` in `nn.add_lora` or the"
+            " Linen modules, `lowrank_optax.frame(pair)` in a plain tree"
+        )
+
     def apply(self, x: jax.Array, scale: Any, axis_name: AxisName = None) -> jax.Array:
         """Applies the pair; gradients reach `a` and `b` through the frames alone."""
         constant = jax.lax.stop_gradient(self)

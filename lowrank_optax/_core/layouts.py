@@ -6,7 +6,7 @@ pairs, `a` of shape (..., in, r) and `b` of shape (..., r, out), where leading a
 
 import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -116,6 +116,13 @@ DEFAULT_SPECS: tuple[PairMatcher, ...] = (
     PairSpec("lora_A", "lora_B", **_PEFT_AXES),  # Hugging Face PEFT and its ports
     PairSpec("lora_A/weight", "lora_B/weight", **_PEFT_AXES),
     PairSpec("lora_A/*/weight", "lora_B/*/weight", **_PEFT_AXES),
+    PairSpec("lora_embedding_A", "lora_embedding_B", **_PEFT_AXES),
+    PairSpec("lora_embedding_A/*", "lora_embedding_B/*", **_PEFT_AXES),
+    PairSpec("lora_down/weight", "lora_up/weight", **_PEFT_AXES),  # kohya's and its ports
+    PairSpec("lora_down/kernel", "lora_up/kernel"),
+    PairSpec("lora/a", "lora/b"),  # gemma, where each has two axes
+    PairSpec("lora_kernel_a", "lora_kernel_b"),  # Keras
+    PairSpec("lora_embeddings_a", "lora_embeddings_b"),
 )
 """Layouts that are found without being declared."""
 
@@ -189,18 +196,28 @@ def path_name(path: Sequence[Any]) -> str:
     """
     if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
         path = path[:-1]
-    names = []
+    names: list[Any] = []
     for key in path:
         match key:
             case jax.tree_util.DictKey() | jax.tree_util.FlattenedIndexKey():
-                names.append(str(key.key).replace(".", "/"))
+                names.append(key.key)
             case jax.tree_util.SequenceKey():
-                names.append(str(key.idx))
+                names.append(key.idx)
             case jax.tree_util.GetAttrKey():
                 names.append(key.name)
             case _:
                 names.append(str(key).strip("."))
-    return "/".join(names)
+    return join_keys(names)
+
+
+def join_keys(keys: Iterable[Any]) -> str:
+    """Joins the keys of a path as every name of a pair is written.
+
+    Example:
+        >>> join_keys(["layers", 0, "q.proj"])
+        'layers/0/q/proj'
+    """
+    return "/".join(str(key).replace(".", "/") for key in keys)
 
 
 def canonical_order(path: str, ndim: int, rows: Axes, columns: Axes) -> Axes:

@@ -35,6 +35,7 @@ def register_node(cls: type[_Node]) -> type[_Node]:
     - `apply(x, scale, axis_name=None)`: the adapter's output for an input (..., in), in at least
       float32. `axis_name` is what `nn.lora_apply` was given.
     - `plain()`: the `LoRAPair` with the same product, for merging and export.
+    - `made_by()`, a static method: how a user gets such a pair, as the end of a sentence.
 
     Args:
         cls: the class.
@@ -69,7 +70,7 @@ def register_node(cls: type[_Node]) -> type[_Node]:
         )
     if cls in _KINDS:
         raise ValueError(f"{cls.__name__} is registered already; register each kind of pair once.")
-    for name in ("long_axes", "apply", "plain"):
+    for name in ("long_axes", "apply", "plain", "made_by"):
         if not hasattr(cls, name):
             setattr(cls, name, vars(LoRAPair)[name])
     _KINDS.append(cls)
@@ -105,6 +106,11 @@ class LoRAPair(NamedTuple):
     def long_axes() -> LongAxes:
         """Returns nothing: there is no leaf beside the factors."""
         return {}
+
+    @staticmethod
+    def made_by() -> str:
+        """Returns how to get this kind of pair."""
+        return "leave out what the pair has beside its factors"
 
     def apply(self, x: jax.Array, scale: Any, axis_name: AxisName = None) -> jax.Array:
         """Computes `s (x a) b`; see `register_node`."""

@@ -13,6 +13,7 @@ from lowrank_optax._core import layouts, meshes
 from lowrank_optax._core.layouts import DEFAULT_SPECS, Member, PairMatcher, PairSpec, path_name
 from lowrank_optax._core.linalg import SIDES
 from lowrank_optax._core.nodes import is_node, kind_with
+from lowrank_optax._core.suspects import near_misses
 
 
 @dataclass(frozen=True)
@@ -164,12 +165,13 @@ def find_pairs(tree: Any, specs: Sequence[PairMatcher] | None = None) -> Pairing
             the path to a `Member` or None. `DEFAULT_SPECS` by default.
 
     Returns:
-        The pairing, with pairs in the order of the tree. It may hold no pairs at all.
+        The pairing, with pairs in the order of the tree. It may hold no pairs at all. A warning
+        names leaves that look like factors and are in no pair.
 
     Raises:
         ValueError: half a pair, shapes that do not multiply, a rank above min(in, out), batch axes
             that differ. The message names the path and the remedy.
-        TypeError: a factor that is not floating.
+        TypeError: a factor that is not floating; specs that are none.
 
     Example:
         >>> import jax.numpy as jnp
@@ -178,7 +180,7 @@ def find_pairs(tree: Any, specs: Sequence[PairMatcher] | None = None) -> Pairing
         >>> [pair.path for pair in find_pairs(tree).pairs]
         ['q']
     """
-    specs = DEFAULT_SPECS if specs is None else specs
+    specs = _checked_specs(specs)
     flat, treedef = jax.tree_util.tree_flatten_with_path(tree)
     paths = tuple(path_name(path) for path, _ in flat)
     leaves = [leaf for _, leaf in flat]
@@ -204,56 +206,21 @@ def find_pairs(tree: Any, specs: Sequence[PairMatcher] | None = None) -> Pairing
         _check_whole(pair, paths)
         _check_types(pair, paths, leaves)
         _check_shapes(pair, paths, leaves)
-    if not pairs and (suspects := [path for path in paths if "lora" in path.lower()]):
-        warnings.warn(
-            f"No LoRA pairs found, but some leaves look like factors: {', '.join(suspects[:4])}."
-            " Declare their layout with a PairSpec (argument `specs`).",
-            stacklevel=2,
-        )
+    paired = {index: pair for pair in pairs for index in pair.leaves.values()}
+    if message := near_misses(paths, leaves, paired):
+        warnings.warn(message, stacklevel=2)
     return Pairing(treedef, paths, pairs)
 
 
-def scales(pairing: Pairing, scale: Any) -> list[Any]:
-    r"""Reads the forward scale s of every pair, $\Delta K = s\,a\,b$.
-
-    Args:
-        pairing: the pairs.
-        scale: one number; a callable from a pair's path to its number; or a tree: numbers by path
-            (`{"layers/0/q": 2.0, ...}`), or a (prefix of a) tree shaped like the parameters.
-
-    Returns:
-        One number per pair.
-
-    Raises:
-        ValueError: a tree that does not fit or gives the factors of a pair different scales, or a
-            number that is not positive.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from lowrank_optax import LoRAPair
-        >>> tree = {"q": LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4)))}
-        >>> scales(find_pairs(tree), lambda path: 16 / 2 if path == "q" else 1.0)
-        [8.0]
-    """
-    names = [pair.path for pair in pairing.pairs]
-    if callable(scale):
-        values = [scale(name) for name in names]
-    elif not names:
-        values = []
-    elif _is_by_path(scale, names):
-        values = [scale[name] for name in names]
-    else:
-        leaves = pairing.by_leaf(scale, "scale")
-        values = [leaves[pair.leaves["a"]] for pair in pairing.pairs]
-        for pair, value in zip(pairing.pairs, values, strict=True):
-            if leaves[pair.leaves["b"]] is not value and leaves[pair.leaves["b"]] != value:
-                raise ValueError(
-                    f"{pair.path}: `scale` differs between its two factors; give both the same."
-                )
-    for name, value in zip(names, values, strict=True):
-        if isinstance(value, int | float) and not value > 0:
-            raise ValueError(f"{name}: `scale` must be positive, got {value}.")
-    return values
+def _checked_specs(specs: Any) -> Sequence[PairMatcher]:
+    if specs is None:
+        return DEFAULT_SPECS
+    if isinstance(specs, PairSpec) or not isinstance(specs, Sequence) or isinstance(specs, str):
+        raise TypeError(f"`specs` must be a list of PairSpec or callables, got {specs!r}.")
+    for spec in specs:
+        if not (isinstance(spec, PairSpec) or callable(spec)):
+            raise TypeError(f"`specs` must hold PairSpec or callables, got {spec!r}.")
+    return specs
 
 
 def sharded_axes(
@@ -304,11 +271,6 @@ def sharded_axes(
         rest = set(range(-leaves[pair.leaves["a"]].ndim, 0)) - {spec.a_rank, *spec.a_in}
         result.append({**long, "batch": names(pair, "a", tuple(sorted(rest)))})
     return result
-
-
-def _is_by_path(scale: Any, names: Sequence[str]) -> bool:
-    by_path = isinstance(scale, Mapping) and set(names) <= set(scale)
-    return by_path and jax.tree_util.all_leaves([scale[name] for name in names])
 
 
 def _is_masked(x: Any) -> bool:

@@ -57,6 +57,7 @@ def _is_masked(x: Any) -> bool:
 
 def _is_like(params: Any, tree: Any) -> bool:
     """Whether a tree has the structure of the parameters, whatever parts are masked in it."""
+    treedef: Any
     leaves, treedef = jax.tree.flatten(tree, is_leaf=_is_masked)
     try:
         parts = treedef.flatten_up_to(params)

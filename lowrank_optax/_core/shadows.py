@@ -84,6 +84,11 @@ class ShadowedPair(NamedTuple):
             "d_out": ("out", -1),
         }
 
+    @staticmethod
+    def made_by() -> str:
+        """Returns how to get this kind of pair."""
+        return _made_by("")
+
     def apply(self, x: jax.Array, scale: Any, axis_name: AxisName = None) -> jax.Array:
         """Applies the factors; the backward pass returns the products of the full gradient."""
         return apply_shadowed(x, self, scale, axis_name)
@@ -214,13 +219,19 @@ def why_unfit(
         if has_all and krylov.has_metric(pair) == with_metric:
             return ""
         spare = krylov.has_metric(pair) and not with_metric
-        return (
-            "needs a pair with shadows: replace the pair by"
-            f" `lowrank_optax.shadow(pair, key, {settings})`, and apply it with `nn.lora_apply`."
-            + (" It has a metric, which is for `scaled_oplora`." if spare else "")
+        return f"needs a pair with shadows: {_made_by(settings)}." + (
+            " It has a metric, which is for `scaled_oplora`." if spare else ""
         )
 
     return why
+
+
+def _made_by(settings: str) -> str:
+    return (
+        f"give the pair `nn.LoRAConfig(..., extra=nn.Shadows({settings}))` in `nn.add_lora` or the"
+        f" Linen modules, in a plain tree `lowrank_optax.shadow(pair, key, {settings})` applied by"
+        " `nn.lora_apply`"
+    ).replace("key, )", "key)")
 
 
 def trusted(pairs: Verbs, grads: Sequence[ShadowedPair], iterations: int) -> list[jax.Array]:

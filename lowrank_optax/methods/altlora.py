@@ -77,6 +77,7 @@ def altlora(
     mask: Any = None,
     fallback: optax.GradientTransformation | None = None,
     specs: Any = None,
+    allow_no_pairs: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Optimizes LoRA pairs by AltLoRA, and all other leaves by a fallback.
 
@@ -97,6 +98,7 @@ def altlora(
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
         fallback: transformation of unpaired leaves; AdamW at the same rate by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
+        allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
     Returns:
         The transformation, to be the last link of a chain. State: `AltLoRAState`.
@@ -131,6 +133,7 @@ def altlora(
         fallback=fallback,
         adamw={"b1": b1},
         specs=specs,
+        allow_no_pairs=allow_no_pairs,
         name="altlora",
     )
 
@@ -150,6 +153,7 @@ def altlora_plus(
     mask: Any = None,
     fallback: optax.GradientTransformation | None = None,
     specs: Any = None,
+    allow_no_pairs: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Optimizes LoRA pairs by AltLoRA+, and all other leaves by a fallback.
 
@@ -172,6 +176,7 @@ def altlora_plus(
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
         fallback: transformation of unpaired leaves; AdamW with the same arguments by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
+        allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
     Returns:
         The transformation, to be the last link of a chain. State: `AltLoRAPlusState`.
@@ -212,5 +217,6 @@ def altlora_plus(
         fallback=fallback,
         adamw={"b1": b1, "b2": b2, "eps": eps},
         specs=specs,
+        allow_no_pairs=allow_no_pairs,
         name="altlora_plus",
     )

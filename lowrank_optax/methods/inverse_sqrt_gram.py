@@ -22,6 +22,7 @@ def scale_by_inverse_sqrt_gram(
     *,
     fallback: optax.GradientTransformation | None = None,
     specs: Any = None,
+    allow_no_pairs: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Scales the gradients of ordinary LoRA pairs as if they flowed through frames.
 
@@ -31,6 +32,7 @@ def scale_by_inverse_sqrt_gram(
         damping: added to the Gram matrices, positive.
         fallback: transformation of unpaired leaves; none by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
+        allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
     Returns:
         The transformation, without a learning rate; it is stateless.
@@ -59,5 +61,10 @@ def scale_by_inverse_sqrt_gram(
         return pairs.each(lambda g, m: both(mix, g, swap(m)), grads, roots), state
 
     return engine.lift(
-        rule, engine.NoState, fallback=fallback, specs=specs, name="scale_by_inverse_sqrt_gram"
+        rule,
+        engine.NoState,
+        fallback=fallback,
+        specs=specs,
+        allow_no_pairs=allow_no_pairs,
+        name="scale_by_inverse_sqrt_gram",
     )

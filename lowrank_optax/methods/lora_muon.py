@@ -59,6 +59,7 @@ def lora_muon(
     mask: Any = None,
     fallback: optax.GradientTransformation | None = None,
     specs: Any = None,
+    allow_no_pairs: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Optimizes LoRA pairs by Muon on each factor, and all other leaves by a fallback.
 
@@ -76,6 +77,7 @@ def lora_muon(
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
         fallback: transformation of unpaired leaves; AdamW at the same rate by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
+        allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
     Returns:
         The transformation. State: `LoRAMuonState`, one copy of the factors.
@@ -112,6 +114,7 @@ def lora_muon(
         mask=mask,
         fallback=fallback,
         specs=specs,
+        allow_no_pairs=allow_no_pairs,
         name="lora_muon",
     )
 

@@ -45,6 +45,7 @@ def lora_plus(
     mask: Any = None,
     fallback: optax.GradientTransformation | None = None,
     specs: Any = None,
+    allow_no_pairs: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Optimizes LoRA pairs by AdamW with a higher rate for b, and all other leaves by a fallback.
 
@@ -63,6 +64,7 @@ def lora_plus(
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
         fallback: transformation of unpaired leaves; AdamW at the rate of `a` by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
+        allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
     Returns:
         The transformation. State: `LoRAPlusState`, two copies of the factors.
@@ -107,5 +109,6 @@ def lora_plus(
         fallback=fallback,
         adamw={"b1": b1, "b2": b2, "eps": eps},
         specs=specs,
+        allow_no_pairs=allow_no_pairs,
         name="lora_plus",
     )

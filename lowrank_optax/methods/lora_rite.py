@@ -67,6 +67,7 @@ def lora_rite(
     mask: Any = None,
     fallback: optax.GradientTransformation | None = None,
     specs: Any = None,
+    allow_no_pairs: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Optimizes LoRA pairs by LoRA-RITE, and all other leaves by a fallback.
 
@@ -86,6 +87,7 @@ def lora_rite(
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
         fallback: transformation of unpaired leaves; AdamW by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
+        allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
     Returns:
         The transformation, to be the last link of a chain. State: `LoRARITEState`, a copy of the
@@ -142,6 +144,7 @@ def lora_rite(
         fallback=fallback,
         adamw={"b1": b1, "b2": b2, "eps": eps},
         specs=specs,
+        allow_no_pairs=allow_no_pairs,
         name="lora_rite",
     )
 

@@ -46,6 +46,7 @@ def oplora(
     momentum_damping: Any = 1e-6,
     fallback: optax.GradientTransformation | None = None,
     specs: Any = None,
+    allow_no_pairs: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Optimizes shadowed LoRA pairs by OPLoRA, and all other leaves by a fallback.
 
@@ -63,6 +64,7 @@ def oplora(
         momentum_damping: the same for the momentum, positive; without it the momentum degrades.
         fallback: transformation of unpaired leaves; AdamW at the same rate by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
+        allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
     Returns:
         The transformation, to be the last link of a chain. With `iterations` from 1 it needs the
@@ -124,6 +126,7 @@ def oplora(
         scale=scale,
         fallback=fallback,
         specs=specs,
+        allow_no_pairs=allow_no_pairs,
         node=ShadowedPair,
         why_unfit=shadows.why_unfit(iterations, with_momentum=not engine.is_zero(momentum)),
         name="oplora",

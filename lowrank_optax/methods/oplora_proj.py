@@ -50,6 +50,7 @@ def oplora_proj(
     damping: Any = 0.0,
     fallback: optax.GradientTransformation | None = None,
     specs: Any = None,
+    allow_no_pairs: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Optimizes shadowed LoRA pairs by OPLoRA-proj, and all other leaves by a fallback.
 
@@ -65,6 +66,7 @@ def oplora_proj(
         damping: added to $\lambda$ inside inversions only, not negative; it shrinks the factors.
         fallback: transformation of unpaired leaves; AdamW at the same rate by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
+        allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
     Returns:
         The transformation; see `oplora`. State: `OPLoRAProjState`, two copies of the factors.
@@ -142,6 +144,7 @@ def oplora_proj(
         scale=scale,
         fallback=fallback,
         specs=specs,
+        allow_no_pairs=allow_no_pairs,
         init=init,
         node=ShadowedPair,
         why_unfit=shadows.why_unfit(iterations + 1, with_momentum=False),

@@ -70,6 +70,7 @@ def polora(
     mask: Any = None,
     fallback: optax.GradientTransformation | None = None,
     specs: Any = None,
+    allow_no_pairs: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Optimizes LoRA pairs by PoLoRA, and all other leaves by a fallback.
 
@@ -91,6 +92,7 @@ def polora(
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
         fallback: transformation of unpaired leaves; AdamW at the same rate by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
+        allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
     Returns:
         The transformation. State: `PoLoRAState`, a copy of the factors and in + out numbers a pair.
@@ -170,6 +172,7 @@ def polora(
         scale=scale,
         fallback=fallback,
         specs=specs,
+        allow_no_pairs=allow_no_pairs,
         init=init,
         name="polora",
     )

@@ -66,6 +66,7 @@ def scaled_adamw(
     mask: Any = None,
     fallback: optax.GradientTransformation | None = None,
     specs: Any = None,
+    allow_no_pairs: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Optimizes LoRA pairs by Adam on preconditioned gradients, other leaves by a fallback.
 
@@ -82,6 +83,7 @@ def scaled_adamw(
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
         fallback: transformation of unpaired leaves; AdamW by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
+        allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
     Returns:
         The transformation. State: `ScaledAdamWState`, two copies of the factors.
@@ -140,5 +142,6 @@ def scaled_adamw(
         fallback=fallback,
         adamw={"b1": b1, "b2": b2, "eps": eps},
         specs=specs,
+        allow_no_pairs=allow_no_pairs,
         name="scaled_adamw",
     )

@@ -43,6 +43,7 @@ def scaled_oplora(
     momentum_damping: Any = 1e-6,
     fallback: optax.GradientTransformation | None = None,
     specs: Any = None,
+    allow_no_pairs: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Optimizes shadowed LoRA pairs by OPLoRA in a diagonal metric, other leaves by a fallback.
 
@@ -64,6 +65,7 @@ def scaled_oplora(
         fallback: transformation of unpaired leaves; AdamW at the same rate by default, which large
             rates do not suit.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
+        allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
     Returns:
         The transformation; see `oplora`. Pairs need `shadow(..., metric=Metric())`. The backward
@@ -144,6 +146,7 @@ def scaled_oplora(
         scale=scale,
         fallback=fallback,
         specs=specs,
+        allow_no_pairs=allow_no_pairs,
         node=ShadowedPair,
         why_unfit=shadows.why_unfit(iterations, not engine.is_zero(b1), with_metric=True),
         name="scaled_oplora",

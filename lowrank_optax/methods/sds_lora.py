@@ -59,6 +59,7 @@ def sds_lora(
     refresh: Literal["frames", "preserving"] = "frames",
     fallback: optax.GradientTransformation | None = None,
     specs: Any = None,
+    allow_no_pairs: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
     r"""Optimizes framed LoRA pairs by any optimizer, and moves their frames.
 
@@ -76,6 +77,7 @@ def sds_lora(
             it stays.
         fallback: transformation of unpaired leaves; the inner one by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
+        allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
     Returns:
         The transformation, to be the last link of a chain. At the switch the inner moments restart;
@@ -124,7 +126,14 @@ def sds_lora(
         "name": "sds_lora",
     }
     rule = functools.partial(_move_frames, turn, refresh == "preserving")
-    framing = engine.lift(rule, engine.NoState, fallback=fallback or inner, scale=scale, **what)
+    framing = engine.lift(
+        rule,
+        engine.NoState,
+        fallback=fallback or inner,
+        scale=scale,
+        allow_no_pairs=allow_no_pairs,
+        **what,
+    )
 
     def init(params: Any) -> SDSLoRAState:
         frames = framing.init(params)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from lowrank_optax._core.arguments import check, check_integer, check_positive
 from lowrank_optax._core.frames import frame
 from lowrank_optax._core.nodes import AxisName, LoRAPair
 from lowrank_optax._core.shadows import Metric, shadow
@@ -98,10 +99,11 @@ class Shadows(Extra):
     axis_name: AxisName = None
 
     def __post_init__(self) -> None:
-        if self.iterations < 0:
-            raise ValueError(f"iterations must be at least 0, got {self.iterations}")
-        if self.momentum_rank is not None and self.momentum_rank < 0:
-            raise ValueError(f"momentum_rank must be at least 0, got {self.momentum_rank}")
+        check_integer("iterations", self.iterations, least=0)
+        if self.momentum_rank is not None:
+            check_integer("momentum_rank", self.momentum_rank, least=0)
+        if self.metric is not None and not isinstance(self.metric, Metric):
+            raise TypeError(f"metric must be a Metric, got {self.metric!r}; write Metric()")
 
     def add_to(self, pair: LoRAPair, key: jax.Array) -> Any:
         """Adds shadows; see `shadow`."""
@@ -192,13 +194,12 @@ class LoRAConfig:
             raise TypeError(f"rank must be an integer, got {self.rank!r}; write rank=8, say")
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
-        if self.alpha <= 0:
-            raise ValueError(f"alpha must be positive, got {self.alpha}")
-        if not 0.0 <= self.dropout < 1.0:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        check_positive("alpha", self.alpha)
+        check("dropout", self.dropout, lambda v: 0 <= v < 1, "must lie in [0, 1)")
         if self.extra is not None and not isinstance(self.extra, Extra):
             raise TypeError(
-                f"extra must be an nn.Extra such as nn.Shadows() or nn.Frames(), got {self.extra!r}"
+                "extra must be an nn.Extra such as nn.Shadows() for oplora or nn.Frames() for"
+                f" sds_lora, got {self.extra!r}"
             )
 
     @property

@@ -201,6 +201,7 @@ def adapter_output(
     x = inputs.astype(y.dtype)
     if config.dropout and not deterministic:
         keep = jax.random.bernoulli(layer.make_rng("dropout"), 1 - config.dropout, x.shape)
+        keep = meshes.reshard_like(keep, x)
         x = jnp.where(keep, x / (1 - config.dropout), jnp.zeros_like(x))
     flat = lora_apply(
         contraction.flatten_input(x), pair, config.scale, config.dtype, config.axis_name

@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
+from lowrank_optax._core.layouts import join_keys
 from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.flax_nnx import BaseLayer, LoRALayer, require_rngs, require_supported
 from lowrank_optax.nn.functional import merge_kernel, why_not_mergeable
@@ -62,13 +63,15 @@ def add_lora(
     require_rngs(rngs)
     matcher = TargetMatcher(targets)
     edges = list(_edges(model))
+    names = _names(model)
     matched: dict[int, tuple[str, BaseLayer]] = {}
     for edge in edges:
-        if matcher(edge.path, edge.module):
+        spellings = {edge.path, join_keys([edge.path])}  # keys with dots, as in the model or a name
+        if any(matcher(path, edge.module) for path in sorted(spellings)):
             # The base inside a LoRA layer is refused by the name of that layer.
             adapted = isinstance(edge.parent, LoRALayer | nnx.LoRA)
             layer = require_supported(edge.parent if adapted else edge.module, edge.path)
-            matched.setdefault(id(layer), (edge.path, layer))
+            matched.setdefault(id(layer), (names[id(layer)], layer))
     matcher.require_all_used(edge.path for edge in edges if isinstance(edge.module, BaseLayer))
     # Every wrapper is built before the first one is installed: an error leaves the model alone.
     wrappers = {
@@ -290,13 +293,14 @@ def find_lora_layers(model: nnx.Module) -> Iterator[tuple[str, LoRALayer]]:
         >>> list(find_lora_layers(nnx.Linear(4, 8, rngs=nnx.Rngs(0))))
         []
     """
-    if isinstance(model, LoRALayer):
-        yield "", model
-    seen: set[int] = set()
-    for edge in _edges(model):
-        if isinstance(edge.module, LoRALayer) and id(edge.module) not in seen:
-            seen.add(id(edge.module))
-            yield edge.path, edge.module
+    for path, node in nnx.iter_graph(model):
+        if isinstance(node, LoRALayer):
+            yield join_keys(path), node
+
+
+def _names(model: nnx.Module) -> dict[int, str]:
+    """The name of every node by its id: that of a shared one is the name `nnx.state` gives it."""
+    return {id(node): join_keys(path) for path, node in nnx.iter_graph(model)}
 
 
 def lora_layers(model: nnx.Module) -> dict[str, LoRALayer]:
@@ -326,13 +330,11 @@ def _add_to_kernel(layer: LoRALayer, sign: int) -> None:
 
 def _refuse_shared_kernels(model: nnx.Module, layers: dict[str, LoRALayer]) -> None:
     owners: dict[int, list[str]] = {}
-    modules: dict[int, tuple[str, nnx.Module]] = {id(model): ("", model)}
-    for edge in _edges(model):
-        modules.setdefault(id(edge.module), (edge.path, edge.module))
-    for path, module in modules.values():
-        for _, value in _children(module):
-            if isinstance(value, nnx.Variable):
-                owners.setdefault(id(value), []).append(path)
+    for keys, module in nnx.iter_graph(model):
+        if isinstance(module, nnx.Module):
+            for _, value in _children(module):
+                if isinstance(value, nnx.Variable):
+                    owners.setdefault(id(value), []).append(join_keys(keys))
     for path, layer in layers.items():
         holders = owners[id(layer.base.kernel)]
         if len(holders) > 1:

@@ -23,7 +23,8 @@ from lowrank_optax._core.arguments import check_choice, check_integer, check_pos
 from lowrank_optax._core.frames import FramedPair
 from lowrank_optax._core.layouts import variables_of
 from lowrank_optax._core.nodes import LoRAPair
-from lowrank_optax._core.pairing import find_pairs, scales
+from lowrank_optax._core.pairing import find_pairs
+from lowrank_optax._core.scales import scales
 from lowrank_optax._core.sketch import Triplets, leading_triplets
 from lowrank_optax.nn.config import Frames, LoRAConfig
 from lowrank_optax.nn.flax_nnx import LoRALayer

@@ -9,7 +9,8 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_optax._core.linalg import SIDES
-from lowrank_optax._core.pairing import find_pairs, scales
+from lowrank_optax._core.pairing import find_pairs
+from lowrank_optax._core.scales import scales
 from lowrank_optax.nn.nnx_surgery import find_lora_layers
 
 _WIDTH = 100

@@ -7,6 +7,7 @@ from typing import Any
 Targets = str | Sequence[str] | Callable[[str, Any], bool]
 
 _LISTED_PATHS = 12
+_KINDS = "a regular expression, a sequence of them, or a predicate (path, module) -> bool"
 
 
 class TargetMatcher:
@@ -18,7 +19,8 @@ class TargetMatcher:
             component (`re.fullmatch`): `'query|value'`, `r'layers/[01]/.*/query'`.
 
     Raises:
-        ValueError: if the sequence is empty.
+        ValueError: if the sequence is empty, or a pattern is not a regular expression.
+        TypeError: if targets are something else.
 
     Example:
         >>> matcher = TargetMatcher(['query', 'layers/0/mlp'])
@@ -29,12 +31,16 @@ class TargetMatcher:
     """
 
     def __init__(self, targets: Targets):
+        if not (callable(targets) or isinstance(targets, str | Sequence)):
+            raise TypeError(f"targets must be {_KINDS}; got {targets!r}")
         self._predicate = targets if callable(targets) else None
         patterns = [targets] if isinstance(targets, str) else targets
         self._hits: dict[str, int] = {} if callable(patterns) else dict.fromkeys(patterns, 0)
         self._matched = False
         if self._predicate is None and not self._hits:
             raise ValueError("targets is empty: name at least one layer")
+        for pattern in self._hits:
+            _check_pattern(pattern)
 
     def __call__(self, path: str, module: Any) -> bool:
         """Says whether a module is a target.
@@ -82,3 +88,15 @@ class TargetMatcher:
             f"targets that match no module: {', '.join(self.unused)}. "
             f"Layers that can be adapted: {listed}{more}"
         )
+
+
+def _check_pattern(pattern: Any) -> None:
+    if not isinstance(pattern, str):
+        raise TypeError(f"targets must be {_KINDS}; got {pattern!r} among them")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"targets: {pattern!r} is not a regular expression ({error}); in these, 'any text' is"
+            " '.*', as in '.*query'"
+        ) from error

@@ -20,9 +20,9 @@ def test_scale():
     ("settings", "message"),
     [
         ({"rank": 0}, "rank must be at least 1, got 0"),
-        ({"rank": 2, "alpha": 0.0}, "alpha must be positive, got 0.0"),
-        ({"rank": 2, "dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
-        ({"rank": 2, "dropout": -0.1}, r"dropout must be in \[0, 1\), got -0.1"),
+        ({"rank": 2, "alpha": 0.0}, "`alpha` must be positive, got 0.0"),
+        ({"rank": 2, "dropout": 1.0}, r"`dropout` must lie in \[0, 1\), got 1.0"),
+        ({"rank": 2, "dropout": -0.1}, r"`dropout` must lie in \[0, 1\), got -0.1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):
@@ -55,11 +55,11 @@ def misuses():
     return [
         (
             lambda: nn.add_lora(nnx_model(), "layers/0", nn.LoRAConfig(rank=2), rngs=0),
-            r"rngs must be nnx\.Rngs, got 0; write rngs=nnx\.Rngs\(0\)",
+            r"rngs must be nnx\.Rngs, got int; write rngs=nnx\.Rngs\(0\)",
         ),
         (
             lambda: nn.LoRALinear(4, 8, lora=nn.LoRAConfig(rank=2), rngs=0),
-            r"rngs must be nnx\.Rngs, got 0",
+            r"rngs must be nnx\.Rngs, got int",
         ),
         (
             lambda: nn.add_lora(nnx_model(), "layers/0", 8, rngs=nnx.Rngs(0)),

@@ -126,7 +126,7 @@ NOT_MERGEABLE = [jnp.int8, jnp.uint8, jnp.int4, jnp.int32, jnp.bool_, jnp.float8
 @pytest.mark.parametrize("dtype", NOT_MERGEABLE, ids=lambda dtype: jnp.dtype(dtype).name)
 def test_a_kernel_that_cannot_hold_the_sum_is_refused(dtype):
     pair = LoRAPair(jnp.full((3, 1), 0.6), jnp.ones((1, 4)))
-    with pytest.raises(ValueError, match="cannot hold the sum with its adapter.*Dequantize"):
+    with pytest.raises(ValueError, match=r"cannot hold the sum with its adapter.*Dequantize"):
         merge_kernel(jnp.ones((3, 4), dtype), pair, 1.0, KernelAxes.in_order(0, 1, 1))
 
 
@@ -156,7 +156,7 @@ def test_merging_into_a_quantized_model_names_the_layer_and_changes_nothing():
     x = jnp.ones((1, 8))
     y = model["last"](x)
     for merge in (merge_lora, unload_lora):
-        with pytest.raises(ValueError, match="^last: a kernel of int8"):
+        with pytest.raises(ValueError, match=r"^last: a kernel of int8"):
             merge(model)
     np.testing.assert_array_equal(model["first"].base.kernel[...], kernel)
     assert not model["first"].merged
@@ -169,5 +169,5 @@ def test_merging_linen_variables_names_the_layer():
         "lora": {"q": {"lora_a": jnp.ones((3, 1)), "lora_b": jnp.ones((1, 4))}},
     }
     adapters = {"q": LinenAdapter(KernelAxes.in_order(0, 1, 1), 1.0)}
-    with pytest.raises(ValueError, match="^q: a kernel of int8"):
+    with pytest.raises(ValueError, match=r"^q: a kernel of int8"):
         merge_lora_variables(variables, adapters)

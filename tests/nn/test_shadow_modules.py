@@ -599,8 +599,8 @@ def test_equal_shadows_give_equal_graphs_so_that_jit_does_not_retrace():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"iterations": -1}, "iterations must be at least 0, got -1"),
-        ({"momentum_rank": -1}, "momentum_rank must be at least 0, got -1"),
+        ({"iterations": -1}, "`iterations` must be at least 0, got -1"),
+        ({"momentum_rank": -1}, "`momentum_rank` must be at least 0, got -1"),
     ],
 )
 def test_settings_out_of_range_are_refused(settings, message):

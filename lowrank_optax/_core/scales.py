@@ -1,0 +1,102 @@
+"""The forward scales of pairs, in every form in which a user gives them."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from lowrank_optax._core.arguments import NUMBERS
+from lowrank_optax._core.linalg import SIDES
+from lowrank_optax._core.pairing import Pairing
+
+
+def scales(pairing: Pairing, scale: Any) -> list[Any]:
+    r"""Reads the forward scale s of every pair, $\Delta K = s\,a\,b$.
+
+    Args:
+        pairing: the pairs.
+        scale: one number; a callable from a pair's path to its number; or a tree: numbers by path
+            (`{"layers/0/q": 2.0, ...}`), or a (prefix of a) tree shaped like the parameters.
+
+    Returns:
+        One number per pair.
+
+    Raises:
+        ValueError: numbers by path that lack a pair; a tree that does not fit, or gives the factors
+            of a pair different scales; a number that is not positive.
+        TypeError: something that is no number.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lowrank_optax import LoRAPair, find_pairs
+        >>> tree = {"q": LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4)))}
+        >>> scales(find_pairs(tree), lambda path: 16 / 2 if path == "q" else 1.0)
+        [8.0]
+    """
+    names = [pair.path for pair in pairing.pairs]
+    if callable(scale):
+        values = [scale(name) for name in names]
+    elif not names:
+        values = []
+    elif _is_number(scale):
+        values = [scale] * len(names)
+    elif _is_by_path(scale):
+        values = _scales_by_path(scale, names)
+    else:
+        values = _scales_by_leaf(pairing, scale)
+    for name, value in zip(names, values, strict=True):
+        if not _is_number(value):
+            raise TypeError(f"{name}: `scale` must be a number, got {value!r}.")
+        if isinstance(value, int | float | np.number) and not value > 0:
+            raise ValueError(f"{name}: `scale` must be positive, got {value}.")
+    return values
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, NUMBERS) and not isinstance(value, bool) and jnp.ndim(value) == 0
+
+
+def _is_by_path(scale: Any) -> bool:
+    """Whether a scale maps names to numbers; it may also be a tree of one level."""
+    return isinstance(scale, Mapping) and all(map(_is_number, scale.values()))
+
+
+def _scales_by_path(scale: Mapping[str, Any], names: Sequence[str]) -> list[Any]:
+    missing = [name for name in names if name not in scale]
+    if not missing:
+        return [scale[name] for name in names]
+    prefixes = {name.partition("/")[0] for name in names}
+    if set(scale) >= prefixes:  # a prefix of the parameter tree: one number a subtree
+        return [scale[name.partition("/")[0]] for name in names]
+    message = f"`scale` has no number for {_listed(missing)}; it names {_listed(list(scale))}."
+    inner = {name: name.partition("/")[2] for name in missing}
+    if scale and set(inner.values()) <= set(scale):
+        prefix = missing[0].partition("/")[0]
+        message += (
+            f" The parameters are wrapped one level deeper: put {prefix!r}/ before the names."
+        )
+    else:
+        message += " Make it of the parameters as they are, as by `nn.lora_scales(model)`."
+    raise ValueError(message)
+
+
+def _scales_by_leaf(pairing: Pairing, scale: Any) -> list[Any]:
+    if scale is None or isinstance(scale, str):
+        raise TypeError(
+            f"`scale` must be a number, a callable from a pair's path, or a tree; got {scale!r}."
+        )
+    leaves = pairing.by_leaf(scale, "scale")
+    for pair in pairing.pairs:
+        a, b = (leaves[pair.leaves[side]] for side in SIDES)
+        if a is not b and a != b:
+            raise ValueError(
+                f"{pair.path}: `scale` differs between its two factors; give both the same."
+            )
+    return [leaves[pair.leaves["a"]] for pair in pairing.pairs]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:4])
+    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+    return f"{shown}{more}" if shown else "nothing"

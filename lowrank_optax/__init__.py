@@ -5,6 +5,7 @@ from lowrank_optax._core.frames import FramedPair, frame
 from lowrank_optax._core.layouts import DEFAULT_SPECS, Member, PairSpec
 from lowrank_optax._core.lorsum import lorsum
 from lowrank_optax._core.nodes import LoRAPair, register_node
+from lowrank_optax._core.notices import notices
 from lowrank_optax._core.pairing import Pairing, find_pairs
 from lowrank_optax._core.shadows import (
     Metric,
@@ -13,6 +14,7 @@ from lowrank_optax._core.shadows import (
     scale_gradients,
     shadow,
 )
+from lowrank_optax._core.states import skipped
 from lowrank_optax.methods.altlora import AltLoRAPlusState, AltLoRAState, altlora, altlora_plus
 from lowrank_optax.methods.inverse_sqrt_gram import scale_by_inverse_sqrt_gram
 from lowrank_optax.methods.lora_muon import LoRAMuonState, lora_muon
@@ -60,6 +62,7 @@ __all__ = [
     "lora_rite",
     "lorsum",
     "nn",
+    "notices",
     "oplora",
     "oplora_proj",
     "pair_of_delta",
@@ -72,5 +75,6 @@ __all__ = [
     "sds_lora",
     "shadow",
     "sharding",
+    "skipped",
     "svd_lora",
 ]

@@ -257,7 +257,7 @@ def lift(
             scales=scales(found, scale),
             grads=grads,
             decays=_decays(found, weight_decay, decayed, state.count),
-            sharded_axes=_sharded_axes(found, params, param_specs),
+            sharded_axes=axes_of(found, params, param_specs),
         )
         moves, new = checked(rule(pairs, grads, values, old), grads, values, old, name)
         new_state = PairwiseState(
@@ -339,7 +339,14 @@ def _rate(learning_rate: Any, count: jax.Array) -> Any:
     return learning_rate(count) if callable(learning_rate) else learning_rate
 
 
-def _sharded_axes(found: pairing.Pairing, params: Any, param_specs: Any) -> list[Any]:
+def axes_of(found: pairing.Pairing, params: Any, param_specs: Any) -> list[Any]:
+    """Returns the mesh axes that shard each pair inside `shard_map`, none without `param_specs`.
+
+    Example:
+        >>> pair = LoRAPair(jnp.ones((4, 2)), jnp.ones((2, 3)))
+        >>> axes_of(pairing.find_pairs(pair), pair, None)
+        [{}]
+    """
     if param_specs is None:
         return [{} for _ in found.pairs]
     return pairing.sharded_axes(found, params, param_specs)

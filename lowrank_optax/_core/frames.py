@@ -190,9 +190,13 @@ def orthonormalize(pairs: Verbs, factors: Sequence[LoRAPair]) -> list[LoRAPair]:
         >>> jnp.allclose(q.a, jnp.array([[0.6, 0.8], [0.8, -0.6]]), atol=1e-5).item()
         True
     """
+    return _orthonormalize(pairs, factors, rounds=3)
+
+
+def _orthonormalize(pairs: Verbs, factors: Sequence[LoRAPair], rounds: int) -> list[LoRAPair]:
     grams = lambda factors: pairs.each(lambda pair: both(gram, pair), factors)
     mixed = lambda factors, by: pairs.each(lambda pair, m: both(mix, pair, m), factors, by)
-    for _ in range(3):
+    for _ in range(rounds):
         factors = mixed(factors, pairs.together(orthonormalizer, grams(factors)))
     newton_schulz = lambda m: 1.5 * identity(m) - 0.5 * m
     return mixed(factors, jax.tree.map(newton_schulz, grams(factors)))
@@ -230,10 +234,13 @@ def decompose(
 def renewed(pairs: Verbs, factors: Sequence[LoRAPair], old: Sequence[FramedPair]) -> list[LoRAPair]:
     """Computes the frames of factors, each component with the sign that it has in the old frames.
 
+    Where a factor has a component of zeros, or one in the space of those before it, the old frame's
+    takes its place, orthogonal to the others.
+
     Args:
         pairs: the verbs.
         factors: pairs, (..., in, r) and (..., r, out).
-        old: framed pairs, whose frames stay where a factor's component is zero.
+        old: framed pairs.
 
     Returns:
         The frames as pairs (E, F).
@@ -253,7 +260,8 @@ def renewed(pairs: Verbs, factors: Sequence[LoRAPair], old: Sequence[FramedPair]
 
     old_frames = pairs.each(lambda pair: LoRAPair(pair.f_in, pair.f_out), old)
     new_frames = orthonormalize(pairs, factors)
-    return pairs.each(lambda new, old: both(signed, new, old), new_frames, old_frames)
+    frames = pairs.each(lambda new, old: both(signed, new, old), new_frames, old_frames)
+    return _orthonormalize(pairs, frames, rounds=1)
 
 
 def seen_from(frame: LoRAPair, pair: FramedPair) -> LoRAPair:

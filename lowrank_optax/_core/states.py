@@ -36,6 +36,35 @@ class PairwiseState(NamedTuple):
     fallback: optax.OptState
 
 
+def skipped(state: Any) -> jax.Array:
+    """Counts what was skipped, in every state of this library inside an optimizer state.
+
+    Args:
+        state: any nesting of optax states, or an `nnx.Optimizer`'s `opt_state`.
+
+    Returns:
+        The sum of `PairwiseState.skipped`, int32 scalar: results of small algebra that were not
+        finite, pairs that OPLoRA did not move, frames that SDS-LoRA made anew. Zero is a run that
+        goes well.
+
+    Raises:
+        ValueError: the state holds none of this library.
+
+    Example:
+        >>> import jax.numpy as jnp, optax
+        >>> from lowrank_optax import LoRAPair, altlora, skipped
+        >>> tx = optax.chain(optax.clip(1.0), altlora(0.1))
+        >>> skipped(tx.init(LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4))))).item()
+        0
+    """
+    is_ours = lambda x: isinstance(x, PairwiseState)
+    ours = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    if not ours:
+        raise ValueError("the state holds none of this library's: give the optimizer's whole state")
+    counts = [jnp.sum(jnp.stack(jax.tree.leaves(each.skipped))) for each in ours]
+    return jnp.sum(jnp.stack(counts), dtype=jnp.int32)
+
+
 class StateForm:
     """How the state of one method is kept.
 

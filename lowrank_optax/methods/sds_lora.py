@@ -29,9 +29,18 @@ import optax
 
 from lowrank_optax import engine
 from lowrank_optax._core.arguments import check, check_choice, check_integer
-from lowrank_optax._core.frames import FramedPair, decompose, renewed, seen_from
+from lowrank_optax._core.frames import FramedPair
+from lowrank_optax._core.reframing import (
+    FOLLOW,
+    RENEW,
+    STAY,
+    SWITCH,
+    any_warm,
+    move_frames,
+)
 from lowrank_optax._core.restart import factors_only, restart_moments
-from lowrank_optax.engine import LoRAPair, compute_dtype
+from lowrank_optax._core.verbs import Verbs
+from lowrank_optax.engine import LoRAPair
 
 
 class SDSLoRAState(NamedTuple):
@@ -69,7 +78,8 @@ def sds_lora(
         inner: the optimizer of the factors, or a learning rate or schedule for `optax.adamw`. It
             must not be one that works on pairs, nor one that keeps a copy of the parameters.
         total_steps: T, the number of updates the run will make.
-        warmup_steps: W, below T; 0 for pairs made by `frame(pair, key)`.
+        warmup_steps: W, below T; 0 for pairs made by `frame(pair, key)`. A pair that is past its
+            warm-up, as one of an earlier run, has its frames refreshed in these steps.
         phases: P, at least 1: how many phases of ever rarer refreshes.
         scale: the forward scale s, in the paper alpha / sqrt(r): a number, a callable from a pair's
             path, or a tree. Only the switch reads it.
@@ -113,11 +123,12 @@ def sds_lora(
         inner = optax.adamw(inner)
     inner = optax.with_extra_args_support(inner)
 
-    def turn(count: jax.Array) -> jax.Array:
+    def turn(count: jax.Array, is_warm: jax.Array) -> jax.Array:
         main = count + 1 - warmup_steps
         phase = 1 + jnp.maximum(main - 1, 0) * phases // (total_steps - warmup_steps)
-        is_refresh = main % jnp.minimum(phase, phases) == 0
-        return jnp.select([main < 0, (main == 0) & (warmup_steps > 0), is_refresh], [0, 1, 2], 3)
+        is_refresh = (main <= 0) | (main % jnp.minimum(phase, phases) == 0)
+        cases = [is_warm & (main < 0), is_warm, is_refresh]
+        return jnp.select(cases, [FOLLOW, SWITCH, RENEW], STAY)
 
     what: dict[str, Any] = {
         "node": FramedPair,
@@ -125,7 +136,7 @@ def sds_lora(
         "specs": specs,
         "name": "sds_lora",
     }
-    rule = functools.partial(_move_frames, turn, refresh == "preserving")
+    rule = functools.partial(move_frames, turn, refresh == "preserving")
     framing = engine.lift(
         rule,
         engine.NoState,
@@ -161,8 +172,10 @@ def sds_lora(
         moves, inner_state = inner.update(
             factors_only(found, updates), state.inner, factors, **extra_args
         )
-        if warmup_steps:
-            is_switch = state.frames.count + 1 == warmup_steps
+        if found.pairs:
+            axes = engine.axes_of(found, params, extra_args.get("param_specs"))
+            is_warm = any_warm(Verbs(axes), found.take(params))
+            is_switch = turn(state.frames.count, is_warm) == SWITCH
             inner_state = restart_moments(inner.init(factors), inner_state, factors, is_switch)
         steps = zip(found.take(updates), found.take(moves, LoRAPair), strict=True)
         nodes = [grads._replace(a=move.a, b=move.b) for grads, move in steps]
@@ -171,65 +184,6 @@ def sds_lora(
         return updates, SDSLoRAState(inner_state, frames, state.schedule)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def _move_frames(
-    turn: Callable[[jax.Array], jax.Array],
-    preserving: bool,
-    pairs: engine.Pairs,
-    steps: list[FramedPair],
-    params: list[FramedPair],
-    state: engine.NoState,
-) -> tuple[Any, engine.NoState]:
-    """The rule of the frames; `steps` are what the inner optimizer made of the gradients."""
-
-    def moved() -> list[LoRAPair]:
-        wide = lambda x: x.astype(compute_dtype(x))
-        return jax.tree.map(wide, pairs.moved(params, steps))
-
-    def follow() -> list[FramedPair]:
-        """Warm-up: the frames are the factors."""
-        to = lambda pair, step, x: _updates(pair, step, f_in=x.a, f_out=x.b)
-        return pairs.each(to, params, steps, moved())
-
-    def switch() -> list[FramedPair]:
-        """The end of the warm-up: each side takes half of ΔK, in its singular vectors."""
-        vectors, values = decompose(pairs, moved(), pairs.scales)
-
-        def to(pair: Any, step: Any, vector: LoRAPair, values: jax.Array, scale: Any) -> FramedPair:
-            half = values / (2 * scale)
-            a, b = vector.a * half[..., None, :], half[..., None] * vector.b
-            return _updates(pair, step, a=a, b=b, f_in=vector.a, f_out=vector.b, warm=0.0)
-
-        return pairs.each(to, params, steps, vectors, values, pairs.scales)
-
-    def renew() -> list[FramedPair]:
-        """A refresh: the frames become those of the factors, and ΔK stays if it is to."""
-        factors = moved()
-
-        def to(pair: FramedPair, step: FramedPair, x: LoRAPair, frame: LoRAPair) -> FramedPair:
-            values = {"f_in": frame.a, "f_out": frame.b}
-            if preserving:
-                values["a"], values["b"] = seen_from(frame, pair._replace(a=x.a, b=x.b))
-            return _updates(pair, step, **values)
-
-        return pairs.each(to, params, steps, factors, renewed(pairs, factors, params))
-
-    def stay() -> list[FramedPair]:
-        return pairs.each(_updates, params, steps)
-
-    return pairs.switch(turn(pairs.count), [follow, switch, renew, stay]), state
-
-
-def _updates(pair: FramedPair, step: FramedPair, **values: Any) -> FramedPair:
-    """The node's updates: the inner optimizer's steps, but to the given values where given."""
-    zeros = jax.tree.map(jnp.zeros_like, step)
-    changes = {
-        name: (value - getattr(pair, name)).astype(getattr(step, name).dtype)
-        for name, value in values.items()
-        if getattr(pair, name) is not None
-    }
-    return zeros._replace(**{"a": step.a, "b": step.b, **changes})
 
 
 def _is_lifted(state: Any) -> bool:
@@ -242,13 +196,17 @@ def _why_unfit(warmup_steps: int) -> Callable[[FramedPair], str]:
     """Makes the check that a pair has the frames for such a warm-up."""
 
     def why(pair: FramedPair) -> str:
-        if (pair.warm is not None) == (warmup_steps > 0):
-            return ""
-        if warmup_steps > 0:
+        is_known = isinstance(pair.warm, jax.Array) and not isinstance(pair.warm, jax.core.Tracer)
+        if warmup_steps == 0 and is_known and jnp.any(pair.warm > 0.5):
             return (
-                f"with warmup_steps={warmup_steps} needs `lowrank_optax.frame(pair)`, but this pair"
-                " starts without a warm-up; give warmup_steps=0."
+                "with warmup_steps=0 needs `lowrank_optax.frame(pair, key)`, random frames; this"
+                " pair begins with a warm-up."
             )
-        return "with warmup_steps=0 needs `lowrank_optax.frame(pair, key)`: random frames."
+        if pair.warm is not None or warmup_steps == 0:
+            return ""
+        return (
+            f"with warmup_steps={warmup_steps} needs `lowrank_optax.frame(pair)`, but this pair"
+            " starts without a warm-up; give warmup_steps=0."
+        )
 
     return why

@@ -20,6 +20,10 @@ FILES = [
 OF_NAMED_TUPLES = {"_asdict", "_field_defaults", "_fields", "_make", "_replace"}
 
 
+# Methods of `nn.gradient_start`.
+STARTS = {"lora_one", "lora_ga"}
+
+
 def violations(source):
     """What a file uses that is not public, and the names of leaves that it spells out itself."""
     tree = ast.parse(source)
@@ -37,7 +41,7 @@ def violations(source):
             found += [
                 f"line {node.lineno}: the key {key!r}"
                 for key in re.findall(r"\blora_\w*", node.value)
-                if key not in {*lowrank_optax.__all__, *lowrank_optax.nn.__all__}
+                if key not in {*lowrank_optax.__all__, *lowrank_optax.nn.__all__, *STARTS}
             ]
     return found + sorted(name for name in used if not is_public(name))
 

@@ -1,31 +1,22 @@
-"""The optimizers that can be compared: one row each."""
+"""The optimizers that can be compared: one row each.
 
+Nothing but the standard library is imported before an optimizer is made, so that `list` is quick.
+"""
+
+from __future__ import annotations
+
+import functools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import optax
-from pydantic import Field, ValidationError
-
-from experiments.adapters import Adapters, Dense, LowRank, WholeModel
 from experiments.errors import ExperimentError
-from experiments.schema import Record
-from lowrank_optax import (
-    Metric,
-    altlora,
-    altlora_plus,
-    lora_muon,
-    lora_plus,
-    lora_rite,
-    nn,
-    oplora,
-    oplora_proj,
-    polora,
-    scaled_adamw,
-    scaled_oplora,
-    sds_lora,
-    svd_lora,
-)
+
+if TYPE_CHECKING:
+    import optax
+
+    from experiments.adapters import Adapters
+    from lowrank_optax import nn
 
 
 class Setting(NamedTuple):
@@ -44,20 +35,34 @@ class Setting(NamedTuple):
     rank: int
 
 
-class Start(Record):
-    """A start of the adapters from the gradient of the first batches; see `nn.gradient_start`.
+def _pairs() -> Adapters:
+    from experiments.adapters import LowRank
 
-    Attributes:
-        method: Which start.
-        gamma: The larger, the smaller the start.
-        keep_function: Whether the kernels are corrected so that the model computes what it did.
-        batches: How many batches.
-    """
+    return LowRank()
 
-    method: Literal["lora_one", "lora_ga", "frames"] = "lora_one"
-    gamma: float = Field(default=128.0, gt=0)
-    keep_function: bool = False
-    batches: int = Field(default=8, gt=0)
+
+def _pairs_with(extra: Callable[[Any], nn.Extra]) -> Callable[[], Adapters]:
+    """Pairs and what an optimizer needs beside them; `extra` is given `lowrank_optax`."""
+
+    def make() -> Adapters:
+        import lowrank_optax
+        from experiments.adapters import LowRank
+
+        return LowRank(extra(lowrank_optax))
+
+    return make
+
+
+def _whole_model() -> Adapters:
+    from experiments.adapters import WholeModel
+
+    return WholeModel()
+
+
+def _dense() -> Adapters:
+    from experiments.adapters import Dense
+
+    return Dense()
 
 
 @dataclass(frozen=True)
@@ -69,46 +74,66 @@ class Method:
         make: Called with the `Setting` and the options.
         options: What is passed on besides, and stored with every result; a study may change it.
             `start`, if there, is not passed on: it holds the values of a `Start`.
-        adapters: What the optimizer needs in the model.
+        make_adapters: Makes `adapters`.
     """
 
     summary: str
     make: Callable[..., optax.GradientTransformation]
     options: Mapping[str, Any] = field(default_factory=dict)
-    adapters: Adapters = field(default_factory=LowRank)
+    make_adapters: Callable[[], Adapters] = _pairs
+
+    @functools.cached_property
+    def adapters(self) -> Adapters:
+        """What the optimizer needs in the model."""
+        return self.make_adapters()
 
 
 def _adamw(setting: Setting) -> optax.GradientTransformation:
+    import optax
+
     return optax.adamw(setting.schedule, weight_decay=0.0)
 
 
 def _sgd(setting: Setting, momentum: float) -> optax.GradientTransformation:
+    import optax
+
     return optax.sgd(setting.schedule, momentum)
 
 
-def _unscaled(
-    optimizer: Callable[..., optax.GradientTransformation],
-) -> Callable[..., optax.GradientTransformation]:
-    """Makes an optimizer that takes its own options."""
-    return lambda setting, **options: optimizer(setting.schedule, **options)
+def _unscaled(name: str) -> Callable[..., optax.GradientTransformation]:
+    """Makes an optimizer of the library that takes its own options."""
+
+    def make(setting: Setting, **options: Any) -> optax.GradientTransformation:
+        import lowrank_optax
+
+        return getattr(lowrank_optax, name)(setting.schedule, **options)
+
+    return make
 
 
-def _scaled(
-    optimizer: Callable[..., optax.GradientTransformation],
-) -> Callable[..., optax.GradientTransformation]:
-    """Makes an optimizer that knows the forward scales, and takes its own options."""
-    return lambda setting, **options: optimizer(setting.schedule, scale=setting.scale, **options)
+def _scaled(name: str) -> Callable[..., optax.GradientTransformation]:
+    """Makes one that knows the forward scales, and takes its own options."""
+    optimizer = _unscaled(name)
+    return lambda setting, **options: optimizer(setting, scale=setting.scale, **options)
 
 
 def _preconditioned(
     setting: Setting, momentum: float, damping: float
 ) -> optax.GradientTransformation:
     """OPLoRA's Jacobi step of length 1, then momentum SGD: its ridge is the damping."""
+    import optax
+
+    from lowrank_optax import oplora
+
     direction = oplora(1.0, 0.0, iterations=0, lmbd=damping, scale=setting.scale)
     return optax.chain(direction, optax.trace(momentum), optax.scale_by_schedule(setting.schedule))
 
 
 def _sds_lora(setting: Setting, **options: Any) -> optax.GradientTransformation:
+    import optax
+
+    from lowrank_optax import sds_lora
+
     return sds_lora(
         optax.adamw(setting.schedule, weight_decay=0.0),
         total_steps=setting.total_steps,
@@ -120,6 +145,10 @@ def _sds_lora(setting: Setting, **options: Any) -> optax.GradientTransformation:
 def _sds_lora_sgd(
     setting: Setting, warmup_steps: int, momentum: float
 ) -> optax.GradientTransformation:
+    import optax
+
+    from lowrank_optax import sds_lora
+
     return sds_lora(
         optax.sgd(setting.schedule, momentum),
         total_steps=setting.total_steps,
@@ -129,6 +158,10 @@ def _sds_lora_sgd(
 
 
 def _svd_lora(setting: Setting, momentum: float) -> optax.GradientTransformation:
+    import optax
+
+    from lowrank_optax import svd_lora
+
     return svd_lora(optax.sgd(setting.schedule, momentum), setting.rank)
 
 
@@ -137,55 +170,56 @@ _POLORA = {"b1": 0.9, "partner": "identity", "radius": "exact"}
 _TWO_SIDED = {**_POLORA, "partner": "gram"}
 _RIDGE = {"momentum": 0.9, "lmbd": 1e-2}
 
-_START = {"start": Start().model_dump()}
-_TINY_START = {"start": Start(gamma=1e6).model_dump()}
-_FRAMES_START = {"start": Start(method="frames").model_dump()}
+_LORA_ONE = {"method": "lora_one", "gamma": 128.0, "keep_function": False, "batches": 8}
+_START = {"start": _LORA_ONE}
+_TINY_START = {"start": {**_LORA_ONE, "gamma": 1e6}}
+_FRAMES_START = {"start": {**_LORA_ONE, "method": "frames"}}
 
 METHODS: dict[str, Method] = {
     "adamw": Method("LoRA with AdamW, the baseline", _adamw),
     "adamw-start": Method("LoRA with AdamW, started from the gradient", _adamw, _START),
-    "polora": Method("PoLoRA, one-sided, exact radius", _scaled(polora), _POLORA),
+    "polora": Method("PoLoRA, one-sided, exact radius", _scaled("polora"), _POLORA),
     "polora-start": Method(
-        "PoLoRA, started from the gradient", _scaled(polora), {**_POLORA, **_TINY_START}
+        "PoLoRA, started from the gradient", _scaled("polora"), {**_POLORA, **_TINY_START}
     ),
     "polora-two-sided": Method(
-        "PoLoRA, whitened by the other factor too", _scaled(polora), _TWO_SIDED
+        "PoLoRA, whitened by the other factor too", _scaled("polora"), _TWO_SIDED
     ),
     "polora-two-sided-start": Method(
         "PoLoRA, two-sided, started from the gradient",
-        _scaled(polora),
+        _scaled("polora"),
         {**_TWO_SIDED, **_TINY_START},
     ),
     "lora-plus": Method(
-        "LoRA+: AdamW, b 16 times as fast as a", _unscaled(lora_plus), {"ratio": 16.0}
+        "LoRA+: AdamW, b 16 times as fast as a", _unscaled("lora_plus"), {"ratio": 16.0}
     ),
-    "lora-plus-4": Method("LoRA+ with b 4 times as fast", _unscaled(lora_plus), {"ratio": 4.0}),
-    "lora-muon": Method("Muon on each factor", _unscaled(lora_muon), {"b1": 0.95}),
+    "lora-plus-4": Method("LoRA+ with b 4 times as fast", _unscaled("lora_plus"), {"ratio": 4.0}),
+    "lora-muon": Method("Muon on each factor", _unscaled("lora_muon"), {"b1": 0.95}),
     "scaled-adamw": Method(
         "ScaledAdamW: AdamW on preconditioned gradients",
-        _unscaled(scaled_adamw),
+        _unscaled("scaled_adamw"),
         {"order": "simultaneous", "damping": 1e-2},
     ),
     "lora-rite": Method(
         "LoRA-RITE: a matrix second moment of gradients in the factors' frames",
-        _unscaled(lora_rite),
+        _unscaled("lora_rite"),
         {"clip_unmagnified_grad": 1.0},
     ),
     "sgd": Method("LoRA with momentum SGD", _sgd, {"momentum": 0.9}),
-    "full-adamw": Method("AdamW on all weights, no adapters", _adamw, adapters=WholeModel()),
+    "full-adamw": Method("AdamW on all weights, no adapters", _adamw, make_adapters=_whole_model),
     "svd-lora": Method(
         "SVDLoRA: momentum SGD on the dense change, cut to the rank at each step",
         _svd_lora,
         {"momentum": 0.9},
-        Dense(),
+        _dense,
     ),
     **{
-        f"altlora{suffix}": Method(f"AltLoRA, {order}", _scaled(altlora), {"order": order})
+        f"altlora{suffix}": Method(f"AltLoRA, {order}", _scaled("altlora"), {"order": order})
         for suffix, order in _ORDERS.items()
     },
     **{
         f"altlora-plus{suffix}": Method(
-            f"AltLoRA+, {order}", _scaled(altlora_plus), {"order": order}
+            f"AltLoRA+, {order}", _scaled("altlora_plus"), {"order": order}
         )
         for suffix, order in _ORDERS.items()
     },
@@ -195,49 +229,52 @@ METHODS: dict[str, Method] = {
         {"momentum": 0.0, "damping": 1e-2},
     ),
     "oplora": Method(
-        "OPLoRA, k = 1", _scaled(oplora), {"iterations": 1, **_RIDGE}, LowRank(nn.Shadows())
+        "OPLoRA, k = 1",
+        _scaled("oplora"),
+        {"iterations": 1, **_RIDGE},
+        _pairs_with(lambda library: library.nn.Shadows()),
     ),
     "oplora-2": Method(
         "OPLoRA, k = 2",
-        _scaled(oplora),
+        _scaled("oplora"),
         {"iterations": 2, **_RIDGE},
-        LowRank(nn.Shadows(iterations=2)),
+        _pairs_with(lambda library: library.nn.Shadows(iterations=2)),
     ),
     "oplora-proj": Method(
         "OPLoRA-proj, k = 1",
-        _scaled(oplora_proj),
+        _scaled("oplora_proj"),
         {"iterations": 1, **_RIDGE},
-        LowRank(nn.Shadows(iterations=2, momentum_rank=0)),
+        _pairs_with(lambda library: library.nn.Shadows(iterations=2, momentum_rank=0)),
     ),
     "scaled-oplora": Method(
         "OPLoRA in K-FAC's diagonal metric, k = 1",
-        _scaled(scaled_oplora),
+        _scaled("scaled_oplora"),
         {"iterations": 1, "b1": 0.9, "lmbd": 1e-2},
-        LowRank(nn.Shadows(metric=Metric())),
+        _pairs_with(lambda library: library.nn.Shadows(metric=library.Metric())),
     ),
     "sds-lora": Method(
         "SDS-LoRA with AdamW, 10 steps of warm-up",
         _sds_lora,
         {"warmup_steps": 10},
-        LowRank(nn.Frames()),
+        _pairs_with(lambda library: library.nn.Frames()),
     ),
     "sds-lora-start": Method(
         "SDS-LoRA with AdamW, from frames of the gradient",
         _sds_lora,
         {"warmup_steps": 0, **_FRAMES_START},
-        LowRank(nn.Frames(warmup=False)),
+        _pairs_with(lambda library: library.nn.Frames(warmup=False)),
     ),
     "sds-lora-sgd": Method(
         "SDS-LoRA with momentum SGD, 10 steps of warm-up",
         _sds_lora_sgd,
         {"warmup_steps": 10, "momentum": 0.9},
-        LowRank(nn.Frames()),
+        _pairs_with(lambda library: library.nn.Frames()),
     ),
     "sds-lora-no-warmup": Method(
         "SDS-LoRA with AdamW, from random frames",
         _sds_lora,
         {"warmup_steps": 0},
-        LowRank(nn.Frames(warmup=False)),
+        _pairs_with(lambda library: library.nn.Frames(warmup=False)),
     ),
 }
 
@@ -251,19 +288,3 @@ def get_method(name: str) -> Method:
     if name not in METHODS:
         raise ExperimentError(f"unknown method {name!r}; there are: {', '.join(METHODS)}")
     return METHODS[name]
-
-
-def parse_start(values: Mapping[str, Any]) -> Start:
-    """Checks the option `start` of a method.
-
-    Raises:
-        ExperimentError: There is no such setting, or a value does not fit.
-    """
-    try:
-        return Start.model_validate(values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise ExperimentError(
-            f"start.{'.'.join(map(str, first['loc']))}: {first['msg']} "
-            f"(settings of a start: {', '.join(Start.model_fields)})"
-        ) from error

@@ -2,13 +2,13 @@
 
 import importlib
 import json
-import pkgutil
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from pydantic import Field, ValidationError, field_validator
 
 from experiments import studies
+from experiments.catalogue import study_names
 from experiments.errors import ExperimentError
 from experiments.methods import get_method
 from experiments.schema import Plan, Record
@@ -63,11 +63,6 @@ class StudyFile(NamedTuple):
     description: str
     study: Study
     smoke: Mapping[str, Any]
-
-
-def study_names() -> list[str]:
-    """Returns the names of all studies."""
-    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(studies.__path__))
 
 
 def load_study(name: str) -> StudyFile:

@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.errors import ExperimentError
+from experiments.methods import get_method
 from experiments.schema import RunResult, read_result
+from experiments.start import parse_start
 from experiments.study import Study
 from experiments.tasks import parse_options
 
@@ -25,6 +27,7 @@ class Job(NamedTuple):
         data_dir: Where the data are.
         out: Folder of the results.
         stored: Results that are there already.
+        save_adapter: Whether every run writes its adapter too, see `experiments.adapter_file`.
     """
 
     name: str
@@ -34,16 +37,12 @@ class Job(NamedTuple):
     data_dir: Path | None
     out: Path
     stored: tuple[RunResult, ...]
+    save_adapter: bool = False
 
     @property
     def label(self) -> str:
         """The job's name on the screen."""
         return f"{self.variant} {self.method}".strip()
-
-    @property
-    def planned(self) -> int:
-        """How many runs there will be if the best rate is inside the sweep."""
-        return len(self.study.learning_rates[self.method]) + len(self.study.seeds) - 1
 
 
 class Run(NamedTuple):
@@ -56,6 +55,48 @@ class Run(NamedTuple):
 
     learning_rate: float
     seed: int
+
+
+class Ahead(NamedTuple):
+    """What a method has still to run, as far as its results say.
+
+    Attributes:
+        runs: What is known, and may run side by side.
+        later: How many follow, if these leave the best rate where it is and the sweep as it is.
+    """
+
+    runs: list[Run]
+    later: int
+
+    @property
+    def total(self) -> int:
+        """How many runs these are."""
+        return len(self.runs) + self.later
+
+
+def look_ahead(study: Study, method: str, results: Iterable[RunResult]) -> Ahead:
+    """Decides what a method has still to run.
+
+    Args:
+        study: One variant.
+        method: Name of the method.
+        results: The results of this method in this variant.
+    """
+    losses = {Run(r.config.learning_rate, r.config.seed): r.validation_loss for r in results}
+    first, *others = study.seeds
+    planned = [Run(rate, first) for rate in study.learning_rates[method]]
+    rates = sorted(run.learning_rate for run in losses if run.seed == first)
+    default = planned[0].learning_rate
+    best = min(rates, key=lambda rate: losses[Run(rate, first)], default=default)
+    rest = [run for seed in others if (run := Run(best, seed)) not in losses]
+    if missing := [run for run in planned if run not in losses]:
+        return Ahead(missing, len(rest))
+    if len(planned) > 1 and len(rates) - len(planned) < study.extensions:
+        if best == rates[0]:
+            return Ahead([Run(_round(rates[1] / 10), first)], len(rest))
+        if best == rates[-1]:
+            return Ahead([Run(_round(rates[-2] * 10), first)], len(rest))
+    return Ahead(rest, 0)
 
 
 def next_run(
@@ -72,26 +113,8 @@ def next_run(
     Returns:
         The run, or None if there is nothing left to run, or nothing before another one has ended.
     """
-    losses = {Run(r.config.learning_rate, r.config.seed): r.validation_loss for r in results}
-    first, *others = study.seeds
-    planned = [Run(rate, first) for rate in study.learning_rates[method]]
-    for run in planned:
-        if run not in losses and run not in running:
-            return run
-    if any(run.seed == first for run in running):
-        return None  # the best rate is not known yet
-    rates = sorted(run.learning_rate for run in losses if run.seed == first)
-    best = min(rates, key=lambda rate: losses[Run(rate, first)])
-    if len(planned) > 1 and len(rates) - len(planned) < study.extensions:
-        if best == rates[0]:
-            return Run(_round(rates[1] / 10), first)
-        if best == rates[-1]:
-            return Run(_round(rates[-2] * 10), first)
-    for seed in others:
-        run = Run(best, seed)
-        if run not in losses and run not in running:
-            return run
-    return None
+    runs = look_ahead(study, method, results).runs
+    return next((run for run in runs if run not in running), None)
 
 
 def _round(rate: float) -> float:
@@ -111,6 +134,7 @@ def plan_jobs(
     *,
     resume: bool,
     fresh: bool,
+    save_adapter: bool = False,
 ) -> list[Job]:
     """Lays out the work, with the results that are there already.
 
@@ -120,12 +144,22 @@ def plan_jobs(
         data_dir: Where the data are.
         out: Folder of the results.
         resume: Whether results that are there count; only failed runs are repeated.
-        fresh: Whether results that are there are deleted.
+        fresh: Whether results that are there are deleted, with their adapters.
+        save_adapter: Whether every run writes its adapter too.
 
     Raises:
-        ExperimentError: There are results, and neither is asked for; or they are unreadable, or of
-            other settings.
+        ExperimentError: There are results, and neither is asked for, or both are; or they are
+            unreadable, or of other settings; or a method's adapter cannot be saved.
     """
+    if resume and fresh:
+        raise ExperimentError(
+            "--resume goes on from the results that are there and --fresh deletes them: pass one "
+            "of the two; nothing was deleted"
+        )
+    if save_adapter:
+        for study in parts.values():
+            for method in study.learning_rates:
+                _require_fixed_kernels(study, method)
     found = read_results(out)
     jobs = []
     for variant, study in parts.items():
@@ -138,12 +172,40 @@ def plan_jobs(
                 )
             for result in mine:
                 if fresh:
-                    (out / result.config.file_name()).unlink()
+                    path = out / result.config.file_name()
+                    path.unlink()
+                    adapter_path(path).unlink(missing_ok=True)
                 else:
                     _require_same_settings(result, name, study, out)
             kept = () if fresh else tuple(r for r in mine if r.status != "failed")
-            jobs.append(Job(name, variant, study, method, data_dir, out, kept))
+            jobs.append(Job(name, variant, study, method, data_dir, out, kept, save_adapter))
     return jobs
+
+
+def adapter_path(result: Path) -> Path:
+    """Returns where a run's adapter is, by the file of its result."""
+    return result.with_suffix(".safetensors")
+
+
+def without_adapter(jobs: Iterable[Job]) -> list[Path]:
+    """Returns the stored results of finished runs that have no adapter beside them."""
+    paths = [
+        job.out / result.config.file_name()
+        for job in jobs
+        for result in job.stored
+        if result.status == "finished"
+    ]
+    return [path for path in paths if not adapter_path(path).exists()]
+
+
+def _require_fixed_kernels(study: Study, method: str) -> None:
+    options = {**get_method(method).options, **study.method_options.get(method, {})}
+    if "start" in options and parse_start(options["start"]).keep_function:
+        raise ExperimentError(
+            f"--save-adapter: the start of {method!r} corrects the kernels, so its adapter does "
+            f"not fit the pretrained model; pass --override 'method_options.{method}={{...}}' with "
+            "a start whose keep_function is false, or leave the method out with --method"
+        )
 
 
 def _require_same_settings(result: RunResult, name: str, study: Study, out: Path) -> None:
@@ -164,10 +226,10 @@ class Board:
 
     Args:
         jobs: All jobs.
-        on_result: Told a job's label and every new result of it.
+        on_result: Told every new result and the job that it is of.
     """
 
-    def __init__(self, jobs: list[Job], on_result: Callable[[str, RunResult], None]) -> None:
+    def __init__(self, jobs: list[Job], on_result: Callable[[Job, RunResult], None]) -> None:
         self._jobs = jobs
         self._results = [list(job.stored) for job in jobs]
         self._running: list[set[Run]] = [set() for _ in jobs]
@@ -196,7 +258,15 @@ class Board:
         index = next(i for i, each in enumerate(self._jobs) if each is job)
         self._running[index].remove(run)
         self._results[index].append(result)
-        self._on_result(job.label, result)
+        self._on_result(job, result)
+
+    def expected(self) -> int:
+        """Returns how many results there will be if no sweep grows further than is known now."""
+        ahead = (
+            look_ahead(job.study, job.method, results).total
+            for job, results in zip(self._jobs, self._results, strict=True)
+        )
+        return len(self.all_results()) + sum(ahead)
 
     def all_results(self) -> list[RunResult]:
         """Returns the results of all jobs, reused ones included."""

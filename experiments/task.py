@@ -77,6 +77,10 @@ class Task(ABC, Generic[OptionsT]):
     ) -> None:
         self.options = options
 
+    @classmethod
+    def check(cls, options: OptionsT) -> None:
+        """Raises what can be known to be wrong before data and weights are loaded."""
+
     @abstractmethod
     def build_model(self, seed: int, adapters: Adapters) -> nnx.Module:
         """Returns the pretrained model with fresh adapters and a fresh head from `seed`.

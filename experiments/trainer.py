@@ -16,7 +16,7 @@ import optax
 from flax import nnx
 
 from experiments.errors import ExperimentError
-from experiments.methods import Setting, Start, get_method, parse_start
+from experiments.methods import Setting, get_method
 from experiments.probes import Probe, make_probe
 from experiments.program import Program
 from experiments.schema import (
@@ -29,6 +29,7 @@ from experiments.schema import (
     Status,
     current_environment,
 )
+from experiments.start import Start, parse_start
 from experiments.task import Batch, OnStep, Task, ignore_steps
 from lowrank_optax import find_pairs, nn
 

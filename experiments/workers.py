@@ -9,11 +9,13 @@ from contextlib import ExitStack, suppress
 from queue import Empty
 from typing import Any
 
-from rich.progress import Progress
+from flax import nnx
+from rich.progress import Progress, TaskID
 
+from experiments.adapter_file import require_no_file, save_adapter
 from experiments.errors import ExperimentError
 from experiments.schema import RunResult
-from experiments.sweep import Board, Job, Run
+from experiments.sweep import Board, Job, Run, adapter_path
 from experiments.task import Task
 from experiments.tasks import load_task
 from experiments.trainer import Trainer, step_ratio
@@ -42,23 +44,32 @@ def run_jobs(jobs: list[Job], workers: int, progress: Progress) -> list[RunResul
     Raises:
         ExperimentError: Data or weights are missing, or `out` cannot be written.
     """
-    planned, stored = sum(job.planned for job in jobs), sum(len(job.stored) for job in jobs)
-    overall = progress.add_task("all runs", total=planned, completed=stored)
-    lines = {}
+    overall = progress.add_task("all runs")
+    lines: dict[str, TaskID] = {}
+    ended: set[str] = set()
 
     def on_progress(label: str, done: int, total: int) -> None:
+        if label in ended:
+            return  # another process's last steps may come after its result
         if label not in lines:
             lines[label] = progress.add_task(label, total=total)
         progress.update(lines[label], completed=done, total=total, visible=done < total)
 
-    def on_result(label: str, result: RunResult) -> None:
-        progress.advance(overall)
+    def count() -> None:
+        progress.update(overall, completed=len(board.all_results()), total=board.expected())
+
+    def on_result(job: Job, result: RunResult) -> None:
+        label = _label(job, Run(result.config.learning_rate, result.config.seed))
+        ended.add(label)
+        if label in lines:  # it diverged or failed before its last step
+            progress.update(lines[label], visible=False)
         if result.status != "finished":
             why = f": {result.error}" if result.error else f" after {result.steps_done} steps"
-            rate = f"lr {result.config.learning_rate:g} seed {result.config.seed}"
-            progress.console.print(f"{label} {rate} {result.status}{why}")
+            progress.console.print(f"{label} {result.status}{why}")
+        count()
 
     board = Board(jobs, on_result)
+    count()
     if workers == 1:
         workshop, job = Workshop(), None
         while (assignment := board.assign(job)) is not None:
@@ -86,9 +97,14 @@ class Workshop:
             on_progress: Told of every step.
         """
         trainer, ratio = self._trainer_of(job, on_progress)
-        label = f"{job.label} lr {run.learning_rate:g} seed {run.seed}"
-        ended = trainer.run(*run, functools.partial(on_progress, label)).result
-        result = ended.model_copy(update={"step_ratio": ratio})
+        path = adapter_path(job.out / trainer.config(*run).file_name())
+        if job.save_adapter:
+            require_no_file(path)
+        ended = trainer.run(*run, functools.partial(on_progress, _label(job, run)))
+        result = ended.result.model_copy(update={"step_ratio": ratio})
+        if job.save_adapter and result.status == "finished":
+            trained = nnx.Any(trainer.task.head, trainer.method.adapters.trained)
+            save_adapter(path, ended.model, trained, result)  # first: a result says all is there
         result.write(job.out)
         return result
 
@@ -132,6 +148,11 @@ class Workshop:
             self._task = key, load_task(study.task, study.task_options, job.data_dir, on_step)
             on_step(1, 1)
         return self._task[1]
+
+
+def _label(job: Job, run: Run) -> str:
+    """The run's name on the screen."""
+    return f"{job.label} lr {run.learning_rate:g} seed {run.seed}"
 
 
 def _require_same_data(job: Job, task: Task[Any]) -> None:

@@ -1,5 +1,6 @@
-"""The tasks, by name."""
+"""The tasks, by name; each is imported when it is asked for, with the packages that it needs."""
 
+import importlib
 from pathlib import Path
 from typing import Any
 
@@ -7,33 +8,22 @@ from pydantic import ValidationError
 
 from experiments.errors import ExperimentError
 from experiments.task import OnStep, Task, TaskOptions
-from experiments.tasks.cifar import Cifar, CifarTransfer
-from experiments.tasks.cifar100 import CIFAR100
-from experiments.tasks.cola import CoLA
-from experiments.tasks.conditioning import Conditioning
-from experiments.tasks.digits import Digits
-from experiments.tasks.gsm8k import GSM8K
-from experiments.tasks.linear import Linear
-from experiments.tasks.lm import LM
-from experiments.tasks.mnist import MNIST
-from experiments.tasks.mnli import MNLI
-from experiments.tasks.sst2 import SST2
 
-_ALL: tuple[type[Task[Any]], ...] = (
-    Cifar,
-    CIFAR100,
-    CifarTransfer,
-    CoLA,
-    Conditioning,
-    Digits,
-    GSM8K,
-    Linear,
-    LM,
-    MNIST,
-    MNLI,
-    SST2,
-)
-TASKS = {task.name: task for task in _ALL}
+TASKS = {
+    "cifar": "cifar.Cifar",
+    "cifar-transfer": "cifar.CifarTransfer",
+    "cifar100": "cifar100.CIFAR100",
+    "cola": "cola.CoLA",
+    "conditioning": "conditioning.Conditioning",
+    "digits": "digits.Digits",
+    "gsm8k": "gsm8k.GSM8K",
+    "linear": "linear.Linear",
+    "lm": "lm.LM",
+    "mnist": "mnist.MNIST",
+    "mnli": "mnli.MNLI",
+    "sst2": "sst2.SST2",
+}
+"""Module and class of every task."""
 
 
 def option_names(name: str) -> list[str]:
@@ -62,10 +52,34 @@ def parse_options(name: str, options: dict[str, Any]) -> TaskOptions:
         ) from error
 
 
+def require_model_option(name: str) -> None:
+    """Refuses tasks whose model cannot be chosen.
+
+    Raises:
+        ExperimentError: There is no such task, or it has no option `model`.
+    """
+    if "model" not in option_names(name):
+        others = [task for task in TASKS if "model" in option_names(task)]
+        raise ExperimentError(
+            f"task {name!r} has a model of its own and takes no --model; these take one, as --task:"
+            f" {', '.join(others)}"
+        )
+
+
+def check_task(name: str, options: dict[str, Any]) -> None:
+    """Checks what can be known of a task before its data and its weights are loaded.
+
+    Raises:
+        ExperimentError: Unknown task or option, or a model that is not there or of another kind.
+    """
+    _find(name).check(parse_options(name, options))
+
+
 def _find(name: str) -> type[Task[Any]]:
     if name not in TASKS:
         raise ExperimentError(f"unknown task {name!r}; there are: {', '.join(TASKS)}")
-    return TASKS[name]
+    module, kind = TASKS[name].split(".")
+    return getattr(importlib.import_module(f"{__name__}.{module}"), kind)
 
 
 def load_task(
@@ -85,4 +99,4 @@ def load_task(
     Raises:
         ExperimentError: Unknown task or option, or data or weights that are not there.
     """
-    return TASKS[name](parse_options(name, options), data_dir, on_step)
+    return _find(name)(parse_options(name, options), data_dir, on_step)

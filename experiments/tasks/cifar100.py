@@ -17,6 +17,7 @@ from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
 from experiments.models.pretrained_vit import (
     ImageClassifier,
+    ViTShape,
     load_image_encoder,
     load_normalization,
 )
@@ -58,6 +59,7 @@ class CIFAR100(HubTask[CIFAR100Options]):
 
     name: ClassVar[str] = "cifar100"
     options_type = CIFAR100Options
+    shape = ViTShape
     eval_batch: ClassVar[int] = 64
 
     def __init__(

@@ -18,7 +18,7 @@ from tokenizers import Tokenizer
 
 from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
-from experiments.models.llama import Llama, load_llama
+from experiments.models.llama import Llama, LlamaShape, load_llama
 from experiments.models.text import read_tokenizer
 from experiments.task import Batch, OnStep, Totals, ignore_steps
 from experiments.tasks.data import classification_totals
@@ -66,6 +66,7 @@ class GSM8K(HubTask[GSM8KOptions]):
 
     name: ClassVar[str] = "gsm8k"
     options_type = GSM8KOptions
+    shape = LlamaShape
     eval_batch: ClassVar[int] = 16
 
     def __init__(

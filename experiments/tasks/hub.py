@@ -21,6 +21,7 @@ from typing import Any, ClassVar, TypeVar
 from pydantic import Field
 
 from experiments.errors import ExperimentError
+from experiments.models.checkpoint import CONFIG_FILE, Shape, read_shape
 from experiments.task import Batch, Task, TaskOptions
 from experiments.tasks.data import data_folder, padded_batches, shuffled_batches
 
@@ -57,14 +58,27 @@ class HubTask(Task[HubOptionsT]):
     """A pretrained model on a data set of the hub: subclasses set `examples` and `record`.
 
     Attributes:
+        shape: Sizes of the models that the task takes.
         eval_batch: Examples of an evaluation batch.
         examples: Arrays by split: "train", "validation" and "test".
         record: What identifies the data and the model.
     """
 
+    shape: ClassVar[type[Shape]]
     eval_batch: ClassVar[int]
     examples: dict[str, Batch]
     record: dict[str, str]
+
+    @classmethod
+    def check(cls, options: HubOptionsT) -> None:
+        """Refuses a model of another architecture, by its `config.json` alone."""
+        folder = find_model(options.model, [CONFIG_FILE])
+        try:
+            read_shape(folder, cls.shape)
+        except ExperimentError as error:
+            raise ExperimentError(
+                f"--model {options.model} for task {cls.name!r}: {error}"
+            ) from error
 
     @property
     def data(self) -> dict[str, str]:
@@ -197,8 +211,12 @@ class HubData:
         return columns
 
 
-def find_model(model: str) -> Path:
+def find_model(model: str, files: Sequence[str] = MODEL_FILES) -> Path:
     """Returns the folder of a model, fetched from the hub where it is not local.
+
+    Args:
+        model: Name on the hub, or a folder.
+        files: Which files are fetched, as patterns.
 
     Raises:
         ExperimentError: There is no such folder, or the hub cannot be reached or has no such model.
@@ -213,7 +231,7 @@ def find_model(model: str) -> Path:
     import huggingface_hub
 
     try:
-        return Path(huggingface_hub.snapshot_download(model, allow_patterns=MODEL_FILES))
+        return Path(huggingface_hub.snapshot_download(model, allow_patterns=list(files)))
     except (OSError, ValueError) as error:
         raise ExperimentError(
             f"cannot fetch {model!r} from the Hugging Face hub ({_short(error)}). "

@@ -14,7 +14,13 @@ from pydantic import Field
 
 from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
-from experiments.models.bert import FirstTokenHead, TextClassifier, load_encoder, load_pooler
+from experiments.models.bert import (
+    EncoderShape,
+    FirstTokenHead,
+    TextClassifier,
+    load_encoder,
+    load_pooler,
+)
 from experiments.models.text import encode, load_tokenizer
 from experiments.task import Batch, OnStep, Totals, ignore_steps
 from experiments.tasks.data import classification_totals
@@ -64,6 +70,7 @@ class MNLI(HubTask[MNLIOptions]):
 
     name: ClassVar[str] = "mnli"
     options_type = MNLIOptions
+    shape = EncoderShape
     eval_batch: ClassVar[int] = 64
 
     def __init__(

@@ -11,7 +11,7 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 
-from lowrank_optax import LoRAPair, engine, find_pairs, nn
+from lowrank_optax import LoRAPair, engine, find_pairs, nn, notices
 from lowrank_optax._core.layouts import variables_of
 from tests.conformance.methods import METHODS, random_frames
 
@@ -482,7 +482,8 @@ def test_export_for_accelerators(method):
     tx, init, _ = default(method)
     params = make_params(method)
     exported = jax.export.export(jax.jit(step_of(tx)), platforms=["tpu", "cuda"])
-    assert exported(params, init(params)).platforms == ("tpu", "cuda")
+    with notices(False):  # an export cannot carry the callbacks of warnings
+        assert exported(params, init(params)).platforms == ("tpu", "cuda")
 
 
 @each_method

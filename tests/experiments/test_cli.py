@@ -1,12 +1,14 @@
+import contextlib
+import io
 import json
 import re
 from itertools import pairwise
 
+import huggingface_hub
 import pytest
-from typer.testing import CliRunner
 
 import experiments.workers
-from experiments.__main__ import app
+from experiments.__main__ import main
 from experiments.errors import ExperimentError
 from experiments.methods import METHODS
 from experiments.study import (
@@ -17,7 +19,8 @@ from experiments.study import (
     select,
     study_names,
 )
-from tests.experiments.samples import TINY
+from tests.experiments.samples import TINY, make_result
+from tests.experiments.tiny_models import BERT, LLAMA, ROBERTA
 
 TINY_RUN = [
     "run",
@@ -31,8 +34,14 @@ NAMES = ", ".join(study_names())
 
 
 def invoke(*arguments):
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    return result.exit_code, re.sub(r"\s+", " ", result.output)
+    """Returns the exit status, and what stands on the screen with each run of blanks as one."""
+    code, output = 0, io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        try:
+            main([str(argument) for argument in arguments])
+        except SystemExit as ended:
+            code = ended.code or 0
+    return code, re.sub(r"\s+", " ", output.getvalue())
 
 
 def test_run_writes_results_and_figure_then_goes_on_from_them(tmp_path, tiny_digits, monkeypatch):
@@ -80,7 +89,18 @@ def test_run_writes_results_and_figure_then_goes_on_from_them(tmp_path, tiny_dig
         (["run", "linear", "--variant=other"], "there are: stochastic, deterministic"),
         (["run", "fine-tune", "--task=nothing"], "unknown task 'nothing'; there are: cifar"),
         (["run", "fine-tune", "--task=gsm8k"], "task_options.model: Field required"),
-        (["run", "digits", "--model=roberta-base"], "unknown override 'task_options.model'"),
+        (
+            ["run", "digits", "--model=roberta-base"],
+            "task 'digits' has a model of its own and takes no --model; these take one, as "
+            "--task: cifar100, gsm8k, mnli",
+        ),
+        (["run", "fine-tune", "--task=mnist", "--model=x"], "task 'mnist' has a model of its own"),
+        (["run", "fine-tune", "--model=./nowhere"], "--model ./nowhere: there is no such folder"),
+        (["run", "linear", "--resume", "--fresh"], "pass one of the two; nothing was deleted"),
+        (["runn"], "invalid choice: 'runn'"),
+        (["run", "linear", "--jobs=0"], "--jobs: 0 is below 1"),
+        (["run", "linear", "--jobs=two"], "argument --jobs: invalid"),
+        (["run", "linear", "--other"], "unrecognized arguments: --other"),
         (["report", "--results=no/such/folder"], "no/such/folder does not exist"),
         (["run", "digits", "--override=plan.stops=3"], "unknown override 'plan.stops'"),
         (["run", "digits", "--override=task_options.size=3"], "task_options.rank"),
@@ -97,8 +117,37 @@ def test_mistakes_are_explained_without_a_traceback(arguments, message, tmp_path
     code, output = invoke(*arguments, *out)
     assert code == 2
     assert message in output
-    assert "Traceback" not in output
+    assert output.count("Error: ") == 1
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("task", "config"), [("mnli", LLAMA), ("gsm8k", BERT), ("cifar100", ROBERTA)]
+)
+def test_a_model_of_another_kind_is_refused_before_anything_is_fetched_or_deleted(
+    task, config, tmp_path, monkeypatch
+):
+    folder, out = tmp_path / "model", tmp_path / "out"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    result = make_result().write(out)
+    fetched = []
+
+    def fetch(name, allow_patterns):
+        fetched.append((name, allow_patterns))
+        return str(folder)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    for model in (folder, "someone/something"):
+        arguments = ["--task", task, "--model", model, "--method=adamw", "--learning-rate=1"]
+        code, output = invoke("run", "fine-tune", *arguments, "--fresh", "--out", out)
+        assert code == 2
+        assert output.startswith(
+            f"Error: --model {model} for task '{task}': {folder}/config.json: "
+        )
+        assert f"model_type is '{config['model_type']}'; this task takes '" in output
+    assert fetched == [("someone/something", ["config.json"])]
+    assert result.exists()
 
 
 def test_list_names_every_study_and_method():

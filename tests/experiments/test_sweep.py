@@ -1,18 +1,24 @@
+import io
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
+from rich.progress import Progress
 
+import experiments.workers
 from experiments.errors import ExperimentError
 from experiments.schema import Plan, RunResult
 from experiments.study import Study, expand, load_study
 from experiments.sweep import Board, next_run, plan_jobs, read_results
-from experiments.workers import share_cores
+from experiments.workers import run_jobs, share_cores
 from tests.experiments.samples import make_result
 from tests.experiments.test_cli import invoke
 
@@ -82,7 +88,7 @@ def test_workers_stay_with_a_method_then_help_and_wait_for_the_best_rate(tmp_pat
     told = []
     board = Board(
         plan_jobs("digits", {"": both}, None, tmp_path, resume=False, fresh=False),
-        lambda label, result: told.append((label, result.config.learning_rate)),
+        lambda job, result: told.append((job.method, result.config.learning_rate)),
     )
 
     def end(job, run):
@@ -162,8 +168,9 @@ def test_a_killed_and_resumed_study_equals_an_uninterrupted_one(whole, tmp_path)
 
 
 def test_two_processes_find_the_same(whole, tmp_path):
-    finish(*SMOKE, "--out", tmp_path, "--jobs=2")
+    screen = finish(*SMOKE, "--out", tmp_path, "--jobs=2")
     assert numbers(tmp_path) == numbers(whole)
+    assert re.search(r"all runs +\S+ 3/3 ", screen)
 
 
 def test_an_error_in_a_process_is_shown(tmp_path):
@@ -180,6 +187,67 @@ def test_workers_share_all_cores_and_each_has_one(monkeypatch, workers):
     assert all(shares)
     assert set.union(*shares) == {0, 2, 3, 5, 7}
     assert sum(map(len, shares)) == max(5, workers)
+
+
+class WatchedProgress(Progress):
+    """Remembers what its first bar has shown."""
+
+    def __init__(self) -> None:
+        super().__init__(console=Console(file=io.StringIO()))
+        self.seen: list[tuple[float, float | None]] = []
+
+    def update(self, task_id, **fields: Any) -> None:
+        super().update(task_id, **fields)
+        if task_id == self.task_ids[0]:
+            self.seen.append((self.tasks[0].completed, self.tasks[0].total))
+
+
+@pytest.fixture
+def made_up_runs(monkeypatch):
+    """Runs that take no time and are the better the higher their rate; the first diverges.
+
+    Workers are threads.
+    """
+    before = [("an adamw run that has not begun", 0, 1)]
+
+    def run(job, run, on_progress):
+        label = f"adamw lr {run.learning_rate:g} seed {run.seed}"
+        on_progress(*before[-1])  # as if it were late
+        for step in (1, 2):
+            on_progress(label, step, 5)
+        before.append((label, 2, 5))
+        status = "diverged" if run.learning_rate == 0.01 else "finished"
+        loss = 1 / run.learning_rate
+        return make_result(learning_rate=run.learning_rate, seed=run.seed, loss=loss, status=status)
+
+    monkeypatch.setattr(experiments.workers.Workshop, "run", staticmethod(run))
+    monkeypatch.setattr(
+        experiments.workers, "_work", lambda job, one, q: run(job, one, lambda *s: q.put(s))
+    )
+    monkeypatch.setattr(
+        experiments.workers, "ProcessPoolExecutor", lambda *settings: ThreadPoolExecutor(1)
+    )
+
+
+@pytest.mark.usefixtures("made_up_runs")
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("there", [0, 4])
+def test_the_bar_grows_with_the_sweep_and_counts_every_result_once(workers, there, tmp_path):
+    for rate in (0.01, 0.03, 0.1, 0.3)[:there]:
+        stored(tmp_path, learning_rate=rate, loss=1 / rate)
+    progress = WatchedProgress()
+    results = run_jobs(jobs(tmp_path, resume=True), workers, progress)
+    assert len(results) == 6
+    shown = [(0, 4), (1, 4), (2, 4), (3, 5), (4, 6), (5, 6), (6, 6)]
+    assert progress.seen == shown[there:]
+    assert [task.visible for task in progress.tasks[2:]] == [False] * (6 - there)
+
+
+def test_what_is_there_of_the_other_seeds_is_not_expected_again(tmp_path):
+    for rate, seed in ((0.03, 0), (0.1, 0), (0.03, 5)):  # the run at 0.01 failed, say
+        stored(tmp_path, learning_rate=rate, seed=seed, loss=rate)
+    board = Board(jobs(tmp_path, resume=True), lambda job, result: None)
+    assert board.expected() == 4
 
 
 def jobs(out: Path, *, resume: bool = False, fresh: bool = False):
@@ -216,6 +284,15 @@ def test_fresh_deletes_what_is_there(tmp_path):
     (job,) = jobs(tmp_path, fresh=True)
     assert job.stored == ()
     assert [result.config.method for result in read_results(tmp_path)] == ["altlora"]
+
+
+def test_resume_and_fresh_together_delete_nothing(tmp_path):
+    stored(tmp_path)
+    (tmp_path / "figure.png").touch()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ExperimentError, match="pass one of the two; nothing was deleted"):
+        jobs(tmp_path, resume=True, fresh=True)
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_results_of_other_settings_are_not_mixed(tmp_path):

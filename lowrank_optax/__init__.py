@@ -2,18 +2,13 @@
 
 from lowrank_optax import adapters, diagnostics, engine, nn, sharding
 from lowrank_optax._core.frames import FramedPair, frame
+from lowrank_optax._core.gradient_scaling import clip_by_global_norm, scale_gradients
 from lowrank_optax._core.layouts import DEFAULT_SPECS, Member, PairSpec
 from lowrank_optax._core.lorsum import lorsum
 from lowrank_optax._core.nodes import LoRAPair, register_node
 from lowrank_optax._core.notices import notices
 from lowrank_optax._core.pairing import Pairing, find_pairs
-from lowrank_optax._core.shadows import (
-    Metric,
-    ShadowedPair,
-    clip_by_global_norm,
-    scale_gradients,
-    shadow,
-)
+from lowrank_optax._core.shadows import Metric, ShadowedPair, shadow
 from lowrank_optax._core.states import skipped
 from lowrank_optax.methods.altlora import AltLoRAPlusState, AltLoRAState, altlora, altlora_plus
 from lowrank_optax.methods.inverse_sqrt_gram import scale_by_inverse_sqrt_gram

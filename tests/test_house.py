@@ -42,6 +42,7 @@ CORE = (
     "krylov",
     "shadow_layer",
     "shadows",
+    "gradient_scaling",
 )
 ALLOWED = {
     "engine": {"_core"},

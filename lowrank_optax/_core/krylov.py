@@ -21,8 +21,9 @@ gradients of `d_in` and `d_out`, and `D = (β₂ d + (1 − β₂) statistic + d
 
 An element with index i is of degree i in the gradient: twice the gradient gives 2ⁱ times the
 element. So the sum over micro-batches is right for degree 1 only. The gradient of `checksum` holds
-numbers of degree 1 and their squares. After gradients are summed or scaled, the squares no longer
-match, and `is_single_pass` sees that.
+sums over A₁ and B₁, and squares of the latter. After gradients are summed or scaled, the squares no
+longer match; after something is added to them, as an L2 term, the sums do not. `is_untouched` sees
+both.
 """
 
 from typing import Any, NamedTuple
@@ -30,9 +31,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax._core import meshes
 from lowrank_optax._core.linalg import SIDES, Side, weigh
 
 Basis = dict[Side, list[jax.Array]]
+
+_LONG_AXIS = {"a": -2, "b": -1}
 
 
 class MetricValues(NamedTuple):
@@ -198,7 +202,7 @@ def pack(pair: Any, products: Basis) -> dict[str, jax.Array]:
         >>> node = shadow(LoRAPair(jnp.ones((6, 2)), jnp.zeros((2, 4))), jax.random.key(0))
         >>> leaves = pack(node, {"a": [jnp.ones((6, 4))], "b": 2 * [jnp.ones((4, 4))]})
         >>> {name: x.shape for name, x in leaves.items()}
-        {'krylov_b': (4, 4), 'checksum': (4, 2)}
+        {'krylov_b': (4, 4), 'checksum': (4, 3)}
     """
     first = _first_packed(pair)
     leaves = {}
@@ -206,7 +210,8 @@ def pack(pair: Any, products: Basis) -> dict[str, jax.Array]:
         leaves["krylov_a"] = jnp.concatenate(further, axis=-1)
     if further := products["b"][first:]:
         leaves["krylov_b"] = jnp.concatenate(further, axis=-2)
-        leaves["checksum"] = checksum(products["b"][0])
+    if pair.checksum is not None:
+        leaves["checksum"] = checksum(products["a"][0], products["b"][0])
     return leaves
 
 
@@ -227,7 +232,17 @@ def unpack(pair: Any, grads: Any) -> tuple[Basis, MetricValues | None]:
         >>> {side: len(elements) for side, elements in unpack(node, node)[0].items()}
         {'a': 2, 'b': 3}
     """
-    metric = metric_of(pair, grads)
+    metric, products = metric_of(pair, grads), _products(pair, grads)
+    divide = (lambda side, x: x) if metric is None else metric.divide
+    begin = first_elements(pair, metric)
+    elements: Basis = {
+        side: [begin[side], *(divide(side, x) for x in products[side])] for side in SIDES
+    }
+    return elements, metric
+
+
+def _products(pair: Any, grads: Any) -> Basis:
+    """Reads A₁, A₂, … and B₁, B₂, … before any division."""
     products: Basis = {
         "a": [concat_rank("a", grads.a, grads.m_a)],
         "b": [concat_rank("b", grads.b, grads.m_b)],
@@ -239,63 +254,100 @@ def unpack(pair: Any, grads: Any) -> tuple[Basis, MetricValues | None]:
     if pair.krylov_b is not None:
         number = pair.krylov_b.shape[-2] // width(pair)
         products["b"][first:] = jnp.split(grads.krylov_b, number, axis=-2)
-    divide = (lambda side, x: x) if metric is None else metric.divide
-    begin = first_elements(pair, metric)
-    elements: Basis = {
-        side: [begin[side], *(divide(side, x) for x in products[side])] for side in SIDES
-    }
-    return elements, metric
+    return products
 
 
-def checksum(b: jax.Array) -> jax.Array:
-    """Makes the columns by which `is_single_pass` knows the products of one backward pass.
+def checksum(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Makes the columns by which `is_untouched` knows the products of one backward pass.
 
     Args:
+        a: A₁, (..., in, R).
         b: B₁, (..., R, out).
 
     Returns:
-        (..., R, 2): the sums over the rows, and their squares.
+        (..., R, 3): the sums over b's long axis, their squares, the sums over a's.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> checksum(jnp.ones((1, 3))).tolist()
-        [[3.0, 9.0]]
+        >>> checksum(jnp.ones((5, 1)), jnp.ones((1, 3))).tolist()
+        [[3.0, 9.0, 5.0]]
     """
-    sums = jnp.sum(b, axis=-1, keepdims=True)
-    return jnp.concatenate([sums, sums**2], axis=-1)
+    sums = jnp.sum(b, axis=-1)
+    return jnp.stack([sums, sums**2, jnp.sum(a, axis=-2)], axis=-1)
 
 
-def is_single_pass(columns: jax.Array) -> jax.Array:
-    """Says which pairs have the products of one backward pass, for `Pairs.together`.
+def evidence(pair: Any, grads: Any) -> jax.Array:
+    """Puts the checksum as it arrived beside the sums over what arrived.
 
     Args:
-        columns: the checksums as they arrived, (n, R, 2).
+        pair: the parameters.
+        grads: what the backward pass returned for them, or what others made of it.
 
     Returns:
-        (n, 1, 1), 1 where the squares are right to 1e-5, else NaN. Micro-batches are told apart if
-        their sums differ by more than 0.6 %; below that their mean products are nearly right.
+        (..., R, 7): the checksum, the same sums again, those of magnitudes times their rounding.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> one, other = checksum(jnp.ones((1, 1, 3))), checksum(jnp.full((1, 1, 3), 1.05))
-        >>> is_single_pass(one).item(), is_single_pass((one + other) / 2).item()
-        (1.0, nan)
+        >>> from lowrank_optax import ShadowedPair
+        >>> pair = ShadowedPair(jnp.ones((5, 1)), jnp.ones((1, 3)), checksum=jnp.zeros((1, 3)))
+        >>> evidence(pair, pair)[0, :5].tolist()
+        [0.0, 0.0, 0.0, 3.0, 5.0]
     """
-    first, second = columns[..., :1], columns[..., 1:]
-    size = lambda x: jnp.sum(jnp.abs(x), axis=-2, keepdims=True)
-    tolerance = 1e-5 * size(first**2) + jnp.finfo(first.dtype).tiny
-    return jnp.where(size(second - first**2) <= tolerance, 1, jnp.nan)
+    products = _products(pair, grads)
+    columns = list(jnp.moveaxis(grads.checksum, -1, 0))
+    over = lambda side, x: meshes.sum_over_shards(side, jnp.sum(x, axis=_LONG_AXIS[side]))
+    wide = {side: x[0].astype(columns[0].dtype) for side, x in products.items()}
+    own = [over(side, wide[side]) for side in ("b", "a")]
+    noise = max(1e-5, float(jnp.finfo(grads.a.dtype).eps))
+    rounding = [noise * over(side, jnp.abs(wide[side])) for side in ("b", "a")]
+    return jnp.stack([*columns, *own, *rounding], axis=-1)
+
+
+def is_untouched(columns: jax.Array, single_pass: bool) -> jax.Array:
+    """Says which pairs have the products of a backward pass as it made them, for `Pairs.together`.
+
+    Args:
+        columns: the `evidence`, (n, R, 7).
+        single_pass: whether sums over micro-batches will not do.
+
+    Returns:
+        (n, 1, 1), 1 where the sums are right up to rounding, and the squares to 1e-5 if that is
+        asked for, else NaN. Micro-batches are told apart if their sums differ by more than 0.6 %;
+        below that their mean products are nearly right.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> one, other = jnp.full((1, 1), 3.0), jnp.full((1, 1), 3.2)
+        >>> columns = lambda x, y: jnp.stack([(x + y) / 2, (x**2 + y**2) / 2, 0 * x, (x + y) / 2,
+        ...                                   0 * x, 1e-5 * x, 0 * x], axis=-1)
+        >>> [is_untouched(columns(one, y), True).item() for y in (one, other)]
+        [1.0, nan]
+        >>> is_untouched(columns(one, other), False).item()
+        1.0
+    """
+    sums_b, squares, sums_a, own_b, own_a, noise_b, noise_a = jnp.moveaxis(columns, -1, 0)
+    size = lambda x: jnp.sum(jnp.abs(x), axis=-1)
+    tiny = jnp.finfo(columns.dtype).tiny
+    fits = size(own_b - sums_b) <= size(noise_b) + tiny
+    fits &= size(own_a - sums_a) <= size(noise_a) + tiny
+    if single_pass:
+        fits &= size(squares - sums_b**2) <= 1e-5 * size(sums_b**2) + tiny
+    return jnp.where(fits, 1, jnp.nan)[:, None, None]
 
 
 def concat_rank(side: Side, x: Any, m: Any) -> jax.Array:
     """Concatenates two factors of one side along the rank axis; the second may be None.
+
+    On an Explicit mesh the result is sharded like the first.
 
     Example:
         >>> import jax.numpy as jnp
         >>> concat_rank("b", jnp.ones((2, 5)), jnp.ones((1, 5))).shape
         (3, 5)
     """
-    return x if m is None else jnp.concatenate([x, m], axis=-1 if side == "a" else -2)
+    if m is None:
+        return x
+    return jnp.concatenate([x, meshes.reshard_like(m, x)], axis=-1 if side == "a" else -2)
 
 
 def split_rank(side: Side, x: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:

@@ -109,21 +109,16 @@ def contraction(subscripts: str, x: jax.Array, y: jax.Array) -> NamedSharding | 
         >>> contraction("...ni,...nj->...ij", jnp.ones((4, 2)), jnp.ones((4, 2))) is None
         True
     """
-    specs = spec_of(x), spec_of(y)
-    if specs == (None, None):
+    if (mesh := _explicit_mesh(x, y)) is None:
         return None
     operands, _, result = subscripts.partition("->")
     labels = [part.removeprefix("...") for part in operands.split(",")]
-    entries = [
-        (None,) * operand.ndim if spec is None else tuple(spec)
-        for operand, spec in zip((x, y), specs, strict=True)
-    ]
+    entries = _entries(x), _entries(y)
     leading = [entry[:-2] for entry in entries]
     batch = max(leading, key=lambda axes: (len(axes), sum(axis is not None for axis in axes)))
     named = dict(zip(labels[1], entries[1][-2:], strict=True))
     for label, axis in zip(labels[0], entries[0][-2:], strict=True):
         named[label] = axis or named.get(label)
-    mesh = jax.typeof(y if specs[0] is None else x).sharding.mesh
     return NamedSharding(mesh, jax.P(*batch, *(named[label] for label in result[3:])))
 
 
@@ -135,7 +130,7 @@ def matmul(x: jax.Array, y: jax.Array, preferred_element_type: Any) -> jax.Array
 
     Args:
         x: (..., k).
-        y: (..., k, n).
+        y: (..., k, n); its leading axes broadcast as in `jnp.matmul`.
         preferred_element_type: dtype to accumulate in.
 
     Returns:
@@ -146,31 +141,46 @@ def matmul(x: jax.Array, y: jax.Array, preferred_element_type: Any) -> jax.Array
         >>> matmul(jnp.ones((2, 3)), jnp.ones((3, 1)), jnp.float32).tolist()
         [[3.0], [3.0]]
     """
-    specs = spec_of(x), spec_of(y)
-    out_sharding = None
-    if specs != (None, None):
-        mesh = jax.typeof(y if specs[0] is None else x).sharding.mesh
-        spec_x, spec_y = (
-            (None,) * v.ndim if s is None else s for v, s in zip((x, y), specs, strict=True)
-        )
-        taken = set(jax.tree.leaves(tuple(spec_x)))
-        last = None if taken & set(jax.tree.leaves(spec_y[-1])) else spec_y[-1]
-        y = jax.sharding.reshard(y, NamedSharding(mesh, jax.P(*spec_y[:-2], spec_x[-1], last)))
-        out_sharding = NamedSharding(mesh, jax.P(*spec_x[:-1], last))
-    return jnp.matmul(
-        x, y, preferred_element_type=preferred_element_type, out_sharding=out_sharding
+    row = "t" if x.ndim > 1 else ""
+    x, y, out_sharding = _fitted(x, y)
+    return jnp.einsum(  # `jnp.matmul` gives `out_sharding` to axes that are not in order yet
+        f"...{row}k,...kn->...{row}n",
+        x,
+        y,
+        preferred_element_type=preferred_element_type,
+        out_sharding=out_sharding,
     )
 
 
+def sharding_like(like: jax.Array, *operands: jax.Array) -> NamedSharding | None:
+    """Finds what to give a product as `out_sharding`, so that it is sharded like an array.
+
+    Args:
+        like: the array, of the product's shape or with its sharded axes in the same places.
+        operands: of the product; they tell the mesh if the array is on none.
+
+    Returns:
+        The sharding, or None where no mesh has explicit axes.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> sharding_like(jnp.ones(2), jnp.ones(2)) is None
+        True
+    """
+    mesh = _explicit_mesh(like, *operands)
+    return None if mesh is None else NamedSharding(mesh, jax.P(*_entries(like)))
+
+
 def reshard_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Gives an array the sharding of another one of its shape on an Explicit mesh.
+    """Gives an array the sharding of another one with as many axes on an Explicit mesh.
 
     Example:
         >>> import jax.numpy as jnp
         >>> reshard_like(jnp.ones(2), jnp.zeros(2)).tolist()
         [1.0, 1.0]
     """
-    return x if spec_of(like) is None else jax.sharding.reshard(x, jax.typeof(like).sharding)
+    sharding = sharding_like(like, x)
+    return x if sharding is None else jax.sharding.reshard(x, sharding)
 
 
 def varying(x: Any) -> frozenset[str]:
@@ -182,3 +192,41 @@ def varying(x: Any) -> frozenset[str]:
         frozenset()
     """
     return frozenset(jax.typeof(x).manual_axis_type.varying)
+
+
+def _fitted(x: jax.Array, y: jax.Array) -> tuple[jax.Array, jax.Array, NamedSharding | None]:
+    """Reshards the operands of `matmul`, and finds the sharding of its result.
+
+    The input decides: the weight keeps what meets no mesh axis that the input is sharded over.
+    """
+    if (mesh := _explicit_mesh(x, y)) is None:
+        return x, y, None
+    spec_x, spec_y = _entries(x), _entries(y)
+    taken = set(jax.tree.leaves(spec_x))
+    spec_y = tuple(None if taken & set(jax.tree.leaves(entry)) else entry for entry in spec_y)
+    width = max(x.ndim, y.ndim) - 2
+    padded = lambda spec: (None,) * (width - len(spec)) + spec
+    leading = zip(padded(spec_x[:-2]), padded(spec_y[:-2]), strict=True)
+    batch = [of_x or of_y for of_x, of_y in leading]
+
+    def laid(v: jax.Array, *matrix: Any) -> jax.Array:
+        sizes = v.shape[:-2]  # an axis of size 1 is broadcast
+        own = [
+            None if size == 1 else axis
+            for size, axis in zip(sizes, batch[width - len(sizes) :], strict=True)
+        ]
+        return jax.sharding.reshard(v, NamedSharding(mesh, jax.P(*own, *matrix)))
+
+    out = NamedSharding(mesh, jax.P(*batch, *spec_x[-2:-1], spec_y[-1]))
+    return laid(x, *spec_x[-2:]), laid(y, spec_x[-1], spec_y[-1]), out
+
+
+def _explicit_mesh(*arrays: jax.Array) -> Any:
+    """The mesh with explicit axes that arrays are on, or None."""
+    meshes = (jax.typeof(x).sharding.mesh for x in arrays)
+    return next((mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types), None)
+
+
+def _entries(x: jax.Array) -> tuple[Any, ...]:
+    """How each axis is sharded over explicit mesh axes; an array on no mesh is not sharded."""
+    return (None,) * x.ndim if (spec := spec_of(x)) is None else tuple(spec)

@@ -149,11 +149,14 @@ def _statistics(x: jax.Array, dy: jax.Array, node: Any, tokens: _Tokens) -> dict
     number = tokens.devices * math.prod(x.shape[axis] for axis in over)
     if node.kfac is not None:
         square = lambda y: tokens.total(jnp.sum(jnp.square(_wide(y)), axis=over))
-        return {"d_in": square(x) / number, "d_out": number * square(dy)}
-    if node.shampoo is not None:
+        found = {"d_in": square(x) / number, "d_out": number * square(dy)}
+    elif node.shampoo is not None:
         rows, columns = _squared_norms(x, dy, node, tokens)
-        return {"d_in": number * rows, "d_out": number * columns}
-    return {}
+        found = {"d_in": number * rows, "d_out": number * columns}
+    else:
+        return {}
+    # Activations may be sharded otherwise than the factors, as under FSDP.
+    return {name: meshes.reshard_like(y, getattr(node, name)) for name, y in found.items()}
 
 
 def _squared_norms(
@@ -174,7 +177,7 @@ def _squared_norms(
     batch = node.a.shape[:-2]
     width = min(_BLOCK, dy.shape[-1])
     number, remainder = divmod(dy.shape[-1], width)
-    rows = jnp.zeros_like(node.d_in, _wide(x).dtype)
+    rows = jnp.zeros_like(node.a[..., 0], _wide(x).dtype)  # sharded like the blocks' rows
     rows, columns = jax.lax.scan(
         lambda rows, i: of_block(rows, i * width, width), rows, jnp.arange(number)
     )
@@ -194,8 +197,9 @@ def _after(x: jax.Array, signals: Any) -> jax.Array:
 
     def by_dependence(x: jax.Array, signals: Any) -> jax.Array:
         # XLA drops barriers before it schedules for CPUs; it does not see that this sum is zero.
-        firsts = [y[(0,) * y.ndim].astype(jnp.float32) for y in jax.tree.leaves(signals)]
-        bits = jax.lax.bitcast_convert_type(jnp.stack(firsts), jnp.int32)
+        # Maxima, for no single entry of a sharded axis can be taken on an Explicit mesh.
+        maxima = [jnp.max(y).astype(jnp.float32) for y in jax.tree.leaves(signals)]
+        bits = jax.lax.bitcast_convert_type(jnp.stack(maxima), jnp.int32)
         return x + jnp.sum(jnp.minimum(jnp.maximum(bits, 0), 0)).astype(x.dtype)
 
     def by_barrier(x: jax.Array, signals: Any) -> jax.Array:
@@ -224,16 +228,12 @@ def _over_tokens(
     """Computes `xᵀ y` over all tokens as `_matmul` would, sharded as the leaf is."""
     batch = string.ascii_lowercase[: leaf.ndim - 2]
     axes = string.ascii_uppercase[: x.ndim - 1 - len(batch)]
-    mesh, sharding = jax.typeof(x).sharding.mesh, jax.typeof(leaf).sharding
-    is_explicit = jax.sharding.AxisType.Explicit in mesh.axis_types
-    if sharding.mesh.empty:
-        sharding = jax.sharding.NamedSharding(mesh, jax.P())
     # Without a transposed operand: XLA fuses it into bfloat16 dots that its CPU backend lacks.
     part = jnp.einsum(
         f"{batch}{axes}y,{batch}{axes}z->{batch}yz",
         x.astype(like.dtype),
         y.astype(like.dtype),
         preferred_element_type=jnp.promote_types(like.dtype, jnp.float32),
-        out_sharding=sharding if is_explicit else None,
+        out_sharding=meshes.sharding_like(leaf, x, y),
     )
     return tokens.total(part)

@@ -4,12 +4,12 @@ What these products are, and why OPLoRA needs them, is in `krylov`; how a layer 
 own backward pass, in `shadow_layer`.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from lowrank_optax._core import krylov
 from lowrank_optax._core.arguments import (
@@ -19,11 +19,10 @@ from lowrank_optax._core.arguments import (
     check_integer,
     check_positive,
 )
-from lowrank_optax._core.layouts import PairMatcher
 from lowrank_optax._core.linalg import compute_dtype
 from lowrank_optax._core.lorsum import Factor
 from lowrank_optax._core.nodes import AxisName, LongAxes, LoRAPair, register_node
-from lowrank_optax._core.pairing import find_pairs
+from lowrank_optax._core.notices import warn_if
 from lowrank_optax._core.shadow_layer import apply_shadowed
 from lowrank_optax._core.verbs import Verbs
 
@@ -43,8 +42,8 @@ class ShadowedPair(NamedTuple):
         krylov_a: zeros, (..., in, n R), or None; its gradient is n further products `G yᵀ` of
             R = r + q columns, with a metric R = r + 2q.
         krylov_b: zeros, (..., n R, out), or None; its gradient is n further products `xᵀ G`.
-        checksum: zeros, (..., R, 2), where there are further products; its gradient tells whether
-            they come from a single backward pass.
+        checksum: zeros, (..., R, 3), where there is a momentum or a further product; its gradient
+            tells whether they come from a single backward pass, as that made them.
         d_in: diagonal of the input-side metric, (..., in), or None.
         d_out: diagonal of the output-side metric, (..., out), or None.
         kfac: settings of the metric, (..., 3), if its statistics are K-FAC's, or None.
@@ -182,8 +181,9 @@ def shadow(
         node = node._replace(krylov_a=krylov_a)
     if degrees["b"]:
         krylov_b = jnp.zeros((*batch, width * len(degrees["b"]), n_out), dtype)
-        checksum = jnp.zeros((*batch, width, 2), dtype)
-        node = node._replace(krylov_b=krylov_b, checksum=checksum)
+        node = node._replace(krylov_b=krylov_b)
+    if q or degrees["b"]:
+        node = node._replace(checksum=jnp.zeros((*batch, width, 3), dtype))
     return node
 
 
@@ -226,6 +226,16 @@ def why_unfit(
     return why
 
 
+_STANDS_STILL = (
+    "OPLoRA moved no pair in this update, for the products in the gradients are not as a backward"
+    " pass made them. Likely causes: `optax.clip_by_global_norm` (use"
+    " `lowrank_optax.clip_by_global_norm`), a scaled loss (use `lowrank_optax.scale_gradients`),"
+    " gradients accumulated over micro-batches or examples (use iterations=0), weight decay, an L2"
+    " term or noise on all leaves (leave the shadows out), an adapter used twice."
+    " `lowrank_optax.skipped(state)` counts the pairs."
+)
+
+
 def _made_by(settings: str) -> str:
     return (
         f"give the pair `nn.LoRAConfig(..., extra=nn.Shadows({settings}))` in `nn.add_lora` or the"
@@ -234,11 +244,14 @@ def _made_by(settings: str) -> str:
     ).replace("key, )", "key)")
 
 
-def trusted(pairs: Verbs, grads: Sequence[ShadowedPair], iterations: int) -> list[jax.Array]:
-    """Checks which pairs have products of a single backward pass.
+def trusted(
+    pairs: Verbs, params: Sequence[ShadowedPair], grads: Sequence[ShadowedPair], iterations: int
+) -> list[jax.Array]:
+    """Checks which pairs have their products as a single backward pass made them.
 
     Args:
         pairs: the verbs. The pairs that fail are counted.
+        params: the parameters.
         grads: the gradients.
         iterations: k of LoRSum; 0 uses products of degree 1 only, which may be sums.
 
@@ -247,12 +260,17 @@ def trusted(pairs: Verbs, grads: Sequence[ShadowedPair], iterations: int) -> lis
 
     Example:
         >>> import jax.numpy as jnp
-        >>> [x.item() for x in trusted(Verbs([{}]), [ShadowedPair(jnp.ones((6, 2)), None)], 0)]
+        >>> pair = ShadowedPair(jnp.ones((6, 2)), jnp.ones((2, 4)))
+        >>> [x.item() for x in trusted(Verbs([{}]), [pair], [pair], 0)]
         [1.0]
     """
-    if iterations == 0:
+    if all(pair.checksum is None for pair in params):
         return pairs.each(lambda grad: jnp.ones([*grad.a.shape[:-2], 1, 1]), grads)
-    return pairs.together(krylov.is_single_pass, [grad.checksum for grad in grads])
+    check = functools.partial(krylov.is_untouched, single_pass=iterations > 0)
+    before = pairs.failures
+    trust = pairs.together(check, pairs.each(krylov.evidence, params, grads))
+    warn_if(pairs.failures - before >= len(params), _STANDS_STILL)
+    return trust
 
 
 def updates_to(
@@ -295,102 +313,3 @@ def updates_to(
 
     zeros = jax.tree.map(jnp.zeros_like, pair)
     return zeros._replace(**{name: update(name, new) for name, new in values.items()})
-
-
-def scale_gradients(grads: Any, factor: Any, specs: Sequence[PairMatcher] | None = None) -> Any:
-    """Scales gradients as if the loss had been scaled: each product by the factor's power.
-
-    For loss scaling: multiply the loss, then scale the gradients by the reciprocal.
-
-    Args:
-        grads: gradients of a parameter tree.
-        factor: a scalar.
-        specs: layouts of the pairs (`PairSpec`).
-
-    Returns:
-        The scaled tree.
-
-    Raises:
-        ValueError: pairs that do not fit; pairs with a metric for iterations from 1, whose products
-            hold the metric of the unscaled gradient.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> grads = shadow(LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4))), jax.random.key(0))
-        >>> grads = grads._replace(krylov_b=jnp.ones((4, 4)))
-        >>> half = scale_gradients(grads, 0.5)
-        >>> half.a[0, 0].item(), half.krylov_b[0, 0].item()
-        (0.5, 0.25)
-    """
-    found = find_pairs(grads, specs)
-    times = lambda tree: jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
-
-    def scaled(path: str, pair: Any) -> Any:
-        return _scaled(path, pair, factor) if isinstance(pair, ShadowedPair) else times(pair)
-
-    pairs = [scaled(at.path, pair) for at, pair in zip(found.pairs, found.take(grads), strict=True)]
-    return found.merge(found.put(pairs, grads), times(found.rest(grads)))
-
-
-def _scaled(path: str, pair: ShadowedPair, factor: Any) -> ShadowedPair:
-    iterations = krylov.iterations_of(pair)
-    if krylov.has_metric(pair) and iterations:
-        raise ValueError(
-            f"{path}: the products of a pair with a metric cannot be scaled afterwards, for they"
-            " hold the metric of the unscaled gradient. Scale the loss instead, or use"
-            " `iterations=0`."
-        )
-    by = lambda x, p: (p * x).astype(x.dtype)
-    scaled = jax.tree.map(lambda x: by(x, factor), pair)
-    powers = {
-        side: factor ** jnp.repeat(jnp.array(degrees), krylov.width(pair))
-        for side, degrees in krylov.degrees(pair, iterations).items()
-    }
-    if pair.krylov_a is not None:
-        scaled = scaled._replace(krylov_a=by(pair.krylov_a, powers["a"]))
-    if pair.krylov_b is not None:
-        krylov_b = by(pair.krylov_b, powers["b"][:, None])
-        columns = by(pair.checksum, factor ** jnp.array([1, 2]))
-        scaled = scaled._replace(krylov_b=krylov_b, checksum=columns)
-    if krylov.has_metric(pair):
-        of_inputs = pair.d_in if pair.shampoo is None else factor**2 * pair.d_in
-        scaled = scaled._replace(d_in=of_inputs, d_out=factor**2 * pair.d_out)
-    return scaled
-
-
-def clip_by_global_norm(
-    max_norm: Any, specs: Sequence[PairMatcher] | None = None
-) -> optax.GradientTransformation:
-    """Clips the global norm of the gradients of trained leaves, OPLoRA's products consistently.
-
-    `optax.clip_by_global_norm` counts the shadows into the norm and scales all products alike,
-    which OPLoRA finds inconsistent; put this before it instead.
-
-    Args:
-        max_norm: the largest norm, positive.
-        specs: layouts of the pairs (`PairSpec`).
-
-    Returns:
-        The transformation, stateless. Its `update` raises as `scale_gradients` does.
-
-    Raises:
-        ValueError: a norm that is not positive.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> tx = clip_by_global_norm(1.0)
-        >>> grads = {"q": LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 2)))}
-        >>> tx.update(grads, tx.init(grads))[0]["q"].a[0, 0].item()
-        0.25
-    """
-    check_positive("max_norm", max_norm)
-
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> Any:
-        del params
-        found = find_pairs(updates, specs)
-        trained = [(pair.a, pair.b) for pair in found.take(updates)]
-        norm = optax.tree.norm((trained, found.rest(updates)))
-        factor = max_norm / jnp.maximum(norm, max_norm)
-        return scale_gradients(updates, factor, specs), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

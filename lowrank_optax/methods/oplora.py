@@ -114,7 +114,7 @@ def oplora(
             return Target(basis, core, 1 - dampening, start, floor, momentum_damping)
 
         bases = pairs.each(lambda pair, grad: krylov.unpack(pair, grad)[0], params, grads)
-        trust = shadows.trusted(pairs, grads, iterations)
+        trust = shadows.trusted(pairs, params, grads, iterations)
         a, b = approximate(pairs, pairs.each(step, params, bases, pairs.scales), iterations)
         m_a, m_b = approximate(pairs, pairs.each(new_momentum, params, bases), iterations)
         return pairs.each(shadows.updates_to, params, trust, a, b, m_a, m_b), state

@@ -114,7 +114,7 @@ def oplora_proj(
             return both(lambda side, x, inv: mix(side, x, inv) / scale**2, full, swap(inverse))
 
         bases = pairs.each(lambda pair, grad: krylov.unpack(pair, grad)[0], params, grads)
-        trust = shadows.trusted(pairs, grads, iterations + 1)
+        trust = shadows.trusted(pairs, params, grads, iterations + 1)
         a, b = approximate(pairs, pairs.each(step, params, bases, pairs.scales), iterations)
         solved = pairs.each(lambda a, b: LoRAPair(a.value, b.value), a, b)
         inverses = pairs.together(invert, pairs.each(regularized, solved))

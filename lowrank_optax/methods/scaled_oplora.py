@@ -132,7 +132,7 @@ def scaled_oplora(
             )  # whether the gradient is trusted or not
 
         bases, metrics = pairs.each(krylov.unpack, params, grads)
-        trust = shadows.trusted(pairs, grads, iterations)
+        trust = shadows.trusted(pairs, params, grads, iterations)
         of_step, of_momentum = pairs.each(blocks, bases, metrics)
         targets = pairs.each(step, params, of_step, metrics, pairs.scales)
         a, b = approximate(pairs, targets, iterations)

@@ -288,9 +288,7 @@ def require_rngs(rngs: Any) -> nnx.Rngs:
         'Rngs'
     """
     if not isinstance(rngs, nnx.Rngs):
-        raise TypeError(
-            f"rngs must be nnx.Rngs, got {type(rngs).__name__}; write rngs=nnx.Rngs(0)"
-        )
+        raise TypeError(f"rngs must be nnx.Rngs, got {type(rngs).__name__}; write rngs=nnx.Rngs(0)")
     return rngs
 
 

@@ -16,6 +16,7 @@ from lowrank_optax.sharding.recipes import (
     as_kernels,
     data_parallel,
     fsdp,
+    heads,
     stacked,
     tensor_parallel,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "as_kernels",
     "data_parallel",
     "fsdp",
+    "heads",
     "mesh_of",
     "partition_specs",
     "shard_model",

@@ -6,7 +6,8 @@ kernel (batch..., in, out) at the pair's path.
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -75,7 +76,8 @@ def tensor_parallel(
     Args:
         columns: regular expressions, searched in a parameter's path: layers that come first, as
             `"q_proj|up_proj"`; their biases are sharded too.
-        rows: layers whose input is the output of the first ones, as `"o_proj|down_proj"`.
+        rows: layers whose input is the output of the first ones, as `"o_proj|down_proj"`. Kernels
+            with an axis of heads need `heads` around this.
         axis: the mesh axis.
 
     Returns:
@@ -104,6 +106,67 @@ def tensor_parallel(
         return jax.P()
 
     return recipe
+
+
+def heads(
+    recipe: Recipe,
+    columns: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+    rows: Mapping[str, tuple[int, int]] = MappingProxyType({}),
+) -> Recipe:
+    """Shards attention layers by whole heads: kernels of three axes, and their pairs likewise.
+
+    The recipe is asked about a kernel that has one entry for each head, (..., in, heads) or
+    (..., heads, out). What it says of these holds for the axis of heads, or for the in or out axis
+    of a pair; head_dim is never sharded.
+
+    Args:
+        recipe: of kernels with an in and an out axis.
+        columns: regular expressions as of `tensor_parallel`, with heads and head_dim of the layers:
+            kernels (..., in, heads, head_dim), biases (..., heads, head_dim).
+        rows: the same of layers with kernels (..., heads, head_dim, out).
+
+    Returns:
+        The recipe.
+
+    Raises:
+        ValueError: from the recipe, a kernel of other heads, or a path that fits twice.
+
+    Example:
+        >>> import jax
+        >>> mesh = jax.make_mesh((1,), ("model",))
+        >>> megatron = tensor_parallel(["query"], ["out"])
+        >>> recipe = heads(megatron, {"query": (4, 2)}, {"out": (4, 2)})
+        >>> recipe("query/kernel", (6, 4, 2), mesh), recipe("query", (6, 8), mesh)
+        (P(None, 'model', None), P(None, 'model'))
+        >>> recipe("out/kernel", (4, 2, 6), mesh), recipe("out", (8, 6), mesh)
+        (P('model', None, None), P('model', None))
+    """
+    layers = [
+        (*item, after) for after, named in enumerate((columns, rows)) for item in named.items()
+    ]
+
+    def sharded(path: str, shape: tuple[int, ...], mesh: Mesh) -> jax.P:
+        fitting = [layer for layer in layers if re.search(layer[0], path)]
+        if len(fitting) > 1:
+            patterns = " and ".join(repr(pattern) for pattern, *_ in fitting)
+            raise ValueError(f"{path}: fits {patterns} of `heads`; make one more specific.")
+        for _, (number, size), after in fitting:
+            until = shape[: len(shape) - after]  # the axes up to the heads
+            own = 2 if until[-2:] == (number, size) else int(until[-1:] == (number * size,))
+            if own:
+                before = until[: len(until) - own]
+                spec = recipe(path, (*before, number, *shape[len(until) :]), mesh)
+                whole = [*spec, *[None] * (len(before) + 1 + after - len(spec))]
+                whole[len(before) + 1 : len(before) + 1] = [None] * (own - 1)
+                return jax.P(*whole)
+            if len(shape) > 2:
+                raise ValueError(
+                    f"{path}: a shape of {shape} has no {number} heads of {size} at its"
+                    f" {'in' if after else 'out'} axis; correct what `heads` was given."
+                )
+        return recipe(path, shape, mesh)
+
+    return sharded
 
 
 def stacked(recipe: Recipe, axis: str) -> Recipe:

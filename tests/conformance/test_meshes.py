@@ -121,15 +121,18 @@ def assert_sends_small_matrices_alone(step):
 
 
 def assert_steps_are_those_of_one_device(name, tx, mesh, make_step):
-    """Takes the steps on a mesh, from the gradients that one device computed."""
+    """Takes the steps on a mesh, where the layers also compute the gradients."""
     expected = on_one_device(name)
     place = lambda tree: sharding.shard_model(tree, mesh, recipe)
     with jax.set_mesh(mesh):
         params = start = place(expected.start)
         state = begin = sharding.shard_state(tx, params)
         step = make_step(place(expected.grads[0]), state, params)
-        for grads in expected.grads:
-            params, state = step(place(grads), state, params)
+        for alone in expected.grads:
+            grads = gradients(params)
+            assert jax.tree.map(jax.typeof, grads) == jax.tree.map(jax.typeof, params)
+            assert_equal(jax.device_get(grads), alone)
+            params, state = step(place(grads), state, params)  # an Auto mesh may lay them anyhow
     assert_sends_small_matrices_alone(step)
     assert_lies_as((params, state), (start, begin))
     assert_equal(jax.device_get((params, state)), expected.end)

@@ -1,0 +1,116 @@
+"""Scaling and clipping of gradients that hold OPLoRA's products: each by its own power."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from lowrank_optax._core import krylov
+from lowrank_optax._core.arguments import check_positive
+from lowrank_optax._core.layouts import PairMatcher
+from lowrank_optax._core.pairing import find_pairs
+from lowrank_optax._core.shadows import ShadowedPair
+
+
+def scale_gradients(grads: Any, factor: Any, specs: Sequence[PairMatcher] | None = None) -> Any:
+    """Scales gradients as if the loss had been scaled: each product by the factor's power.
+
+    For loss scaling: multiply the loss, then scale the gradients by the reciprocal.
+
+    Args:
+        grads: gradients of a parameter tree.
+        factor: a scalar.
+        specs: layouts of the pairs (`PairSpec`).
+
+    Returns:
+        The scaled tree.
+
+    Raises:
+        ValueError: pairs that do not fit; pairs with a metric for iterations from 1, whose products
+            hold the metric of the unscaled gradient.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from lowrank_optax import LoRAPair, shadow
+        >>> grads = shadow(LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4))), jax.random.key(0))
+        >>> grads = grads._replace(krylov_b=jnp.ones((4, 4)))
+        >>> half = scale_gradients(grads, 0.5)
+        >>> half.a[0, 0].item(), half.krylov_b[0, 0].item()
+        (0.5, 0.25)
+    """
+    found = find_pairs(grads, specs)
+    times = lambda tree: jax.tree.map(lambda x: (factor * x).astype(x.dtype), tree)
+
+    def scaled(path: str, pair: Any) -> Any:
+        return _scaled(path, pair, factor) if isinstance(pair, ShadowedPair) else times(pair)
+
+    pairs = [scaled(at.path, pair) for at, pair in zip(found.pairs, found.take(grads), strict=True)]
+    return found.merge(found.put(pairs, grads), times(found.rest(grads)))
+
+
+def _scaled(path: str, pair: ShadowedPair, factor: Any) -> ShadowedPair:
+    iterations = krylov.iterations_of(pair)
+    if krylov.has_metric(pair) and iterations:
+        raise ValueError(
+            f"{path}: the products of a pair with a metric cannot be scaled afterwards, for they"
+            " hold the metric of the unscaled gradient. Scale the loss instead, or use"
+            " `iterations=0`."
+        )
+    by = lambda x, p: (p * x).astype(x.dtype)
+    scaled = jax.tree.map(lambda x: by(x, factor), pair)
+    powers = {
+        side: factor ** jnp.repeat(jnp.array(degrees), krylov.width(pair))
+        for side, degrees in krylov.degrees(pair, iterations).items()
+    }
+    if pair.krylov_a is not None:
+        scaled = scaled._replace(krylov_a=by(pair.krylov_a, powers["a"]))
+    if pair.krylov_b is not None:
+        krylov_b = by(pair.krylov_b, powers["b"][:, None])
+        scaled = scaled._replace(krylov_b=krylov_b)
+    if pair.checksum is not None:
+        scaled = scaled._replace(checksum=by(pair.checksum, factor ** jnp.array([1, 2, 1])))
+    if krylov.has_metric(pair):
+        of_inputs = pair.d_in if pair.shampoo is None else factor**2 * pair.d_in
+        scaled = scaled._replace(d_in=of_inputs, d_out=factor**2 * pair.d_out)
+    return scaled
+
+
+def clip_by_global_norm(
+    max_norm: Any, specs: Sequence[PairMatcher] | None = None
+) -> optax.GradientTransformation:
+    """Clips the global norm of the gradients of trained leaves, OPLoRA's products consistently.
+
+    `optax.clip_by_global_norm` counts the shadows into the norm and scales all products alike,
+    which OPLoRA finds inconsistent; put this before it instead.
+
+    Args:
+        max_norm: the largest norm, positive.
+        specs: layouts of the pairs (`PairSpec`).
+
+    Returns:
+        The transformation, stateless. Its `update` raises as `scale_gradients` does.
+
+    Raises:
+        ValueError: a norm that is not positive.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lowrank_optax import LoRAPair
+        >>> tx = clip_by_global_norm(1.0)
+        >>> grads = {"q": LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 2)))}
+        >>> tx.update(grads, tx.init(grads))[0]["q"].a[0, 0].item()
+        0.25
+    """
+    check_positive("max_norm", max_norm)
+
+    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> Any:
+        del params
+        found = find_pairs(updates, specs)
+        trained = [(pair.a, pair.b) for pair in found.take(updates)]
+        norm = optax.tree.norm((trained, found.rest(updates)))
+        factor = max_norm / jnp.maximum(norm, max_norm)
+        return scale_gradients(updates, factor, specs), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)

@@ -114,7 +114,7 @@ def make_tree(seed) -> Tree:
             layer["nothing"] = pick.choice([None, {}, [], optax.MaskedNode()])
         layers.append((index, layer))
     if fault:
-        broken = {}
+        broken: dict = {}
         add_pair(rng, broken, pick.choice(list(NAMES.values())), fault=fault)
         layers.append((99, broken))
     pick.shuffle(layers)

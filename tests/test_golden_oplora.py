@@ -109,7 +109,7 @@ def scaled(hp, betas):
         hp["lr"],
         b1,
         b2,
-        damping,
+        damping=damping,
         power=power,
         iterations=hp["iters"],
         lmbd=hp["lmbd"],

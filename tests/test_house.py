@@ -127,8 +127,8 @@ def test_files_are_short(file):
 
 @each_module
 def test_nobody_asks_for_the_kind_of_a_pair_but_its_own_file(file):
-    """What a pair does it says itself; `scale_gradients` lives with the shadows it scales."""
-    homes = {"FramedPair": "frames", "ShadowedPair": "shadows"}
+    """What a pair does it says itself; `scale_gradients` is about shadows alone."""
+    homes = {"FramedPair": "frames", "ShadowedPair": "gradient_scaling"}
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "isinstance":
             names = {n.id for n in ast.walk(node.args[1]) if isinstance(n, ast.Name)}

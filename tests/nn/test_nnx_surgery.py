@@ -266,8 +266,8 @@ def test_stacked_layers_get_stacked_factors():
         (lambda path, module: False, {}, "the predicate"),
         ("query", {"rank": 0}, "rank must be at least 1"),
         ("query", {"rank": 9}, "layers/0/attention/query: rank 9 exceeds"),
-        ("query", {"dropout": 1.0}, "dropout must be in"),
-        ("query", {"alpha": -1.0}, "alpha must be positive"),
+        ("query", {"dropout": 1.0}, "`dropout` must lie in"),
+        ("query", {"alpha": -1.0}, "`alpha` must be positive"),
     ],
 )
 def test_refusals_leave_the_model_alone(encoder, targets, settings, message):

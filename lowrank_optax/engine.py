@@ -188,8 +188,9 @@ def lift(
         name: the method's name, for messages.
 
     Returns:
-        A transformation that needs `params` in `update`. Updates have the gradients' dtypes. Inside
-        `shard_map`, `update` takes `param_specs`, a `PartitionSpec` for each parameter.
+        A transformation that needs `params` in `update`. An update has the wider dtype of its
+        gradient and its parameter. Inside `shard_map`, `update` takes `param_specs`, a
+        `PartitionSpec` for each parameter.
 
     Raises:
         ValueError: a learning rate or decay out of range; in `init`, no pairs; in `init` or
@@ -369,7 +370,7 @@ def _check_same_tree(updates: Any, found: pairing.Pairing, name: str) -> None:
         leaves = found.treedef.flatten_up_to(updates)
     except ValueError as error:
         raise ValueError(
-            f"{name}: gradients and parameters differ in structure. {error}"
+            f"{name}: gradients and parameters differ in structure: {error}"
         ) from error
     for pair in found.pairs:
         for role, index in pair.leaves.items():

@@ -9,7 +9,16 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank_optax import LoRAPair, PairSpec, altlora, engine
+from lowrank_optax import (
+    LoRAPair,
+    PairSpec,
+    altlora,
+    altlora_plus,
+    engine,
+    frame,
+    polora,
+    sds_lora,
+)
 from lowrank_optax._core.batching import together
 from lowrank_optax._core.verbs import Verbs
 from lowrank_optax.engine import NoState, both, gram, lift
@@ -238,3 +247,30 @@ def test_a_failed_factorization_does_not_move_its_pair_and_is_counted():
 def test_small_algebra_is_exact_for_bfloat16_inputs():
     x = jnp.asarray(np.random.default_rng(0).standard_normal((64, 4)), jnp.bfloat16)
     np.testing.assert_allclose(gram("a", x), np.float64(x).T @ np.float64(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [altlora, altlora_plus, polora])
+def test_low_precision_gradients_do_not_round_updates_of_float32_parameters(make):
+    params = LoRAPair(jnp.eye(6, 2), jnp.eye(2, 5))
+    wide = jax.tree.map(lambda x: 0.5 * x, params)
+    narrow = jax.tree.map(lambda x: x.astype(jnp.float16), wide)
+    tx = make(2e-8)
+    updates, _ = tx.update(narrow, tx.init(params), params)
+    expected, _ = tx.update(wide, tx.init(params), params)
+    control = optax.adamw(2e-8).update(narrow, optax.adamw(2e-8).init(params), params)[0]
+    for own, other, theirs in zip(updates, expected, control, strict=True):
+        assert own.dtype == theirs.dtype == jnp.float32
+        np.testing.assert_allclose(own, other, rtol=1e-3)
+        assert jnp.any(own != 0)
+
+
+def test_frames_are_orthonormal_with_float16_gradients():
+    node = frame(LoRAPair(jnp.ones((6, 2)) + jnp.eye(6, 2), jnp.eye(2, 5)), jax.random.key(0))
+    tx = sds_lora(0.1, total_steps=20, warmup_steps=0)
+    state = tx.init(node)
+    for _ in range(6):
+        grads = jax.tree.map(lambda x: (x + 1).astype(jnp.float16), node)
+        updates, state = tx.update(grads, state, node)
+        node = optax.apply_updates(node, updates)
+    np.testing.assert_allclose(node.f_in.T @ node.f_in, np.eye(2), atol=1e-5)
+    np.testing.assert_allclose(node.f_out @ node.f_out.T, np.eye(2), atol=1e-5)

@@ -127,7 +127,7 @@ class Pairing:
         except ValueError as error:
             raise ValueError(
                 f"`{what}` does not fit the parameter tree; give one value, or a tree (or a prefix"
-                f" of one) with the structure of the parameters. {error}"
+                f" of one) with the structure of the parameters.\n{error}"
             ) from error
         return jax.tree.leaves(full)
 

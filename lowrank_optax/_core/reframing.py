@@ -14,7 +14,7 @@ from lowrank_optax._core.frames import FramedPair, decompose, renewed, seen_from
 from lowrank_optax._core.linalg import compute_dtype, gram, identity
 from lowrank_optax._core.nodes import LoRAPair, both
 from lowrank_optax._core.notices import warn_if
-from lowrank_optax._core.verbs import Pairs, Verbs
+from lowrank_optax._core.verbs import Pairs, Verbs, update_dtype
 
 FOLLOW, SWITCH, RENEW, STAY = range(4)
 
@@ -143,10 +143,11 @@ def _count_changed(pairs: Pairs, frames: list[LoRAPair]) -> None:
 
 def _updates(pair: FramedPair, step: FramedPair, **values: Any) -> FramedPair:
     """The node's updates: the inner optimizer's steps, but to the given values where given."""
-    zeros = jax.tree.map(jnp.zeros_like, step)
+    wide = jax.tree.map(lambda s, p: s.astype(update_dtype(s, p)), step, pair)
+    zeros = jax.tree.map(jnp.zeros_like, wide)
     changes = {
-        name: (value - getattr(pair, name)).astype(getattr(step, name).dtype)
+        name: (value - getattr(pair, name)).astype(getattr(zeros, name).dtype)
         for name, value in values.items()
         if getattr(pair, name) is not None
     }
-    return zeros._replace(**{"a": step.a, "b": step.b, **changes})
+    return zeros._replace(**{"a": wide.a, "b": wide.b, **changes})

@@ -153,18 +153,29 @@ class Pairs(Verbs):
             params: x, the pairs that move.
 
         Returns:
-            The list of updates as pairs, in the gradients' dtypes.
+            The list of updates as pairs, in the wider dtype of gradient and parameter.
         """
 
         def update(direction: Any, pair: Any, grad: Any, decay: Mapping[str, Any]) -> LoRAPair:
             def of(side: Side, d: jax.Array, x: jax.Array, g: jax.Array) -> jax.Array:
                 if decay[side] is not None and not is_zero(decay[side]):
                     d += decay[side] * x.astype(d.dtype)
-                return (-self.rate * d).astype(g.dtype)
+                return (-self.rate * d).astype(update_dtype(g, x))
 
             return both(of, direction, pair, grad)
 
         return self.each(update, directions, params, self._grads, self._decays)
+
+
+def update_dtype(grad: jax.Array, param: jax.Array) -> jnp.dtype:
+    """Returns the dtype of an update: a float16 gradient must not round that of a float32 leaf.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> update_dtype(jnp.ones(2, jnp.float16), jnp.ones(2)).name
+        'float32'
+    """
+    return jnp.promote_types(grad.dtype, param.dtype)
 
 
 def checked(result: Any, grads: Any, params: Any, state: Any, name: str) -> tuple[Any, Any]:
@@ -178,7 +189,8 @@ def checked(result: Any, grads: Any, params: Any, state: Any, name: str) -> tupl
         name: the method's name, for messages.
 
     Returns:
-        Updates in the gradients' dtypes, zero where the rule gave none; the state in its dtypes.
+        Updates in the wider dtype of gradient and parameter, zero where the rule gave none; the
+        state in its dtypes.
 
     Raises:
         TypeError: the rule is a generator.
@@ -217,7 +229,8 @@ def checked(result: Any, grads: Any, params: Any, state: Any, name: str) -> tupl
                     f" {field!r} of shape {jnp.shape(g)} it gave {jnp.shape(u)}."
                 )
             if g is not None:
-                values[field] = jnp.zeros_like(g) if u is None else u.astype(g.dtype)
+                dtype = update_dtype(g, getattr(pair, field))
+                values[field] = jnp.zeros_like(g, dtype) if u is None else u.astype(dtype)
         return type(pair)(**values)
 
     updates = [whole(*each) for each in zip(updates, params, grads, strict=True)]

@@ -6,6 +6,7 @@ with `extra=Frames()` layers for `sds_lora`.
 
 from lowrank_optax.nn.config import Extra, Frames, Initializer, LoRAConfig, Shadows
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
+from lowrank_optax.nn.diagnosis import check_training_setup
 from lowrank_optax.nn.flax_linen import (
     LinenAdapter,
     LoRADense,
@@ -51,6 +52,7 @@ __all__ = [
     "LoRASummary",
     "Shadows",
     "add_lora",
+    "check_training_setup",
     "gradient_start",
     "gradient_triplets",
     "lora_adapters",

@@ -70,8 +70,8 @@ def lora_interceptor(
         TypeError: if `config` is not a `LoRAConfig`.
         ValueError: if a target is not a `nn.Dense`, `nn.DenseGeneral` or `nn.Einsum` or has
             LoRA already; if the rank exceeds min(in, out); if the variables hold no adapter for a
-            target, or one of another rank; at the end of the context, if a target matched nothing
-            while a model was initialized in it.
+            target, one of another rank, or one for a layer that is no target; at the end of the
+            context, if a target matched nothing while a model was initialized in it.
 
     Example:
         >>> import flax.linen
@@ -102,7 +102,14 @@ def lora_interceptor(
         if module.is_initializing() and isinstance(module, LinenLayer):
             initialized.add(path)
         # A subclass that calls its parent's method is one layer, not two.
-        if any(module is outer for outer in running) or not matcher(path, module):
+        if any(module is outer for outer in running):
+            return call(*args, **kwargs)
+        if not matcher(path, module):
+            if module.has_variable(COLLECTION, "lora_a") and not isinstance(module, LoRAModule):
+                raise ValueError(
+                    f"{path}: the variables hold an adapter for this layer, but the targets of this"
+                    " interceptor do not match it: give the targets that init had"
+                )
             return call(*args, **kwargs)
         layer = _require_supported(module, path)
         running.append(module)

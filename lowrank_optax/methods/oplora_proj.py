@@ -78,11 +78,12 @@ def oplora_proj(
 
     Example:
         >>> import jax, jax.numpy as jnp
-        >>> from lowrank_optax import LoRAPair, oplora_proj, shadow
+        >>> from lowrank_optax import LoRAPair, nn, oplora_proj, shadow
         >>> pair = LoRAPair(jnp.eye(4, 2), jnp.zeros((2, 3)))
         >>> params = shadow(pair, jax.random.key(0), iterations=2, momentum_rank=0)
         >>> tx = oplora_proj(0.1)
-        >>> updates, state = tx.update(params, tx.init(params), params)
+        >>> loss = lambda p: jnp.sum((nn.lora_apply(jnp.eye(4), p) - 1.0) ** 2)
+        >>> updates, state = tx.update(jax.grad(loss)(params), tx.init(params), params)
 
     Source: arXiv 2509.19977, the projected variant.
     """

@@ -174,7 +174,7 @@ def test_schedules_are_applied_without_recompilation(method):
 @pytest.mark.parametrize("method", [m for m in METHODS if not m.single_pass], ids=lambda m: m.name)
 def test_multi_steps_sees_the_mean_gradient(method):
     params = make_params(method)
-    grads = [gradients(params), jax.tree.map(jnp.ones_like, params)]
+    grads = [gradients(params), jax.tree.map(lambda x: 3 * x, gradients(params))]
     mean = jax.tree.map(lambda x, y: (x + y) / 2, *grads)
     tx, init, update = default(method)
     accumulated = optax.MultiSteps(tx, every_k_schedule=2)
@@ -202,7 +202,8 @@ def test_scan_and_cond(method):
 def test_bfloat16_parameters_have_float32_state(method):
     params = make_params(method, jnp.bfloat16)
     after, state = run(method, params, steps=10)
-    assert jax.tree.map(jnp.dtype, after) == jax.tree.map(jnp.dtype, params)
+    dtypes = lambda tree: jax.tree.map(lambda x: x.dtype, tree)
+    assert dtypes(after) == dtypes(params)
     assert params["scanned"].a.dtype == jnp.bfloat16
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(after))
     assert loss_of(after) < loss_of(params)
@@ -349,7 +350,7 @@ def test_half_a_pair_is_an_error(method):
 @each_method
 def test_no_pairs_leaves_all_to_the_fallback(method):
     params = make_params(method)["head"]
-    tx = method(fallback=optax.scale(-0.5))
+    tx = method(fallback=optax.scale(-0.5), allow_no_pairs=True)
     updates, _ = tx.update(params, tx.init(params), params)
     sign_and_size = updates["bias"][0] / params["bias"][0]
     # A chain goes on to scale by the learning rate, and to change the sign.
@@ -385,9 +386,9 @@ def test_a_non_finite_gradient_spoils_its_own_pair_alone(method, bad):
         updates, healthy_state = update(_separable_gradients(healthy), healthy_state, healthy)
         healthy = optax.apply_updates(healthy, updates)
     gone, kept = spoiled.pop("q"), healthy.pop("q")
-    if not method.single_pass:
+    if getattr(gone, "checksum", None) is None:
         assert not all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(gone))
-    else:  # the guard of the quadratic products leaves the pair where it was
+    else:  # the guard of OPLoRA's products leaves the pair where it was
         assert jnp.any(gone.a != kept.a)
     assert_equal(spoiled, healthy)
 
@@ -407,7 +408,7 @@ def test_apply_if_finite_skips_a_spoiled_step(method):
 
 @each_method
 def test_masked_none_and_empty_trees_pass_through(method):
-    tx = method()
+    tx = method(allow_no_pairs=True)
     for empty in ({}, {"nothing": None}, optax.MaskedNode()):
         assert tx.update(empty, tx.init(empty), empty)[0] == empty
     params = {**make_params(method), "nothing": None, "masked": optax.MaskedNode()}

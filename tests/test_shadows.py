@@ -220,8 +220,8 @@ def test_bfloat16_activations_accumulate_in_float32():
     assert nn.lora_apply(x, node, SCALE).dtype == jnp.bfloat16
     exact = gradient(node, x.astype(jnp.float32))
     assert_close(grads, exact, rtol=0.1)
-    evidence = krylov.evidence(node, grads)[None]
-    assert krylov.is_untouched(evidence, single_pass=True).item() == 1
+    deviations = krylov.deviations(node, grads, single_pass=True)[None]
+    assert krylov.is_untouched(deviations).item() == 1
 
 
 def test_eight_devices_with_the_batch_sharded_equal_one():

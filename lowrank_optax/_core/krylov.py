@@ -26,6 +26,7 @@ longer match; after something is added to them, as an L2 term, the sums do not. 
 both.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -232,17 +233,7 @@ def unpack(pair: Any, grads: Any) -> tuple[Basis, MetricValues | None]:
         >>> {side: len(elements) for side, elements in unpack(node, node)[0].items()}
         {'a': 2, 'b': 3}
     """
-    metric, products = metric_of(pair, grads), _products(pair, grads)
-    divide = (lambda side, x: x) if metric is None else metric.divide
-    begin = first_elements(pair, metric)
-    elements: Basis = {
-        side: [begin[side], *(divide(side, x) for x in products[side])] for side in SIDES
-    }
-    return elements, metric
-
-
-def _products(pair: Any, grads: Any) -> Basis:
-    """Reads A₁, A₂, … and B₁, B₂, … before any division."""
+    metric = metric_of(pair, grads)
     products: Basis = {
         "a": [concat_rank("a", grads.a, grads.m_a)],
         "b": [concat_rank("b", grads.b, grads.m_b)],
@@ -254,7 +245,21 @@ def _products(pair: Any, grads: Any) -> Basis:
     if pair.krylov_b is not None:
         number = pair.krylov_b.shape[-2] // width(pair)
         products["b"][first:] = jnp.split(grads.krylov_b, number, axis=-2)
-    return products
+    divide = (lambda side, x: x) if metric is None else metric.divide
+    begin = first_elements(pair, metric)
+    elements: Basis = {
+        side: [begin[side], *(divide(side, x) for x in products[side])] for side in SIDES
+    }
+    return elements, metric
+
+
+def _first_products(pair: Any, grads: Any) -> Basis:
+    """Reads A₁ and B₁ before any division, each as parts beside each other on the rank axis."""
+    if not has_metric(pair):
+        parts = {"a": [grads.a, grads.m_a], "b": [grads.b, grads.m_b]}
+        return {side: [x for x in parts[side] if x is not None] for side in SIDES}
+    first = width(pair)
+    return {"a": [grads.krylov_a[..., :first]], "b": [grads.krylov_b[..., :first, :]]}
 
 
 def checksum(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -276,63 +281,60 @@ def checksum(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.stack([sums, sums**2, jnp.sum(a, axis=-2)], axis=-1)
 
 
-def evidence(pair: Any, grads: Any) -> jax.Array:
-    """Puts the checksum as it arrived beside the sums over what arrived.
+def deviations(pair: Any, grads: Any, single_pass: bool) -> jax.Array:
+    """Compares what arrived with its checksum.
 
     Args:
         pair: the parameters.
         grads: what the backward pass returned for them, or what others made of it.
+        single_pass: whether sums over micro-batches will not do, so that the squares count too.
 
     Returns:
-        (..., R, 7): the checksum, the same sums again, those of magnitudes times their rounding.
+        (..., 2, 2) or (..., 3, 2), a row for each comparison: how far it is off, and how far
+        rounding may be. Micro-batches are told apart if their sums differ by more than 0.6 %;
+        below that their mean products are nearly right.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from lowrank_optax import ShadowedPair
         >>> pair = ShadowedPair(jnp.ones((5, 1)), jnp.ones((1, 3)), checksum=jnp.zeros((1, 3)))
-        >>> evidence(pair, pair)[0, :5].tolist()
-        [0.0, 0.0, 0.0, 3.0, 5.0]
+        >>> deviations(pair, pair._replace(checksum=checksum(pair.a, pair.b)), True)[:, 0].tolist()
+        [0.0, 0.0, 0.0]
     """
-    products = _products(pair, grads)
-    columns = list(jnp.moveaxis(grads.checksum, -1, 0))
-    over = lambda side, x: meshes.sum_over_shards(side, jnp.sum(x, axis=_LONG_AXIS[side]))
-    wide = {side: x[0].astype(columns[0].dtype) for side, x in products.items()}
-    own = [over(side, wide[side]) for side in ("b", "a")]
+    sums, squares, sums_a = jnp.moveaxis(grads.checksum, -1, 0)
     noise = max(1e-5, float(jnp.finfo(grads.a.dtype).eps))
-    rounding = [noise * over(side, jnp.abs(wide[side])) for side in ("b", "a")]
-    return jnp.stack([*columns, *own, *rounding], axis=-1)
+
+    def over(side: Side, of: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        # Summed apart: concatenated first, factors would be sent between devices.
+        parts = (of(x.astype(sums.dtype)) for x in _first_products(pair, grads)[side])
+        own = [jnp.sum(x, axis=_LONG_AXIS[side]) for x in parts]
+        return meshes.sum_over_shards(side, jnp.concatenate(own, axis=-1))
+
+    expected: dict[Side, jax.Array] = {"b": sums, "a": sums_a}
+    rows = [
+        (over(side, lambda x: x) - column, noise * over(side, jnp.abs))
+        for side, column in expected.items()
+    ]
+    rows += [(squares - sums**2, 1e-5 * sums**2)] if single_pass else []
+    size = lambda x: jnp.sum(jnp.abs(x), axis=-1)
+    return jnp.stack([jnp.stack([size(off), size(may)], axis=-1) for off, may in rows], axis=-2)
 
 
-def is_untouched(columns: jax.Array, single_pass: bool) -> jax.Array:
+def is_untouched(deviations: jax.Array) -> jax.Array:
     """Says which pairs have the products of a backward pass as it made them, for `Pairs.together`.
 
     Args:
-        columns: the `evidence`, (n, R, 7).
-        single_pass: whether sums over micro-batches will not do.
+        deviations: (n, c, 2).
 
     Returns:
-        (n, 1, 1), 1 where the sums are right up to rounding, and the squares to 1e-5 if that is
-        asked for, else NaN. Micro-batches are told apart if their sums differ by more than 0.6 %;
-        below that their mean products are nearly right.
+        (n, 1, 1), 1 where all are small enough, else NaN.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> one, other = jnp.full((1, 1), 3.0), jnp.full((1, 1), 3.2)
-        >>> columns = lambda x, y: jnp.stack([(x + y) / 2, (x**2 + y**2) / 2, 0 * x, (x + y) / 2,
-        ...                                   0 * x, 1e-5 * x, 0 * x], axis=-1)
-        >>> [is_untouched(columns(one, y), True).item() for y in (one, other)]
+        >>> is_untouched(jnp.array([[[0.0, 1.0]], [[2.0, 1.0]]])).ravel().tolist()
         [1.0, nan]
-        >>> is_untouched(columns(one, other), False).item()
-        1.0
     """
-    sums_b, squares, sums_a, own_b, own_a, noise_b, noise_a = jnp.moveaxis(columns, -1, 0)
-    size = lambda x: jnp.sum(jnp.abs(x), axis=-1)
-    tiny = jnp.finfo(columns.dtype).tiny
-    fits = size(own_b - sums_b) <= size(noise_b) + tiny
-    fits &= size(own_a - sums_a) <= size(noise_a) + tiny
-    if single_pass:
-        fits &= size(squares - sums_b**2) <= 1e-5 * size(sums_b**2) + tiny
-    return jnp.where(fits, 1, jnp.nan)[:, None, None]
+    off, may = deviations[..., 0], deviations[..., 1] + jnp.finfo(deviations.dtype).tiny
+    return jnp.where(jnp.all(off <= may, axis=-1), 1, jnp.nan)[:, None, None]
 
 
 def concat_rank(side: Side, x: Any, m: Any) -> jax.Array:

@@ -266,9 +266,9 @@ def trusted(
     """
     if all(pair.checksum is None for pair in params):
         return pairs.each(lambda grad: jnp.ones([*grad.a.shape[:-2], 1, 1]), grads)
-    check = functools.partial(krylov.is_untouched, single_pass=iterations > 0)
     before = pairs.failures
-    trust = pairs.together(check, pairs.each(krylov.evidence, params, grads))
+    compare = functools.partial(krylov.deviations, single_pass=iterations > 0)
+    trust = pairs.together(krylov.is_untouched, pairs.each(compare, params, grads))
     warn_if(pairs.failures - before >= len(params), _STANDS_STILL)
     return trust
 

@@ -20,7 +20,7 @@ def run(folder: Path, kill_at: int | None) -> list[str]:
     command = [sys.executable, "-m", "tests.kill_worker", str(folder)]
     said = []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as worker:
-        for line in worker.stdout:
+        for line in worker.stdout or ():
             said.append(line.strip())
             if len(said) == kill_at:
                 os.kill(worker.pid, 9)

@@ -35,9 +35,13 @@ from lowrank_optax import (
     altlora,
     altlora_plus,
     frame,
+    lora_muon,
+    lora_rite,
     nn,
     oplora,
     oplora_proj,
+    polora,
+    scaled_adamw,
     sds_lora,
     shadow,
 )
@@ -150,6 +154,11 @@ def _oplora(k: int, gradients: Callable[[Any, Batch], Any] = gradients) -> Metho
 
 METHODS: dict[str, Method] = {
     "adamw": Method(lambda: optax.adamw(LEARNING_RATE)),
+    "polora": Method(lambda: polora(LEARNING_RATE, scale=SCALE)),
+    "polora two-sided": Method(lambda: polora(LEARNING_RATE, partner="gram", scale=SCALE)),
+    "lora_muon": Method(lambda: lora_muon(LEARNING_RATE)),
+    "lora_rite": Method(lambda: lora_rite(LEARNING_RATE)),
+    "scaled_adamw": Method(lambda: scaled_adamw(LEARNING_RATE)),
     "altlora": Method(lambda: altlora(LEARNING_RATE, scale=SCALE)),
     "altlora_plus": Method(lambda: altlora_plus(LEARNING_RATE, scale=SCALE)),
     "oplora k=1": _oplora(1),

@@ -77,7 +77,7 @@ def test_trajectory_equals_the_released_code(start):
     data, hp = load(f"lora_rite_released_{start}")
     b1, b2 = (float(b) for b in data["hp_betas"])
     clip = hp["clip_unmagnified_grad"]
-    tx = lora_rite(hp["lr"], b1, b2, hp["eps"], clip_unmagnified_grad=clip)
+    tx = lora_rite(hp["lr"], b1, b2, eps=hp["eps"], clip_unmagnified_grad=clip)
     assert_trajectory(run(tx, data, hp["scale"]), data)
 
 

@@ -62,7 +62,7 @@ def oracle(pair, target, steps, *, rate, b1, b2, eps, damping, decay, sequential
 def test_sequential_order_equals_the_released_code(start):
     data, hp = load(f"scaled_adamw_released_{start}")
     b1, b2 = (float(b) for b in data["hp_betas"])
-    tx = scaled_adamw(hp["lr"], b1, b2, hp["eps"], hp["reg"], order="sequential")
+    tx = scaled_adamw(hp["lr"], b1, b2, eps=hp["eps"], damping=hp["reg"], order="sequential")
     assert_trajectory(run(tx, data, hp["scale"]), data)
 
 

@@ -111,7 +111,8 @@ def lora_rite(
     engine.check_decay("b1", b1)
     engine.check_decay("b2", b2)
     engine.check_positive("eps", eps)
-    engine.check_positive("clip_unmagnified_grad", clip_unmagnified_grad)
+    if clip_unmagnified_grad is not None:
+        engine.check_positive("clip_unmagnified_grad", clip_unmagnified_grad)
 
     def rule(
         pairs: engine.Pairs, grads: Any, params: Any, state: LoRARITEState

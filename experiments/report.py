@@ -10,7 +10,7 @@ from pathlib import Path
 
 from experiments.errors import ExperimentError
 from experiments.figures import draw_probes, draw_speedups, draw_variant, draw_variants
-from experiments.headline import SHOWN, Comparison, claim, compare, headline_table
+from experiments.headline import RECOMMENDED, SHOWN, Comparison, claim, compare, headline_table
 from experiments.peers import TUNED_ADAMW
 from experiments.schema import RunResult
 from experiments.study import Study, StudyFile, expand, load_study, study_names
@@ -58,16 +58,20 @@ class Variant:
             key=lambda r: (order.index(r.config.method), r.config.learning_rate, r.config.seed),
         )
         self.summaries = summarize(self.results)
-        self.missing = list(_missing(study, self.results))
+        self.missing = dict(_missing(study, self.results))
 
 
-def _missing(study: Study, results: Sequence[RunResult]) -> Iterator[str]:
+def _missing(study: Study, results: Sequence[RunResult]) -> Iterator[tuple[str, str]]:
+    """Yields what is still to run of each method."""
     for method in study.learning_rates:
         mine = [result for result in results if result.config.method == method]
         coming = next_run(study, method, mine)
         if coming is not None:
             runs = f"{len(mine)} runs are there" if mine else "nothing has run"
-            yield f"`{method}` ({runs}; next: learning rate {coming[0]:g}, seed {coming[1]})"
+            yield (
+                method,
+                f"`{method}` ({runs}; next: learning rate {coming[0]:g}, seed {coming[1]})",
+            )
 
 
 def read_variants(file: StudyFile, results: Path) -> list[Variant]:
@@ -103,7 +107,9 @@ def study_page(file: StudyFile, variants: Sequence[Variant]) -> str:
         if variant.name:
             parts.append(f"## {variant.name}")
         if variant.missing:
-            parts.append("**Not complete.** Still to run: " + "; ".join(variant.missing) + ".")
+            parts.append(
+                "**Not complete.** Still to run: " + "; ".join(variant.missing.values()) + "."
+            )
         parts.append(comparison_table(variant.summaries))
         parts.append(f"![Loss curves and sweep]({_figure_name(file, variant)})")
         if probes := probe_table(variant.summaries):
@@ -177,7 +183,8 @@ def _comparisons(studies: Mapping[str, Sequence[Variant]]) -> list[Comparison]:
         found
         for name, variants in studies.items()
         for variant in variants
-        if (found := compare(f"{name}, {variant.name}", name, variant.summaries)) is not None
+        if not {RECOMMENDED, *TUNED_ADAMW} & set(variant.missing)
+        and (found := compare(f"{name}, {variant.name}", name, variant.summaries)) is not None
     ]
 
 

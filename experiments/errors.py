@@ -1,5 +1,7 @@
 """The one error that the command line shows without a traceback."""
 
+from typing import Any
+
 INSTALL = "pip install '.[experiments]'"
 
 EXTRA = {
@@ -14,6 +16,12 @@ EXTRA = {
     "tokenizers": "tokenizers",
 }
 """What a plain install lacks: the names to install by, by the names to import by."""
+
+
+def first_problem(error: Any) -> str:
+    """Writes the first of pydantic's problems as `where: what`."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
 
 
 class ExperimentError(Exception):

@@ -29,15 +29,16 @@ SPEEDUPS = "speedups.png"
 
 LEGEND = """\
 Mean ± standard deviation over seeds at each method's best learning rate (chosen by the final
-validation loss of the first seed; `*`: it is an end of the sweep). "AdamW" is LoRA with AdamW as it
-is best: of the rows `adamw` (one rate), `lora-plus-4` and `lora-plus` (b 4 and 16 times as fast),
-those that were run. "Fewer steps": AdamW's steps to the lowest point of its mean validation curve,
-divided by the method's to the same loss, interpolated between evaluations. "lr off by one": the
-same, averaged over the best rate and its neighbours with the first seed; 0 for a run that does not
-get there. A difference of losses is given with its pooled standard error and, in brackets, in units
-of it; it is claimed only above two. "Time to AdamW's loss" is in units of AdamW's. "Time a step" is
-measured in turn with `adamw` in the same process; "memory" is trained leaves, state and the
-compiled step's temporaries. "Lost": diverged or failed runs of the sweep."""
+validation loss of the first seed; `*`: it is an end of the sweep). "AdamW" is LoRA with AdamW as
+it is best: of the rows `adamw` (one rate), `lora-plus-4` and `lora-plus` (b 4 and 16 times as
+fast), those that were run. "Fewer steps": AdamW's steps to the lowest point of its mean
+validation curve, divided by the method's to the same loss, interpolated between evaluations. "lr
+off by one": the same, averaged over the best rate and its neighbours with the first seed; 0 for
+a run that does not get there. A difference of losses is given with its pooled standard error
+and, in brackets, in units of it; it is claimed only above two. "Time to AdamW's loss" is in
+units of AdamW's. "Time a step" is measured in turn with `adamw` in the same process, and rough
+where other work ran beside; "memory" is trained leaves, state and the compiled step's
+temporaries. "Lost": diverged or failed runs of the sweep."""
 
 
 class Variant:

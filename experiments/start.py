@@ -5,7 +5,7 @@ from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, first_problem
 from experiments.schema import Record
 
 
@@ -34,8 +34,6 @@ def parse_start(values: Mapping[str, Any]) -> Start:
     try:
         return Start.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
         raise ExperimentError(
-            f"start.{'.'.join(map(str, first['loc']))}: {first['msg']} "
-            f"(settings of a start: {', '.join(Start.model_fields)})"
+            f"start.{first_problem(error)} (settings of a start: {', '.join(Start.model_fields)})"
         ) from error

@@ -9,7 +9,7 @@ from pydantic import Field, ValidationError, field_validator
 
 from experiments import studies
 from experiments.catalogue import study_names
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, first_problem
 from experiments.methods import get_method
 from experiments.schema import Plan, Record
 from experiments.tasks import option_names, parse_options
@@ -106,8 +106,7 @@ def override(study: Study, changes: Mapping[str, Any]) -> Study:
     try:
         changed = Study.model_validate(values)
     except ValidationError as error:
-        first = error.errors()[0]
-        raise ExperimentError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}") from error
+        raise ExperimentError(first_problem(error)) from error
     for method in changed.learning_rates:
         get_method(method)
     parse_options(changed.task, changed.task_options)

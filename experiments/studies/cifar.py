@@ -1,14 +1,14 @@
 """CIFAR: PatchMLP from a random start with rank 16 adapters, on CIFAR-10 in place of CIFAR-100.
 
-    python -m experiments run cifar --data-dir ../shared/data --jobs 2
+    python -m experiments run cifar --variant papers --data-dir ../shared/data --jobs 2
 
 The network of the OPLoRA paper (32x32, patches of 4, width 256, depth 4) on CIFAR-10 as JPEG.
 Kernels of the four residual layers stay random and adapters learn beside them; the rest is trained
 by AdamW at 1e-3 in every method. 200 steps of 32 of 10,000 images; 1,000 further ones choose the
 learning rates, 2,000 test images are only reported.
 
-Cost: 50 s a run on one of 2 CPU cores, about half an hour in all with --jobs 2. Expect LoRA+ ahead
-and small differences: docs/results/cifar.md.
+Cost: `peers` was not run yet; `papers` 50 s a run on one of 2 CPU cores, about half an hour in all
+with --jobs 2. Expect LoRA+ ahead and small differences: docs/results/cifar.md.
 """
 
 from experiments.peers import peers

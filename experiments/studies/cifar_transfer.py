@@ -1,13 +1,14 @@
 """CIFAR transfer: PatchMLP pretrained on five classes of CIFAR-10, adapted to the other five.
 
-    python -m experiments run cifar-transfer --data-dir ../shared/data --jobs 2
+    python -m experiments run cifar-transfer --variant peers --data-dir ../shared/data --jobs 2
 
 All weights are first trained on the classes 0-4 for 600 steps; then rank 16 adapters in the four
 residual layers and a new classifier on the classes 5-9, for 200 steps of 32 images. Learning rates
 are chosen on 1,000 training images that were split off, 2,000 test images are only reported.
 
-Cost: as the study `cifar`, and 600 steps of pretraining: 41 minutes in all with --jobs 2. Expect
-LoRA+ ahead, full fine-tuning beside AdamW and all else behind: docs/results/cifar-transfer.md.
+Cost: `papers` as the study `cifar`, and 600 steps of pretraining: 41 minutes with --jobs 2; `peers`
+is not finished, `rank-32` was not run yet. Expect PoLoRA ahead of LoRA+, and LoRA+ ahead of AdamW:
+docs/results/cifar-transfer.md.
 """
 
 from experiments.peers import peers

@@ -1,7 +1,7 @@
 """GLUE SST-2: MiniLM-L6 in place of RoBERTa-base, adapters in query and value or all linear maps.
 
-    python -m experiments run glue-sst2 --data-dir ../shared/data --variant query-value --jobs 2
-    python -m experiments run glue-sst2 --variant query-value --method adamw --learning-rate 2e-3
+    python -m experiments run glue-sst2 --variant papers-query-value --data-dir DATA --jobs 2
+    python -m experiments run glue-sst2 --variant longer
 
 Without `--data-dir` the data come from the Hugging Face hub. Rank 8, a new linear head by AdamW at
 2e-3 in every method, 200 steps of 16 sentences cut at 48 tokens. "Validation" is GLUE's dev set of
@@ -9,9 +9,10 @@ Without `--data-dir` the data come from the Hugging Face hub. Rank 8, a new line
 reported. The variant `longer` is the baseline of an independent run, 400 steps of 32: about 84 % on
 the dev set.
 
-Cost: 90 minutes for `query-value` on two CPU cores of 30 GFLOP/s each in single precision, 26 for
-`all-linear` on two of 100, with --jobs 2. Expect SDS-LoRA beside AdamW, OPLoRA and AltLoRA behind,
-and a cliff above the best rate: docs/results/glue-sst2.md.
+Cost: the peers and `rank-32` were not run yet; 90 minutes for `papers-query-value` on two CPU
+cores of 30 GFLOP/s each in single precision, 26 for `papers-all-linear` on two of 100, with --jobs
+2. Expect SDS-LoRA beside AdamW, OPLoRA and AltLoRA behind, and a cliff above the best rate:
+docs/results/glue-sst2.md.
 """
 
 from experiments.peers import highlights, peers

@@ -1,13 +1,14 @@
 """LM: stories260K, a real Llama pretrained on children's stories, adapted to Shakespeare.
 
-    python -m experiments run lm --data-dir ../shared/data --jobs 2
+    python -m experiments run lm --variant peers --data-dir ../shared/data --jobs 2
 
 In place of the papers' Llama and Gemma models. Rank 8 in all seven linear maps, batches of 8
-windows of 128 tokens, 150 steps; learning rates are chosen on 64 validation windows, as many test
-windows are only reported. Loss in nats a token, of a vocabulary of 512.
+windows of 128 tokens, 150 steps; learning rates are chosen on 128 validation windows, as many test
+windows are only reported (64 in `papers`). Loss in nats a token, of a vocabulary of 512.
 
-Cost: 45 s a run on one of 2 CPU cores, 52 minutes in all with --jobs 2. Expect SDS-LoRA beside
-AdamW, AltLoRA by its order, OPLoRA beside SVDLoRA: docs/results/lm.md.
+Cost: `peers` an hour with --jobs 2 beside other work, `papers` 52 minutes; `rank-32` and `long`
+were not run yet. Expect PoLoRA and AdamW ahead with a start from the gradient, SDS-LoRA beside
+AdamW: docs/results/lm.md.
 """
 
 from experiments.peers import highlights, peers

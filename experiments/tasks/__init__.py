@@ -6,7 +6,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from experiments.errors import ExperimentError
+from experiments.errors import ExperimentError, first_problem
 from experiments.task import OnStep, Task, TaskOptions
 
 TASKS = {
@@ -45,9 +45,8 @@ def parse_options(name: str, options: dict[str, Any]) -> TaskOptions:
     try:
         return kind.model_validate(options)
     except ValidationError as error:
-        first = error.errors()[0]
         raise ExperimentError(
-            f"task_options.{'.'.join(map(str, first['loc']))}: {first['msg']} "
+            f"task_options.{first_problem(error)} "
             f"(options of task {name!r}: {', '.join(kind.model_fields)})"
         ) from error
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from experiments.errors import ExperimentError
 from experiments.figures import draw_probes, draw_speedups, draw_variant, draw_variants
 from experiments.headline import RECOMMENDED, SHOWN, Comparison, claim, compare, headline_table
+from experiments.hunt import hunt_table, is_attempt
 from experiments.peers import TUNED_ADAMW
 from experiments.schema import RunResult
 from experiments.study import Study, StudyFile, expand, load_study, study_names
@@ -26,6 +27,7 @@ from experiments.tables import (
 
 MARKERS = "<!-- {}: begin -->", "<!-- {}: end -->"
 SPEEDUPS = "speedups.png"
+HUNT = "hunt.md"
 
 LEGEND = """\
 Mean ± standard deviation over seeds at each method's best learning rate (chosen by the final
@@ -100,7 +102,8 @@ def read_variants(file: StudyFile, results: Path) -> list[Variant]:
 
 
 def study_page(file: StudyFile, variants: Sequence[Variant]) -> str:
-    """Writes the generated part of a study's page."""
+    """Writes the generated part of a study's page; attempts have a page of their own."""
+    variants = [variant for variant in variants if not is_attempt(variant.name)]
     parts = [_provenance(variants), LEGEND]
     if file.study.variant_axis:
         parts.append(f"![Loss by variant]({file.name}.png)")
@@ -249,6 +252,10 @@ def make_pages(results: Path, docs: Path, readme: Path) -> dict[Path, str]:
         title = file.description.splitlines()[0]
         text = path.read_text() if path.exists() else _empty_page(title)
         pages[path] = replace_block(text, study_page(file, variants), str(path))
+    if hunted := hunt_table(studies):
+        path = docs / HUNT
+        text = path.read_text() if path.exists() else _empty_page("Hunt")
+        pages[path] = replace_block(text, hunted, str(path))
     index = docs / "README.md"
     text = index.read_text() if index.exists() else _empty_page("Results")
     pages[index] = replace_block(text, index_block(studies), str(index))
@@ -305,6 +312,8 @@ def draw_pages(results: Path, docs: Path) -> list[Path]:
             by_variant = {variant.name: variant.summaries for variant in variants}
             draw(draw_variants, by_variant, file.study.variant_axis, f"{file.name}.png")
         for variant in variants:
+            if is_attempt(variant.name):
+                continue
             steps = variant.results[0].config.plan.steps
             title = f"{file.name} {variant.name}".strip() + f", {steps} steps"
             draw(draw_variant, variant.summaries, title, _figure_name(file, variant))

@@ -40,7 +40,7 @@ STUDY = Study(
         "batch_size": 32,
     },
     plan=Plan(steps=200, eval_every=10, head_learning_rate=1e-3),
-    learning_rates=peers(adamw=3e-3, polora=0.3),
+    learning_rates=peers(adamw=3e-3, polora=0.3, count=3),
     seeds=(0, 1, 2),
     variants={
         "peers": {},

@@ -18,13 +18,13 @@ STUDY = cifar.STUDY.model_copy(
     update={
         "task": "cifar-transfer",
         "task_options": {**cifar.STUDY.task_options, "pretrain_steps": 600},
-        "learning_rates": peers(adamw=1e-2, polora=0.3),
+        "learning_rates": peers(adamw=1e-2, polora=0.3, count=3),
         "variants": {
             "peers": {},
             "rank-32": {
                 "task_options.rank": 32,
                 "task_options.alpha": 64.0,
-                "learning_rates": peers(adamw=3e-3, polora=0.3),
+                "learning_rates": peers(adamw=3e-3, polora=0.3, count=3),
             },
             "papers": cifar.STUDY.variants["papers"],
         },

@@ -11,7 +11,8 @@ Cost: `peers` 8 minutes on 2 CPU cores beside other work, `papers` 2 to 3. Expec
 AdamW, full fine-tuning ahead of both, and AltLoRA behind: docs/results/digits.md.
 """
 
-from experiments.peers import peers
+from experiments.hunt import attempts
+from experiments.peers import highlights, peers
 from experiments.schema import Plan
 from experiments.study import Study
 
@@ -28,7 +29,12 @@ STUDY = Study(
     seeds=tuple(range(10)),  # its validation split is small
     variants={
         "peers": {},
+        "constant": {
+            "plan.decay": "none",
+            "learning_rates": highlights(adamw=3e-3, polora=0.1, count=3),
+        },
         "papers": {"plan.eval_every": 15, "seeds": (0, 1, 2), "learning_rates": PAPERS},
+        **attempts((0.1, 0.3, 1.0)),
     },
 )
 

@@ -11,6 +11,7 @@ were not run yet. Expect PoLoRA and AdamW ahead with a start from the gradient, 
 AdamW: docs/results/lm.md.
 """
 
+from experiments.hunt import attempts
 from experiments.peers import highlights, peers
 from experiments.schema import Plan
 from experiments.study import Study
@@ -54,11 +55,16 @@ STUDY = Study(
             "plan.eval_every": 50,
             "learning_rates": highlights(adamw=3e-3, polora=0.1, count=3),
         },
+        "constant": {
+            "plan.decay": "none",
+            "learning_rates": highlights(adamw=3e-3, polora=0.03, count=3),
+        },
         "papers": {
             "plan.eval_every": 30,
             "task_options.eval_limit": 64,
             "learning_rates": PAPERS,
         },
+        **attempts((0.03, 0.1, 0.3)),
     },
 )
 

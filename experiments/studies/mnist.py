@@ -11,6 +11,7 @@ ahead of LoRA with AdamW, SDS-LoRA and SVDLoRA, between which there is no differ
 ahead of the others.
 """
 
+from experiments.hunt import attempts
 from experiments.peers import peers
 from experiments.schema import Plan
 from experiments.study import Study
@@ -43,6 +44,7 @@ STUDY = Study(
     variants={
         "peers": {},
         "papers": {"plan.eval_every": 25, "seeds": (0, 1, 2), "learning_rates": PAPERS},
+        **attempts((0.3, 1.0, 3.0)),
     },
 )
 

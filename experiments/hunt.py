@@ -1,0 +1,111 @@
+"""The hunt: what was tried so that the recommended method needs fewer steps.
+
+An attempt changes a few options of `polora-start`, whose learning rates are swept again with them.
+It is a variant `hunt-…` of a study; `docs/results/hunt.md` has a row for each.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
+
+from experiments.headline import RECOMMENDED
+from experiments.summary import MethodSummary, difference, goal_of, speedup, tuned_baseline
+from experiments.tables import NOTHING, markdown, spread, times, verdict
+
+PREFIX = "hunt-"
+REFERENCE = "peers"
+"""The variant that an attempt is compared with: it has AdamW and the unchanged method."""
+
+
+class Attempt(NamedTuple):
+    """What an attempt changes, in words and as options."""
+
+    change: str
+    options: Mapping[str, Any]
+
+
+ATTEMPTS = {
+    "shorter-momentum": Attempt("b1 = 0.8, not 0.9", {"b1": 0.8}),
+    "longer-momentum": Attempt("b1 = 0.95, not 0.9", {"b1": 0.95}),
+    "shorter-curvature": Attempt("b2 = 0.9, not 0.99", {"b2": 0.9}),
+    "flat-curvature": Attempt("δ = 1, not 1e-4: the diagonals hardly count", {"delta": 1.0}),
+    "linear-radius": Attempt(
+        "the paper's linear radius, with γ = 1024",
+        {"radius": "linear", "start": {"gamma": 1024.0}},
+    ),
+    "larger-start": Attempt("γ = 128, LoRA-One's, not 1e6", {"start": {"gamma": 128.0}}),
+    "kept-function": Attempt(
+        "γ = 128, kernels corrected so that the model computes what it did",
+        {"start": {"gamma": 128.0, "keep_function": True}},
+    ),
+    "more-batches": Attempt(
+        "the start's gradient from 32 batches, not 8", {"start": {"gamma": 1e6, "batches": 32}}
+    ),
+}
+
+
+class Variant(Protocol):
+    """One variant of a study and what was found in it."""
+
+    name: str
+    summaries: list[MethodSummary]
+
+
+def attempts(rates: tuple[float, ...]) -> dict[str, dict[str, Any]]:
+    """Makes the variants of all attempts.
+
+    Args:
+        rates: The learning rates with which a sweep begins.
+    """
+    return {
+        f"{PREFIX}{name}": {
+            "learning_rates": {RECOMMENDED: rates},
+            f"method_options.{RECOMMENDED}": dict(attempt.options),
+        }
+        for name, attempt in ATTEMPTS.items()
+    }
+
+
+def is_attempt(variant: str) -> bool:
+    """Says whether a variant of a study is an attempt."""
+    return variant.startswith(PREFIX)
+
+
+def hunt_table(studies: Mapping[str, Sequence[Variant]]) -> str:
+    """Writes a row for the unchanged method and for each attempt, study by study, in Markdown.
+
+    Args:
+        studies: The variants by study.
+
+    Returns:
+        The table; empty if there was no attempt.
+    """
+    headings = ["study", "change", "lr", "fewer steps than AdamW", "loss", "loss – unchanged"]
+    rows = [row for name, variants in studies.items() for row in _rows(name, variants)]
+    return markdown(headings, rows) if rows else ""
+
+
+def _rows(study: str, variants: Sequence[Variant]) -> Iterator[list[str]]:
+    by_name = {variant.name: variant.summaries for variant in variants}
+    tried = [name for name in by_name if is_attempt(name)]
+    if not tried:
+        return
+    reference = by_name[REFERENCE]
+    baseline = tuned_baseline(reference)
+    unchanged = next(summary for summary in reference if summary.method == RECOMMENDED)
+    if baseline is None or not unchanged.best:
+        return
+    goal, split = goal_of(baseline), unchanged.reported_split
+    losses = unchanged.losses(split)
+
+    def row(change: str, summary: MethodSummary) -> list[str]:
+        if not summary.best:
+            return [study, change, NOTHING, "none finished", NOTHING, NOTHING]
+        own = summary.losses(split)
+        against = NOTHING if summary is unchanged else verdict(difference(own, losses))
+        rate = f"{summary.best[0].config.learning_rate:g}" + "*" * summary.at_edge
+        return [study, change, rate, times(speedup(summary, goal)), spread(own), against]
+
+    yield row("none", unchanged)
+    for name in tried:
+        for summary in by_name[name]:
+            yield row(ATTEMPTS[name.removeprefix(PREFIX)].change, summary)

@@ -27,6 +27,7 @@ demo: $(READY)
 bench: $(READY)
 	$(PY) -m benchmarks.update_step
 	$(PY) -m benchmarks.train_step --layout separate
+	$(PY) -m benchmarks.gradient_start
 
 lint: $(READY)
 	$(PY) -m ruff check .

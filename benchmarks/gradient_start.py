@@ -23,7 +23,7 @@ from lowrank_optax import LoRAPair, nn
 
 def _bytes(loss: Any, *arguments: Any) -> int:
     """Returns the bytes of the results and the temporaries of a gradient in its first argument."""
-    memory = jax.jit(jax.grad(loss)).lower(*arguments).compile().memory_analysis()
+    memory: Any = jax.jit(jax.grad(loss)).lower(*arguments).compile().memory_analysis()
     return int(memory.output_size_in_bytes + memory.temp_size_in_bytes)
 
 

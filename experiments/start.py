@@ -1,4 +1,4 @@
-"""The option `start` of a method: adapters that start from the gradient of the first batches."""
+"""The options of a method in a study; `start` has adapters start from the gradient."""
 
 from collections.abc import Mapping
 from typing import Any, Literal
@@ -6,6 +6,7 @@ from typing import Any, Literal
 from pydantic import Field, ValidationError
 
 from experiments.errors import ExperimentError, first_problem
+from experiments.methods import get_method
 from experiments.schema import Record
 
 
@@ -37,3 +38,19 @@ def parse_start(values: Mapping[str, Any]) -> Start:
         raise ExperimentError(
             f"start.{first_problem(error)} (settings of a start: {', '.join(Start.model_fields)})"
         ) from error
+
+
+def options_of(method: str, changes: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns a method's options as results store them, those of its start complete.
+
+    Args:
+        method: Name of the method.
+        changes: What a study changes of them.
+
+    Raises:
+        ExperimentError: There is no such method, or its start is not one.
+    """
+    options = {**get_method(method).options, **changes}
+    if "start" in options:
+        options["start"] = parse_start(options["start"]).model_dump()
+    return options

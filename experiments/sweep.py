@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from experiments.errors import ExperimentError
-from experiments.methods import get_method
 from experiments.schema import RunResult, read_result
-from experiments.start import parse_start
+from experiments.start import options_of, parse_start
 from experiments.study import Study
 from experiments.tasks import parse_options
 
@@ -199,8 +198,8 @@ def without_adapter(jobs: Iterable[Job]) -> list[Path]:
 
 
 def _require_fixed_kernels(study: Study, method: str) -> None:
-    options = {**get_method(method).options, **study.method_options.get(method, {})}
-    if "start" in options and parse_start(options["start"]).keep_function:
+    start = options_of(method, study.method_options.get(method, {})).get("start")
+    if start is not None and parse_start(start).keep_function:
         raise ExperimentError(
             f"--save-adapter: the start of {method!r} corrects the kernels, so its adapter does "
             f"not fit the pretrained model; pass --override 'method_options.{method}={{...}}' with "
@@ -211,7 +210,13 @@ def _require_fixed_kernels(study: Study, method: str) -> None:
 def _require_same_settings(result: RunResult, name: str, study: Study, out: Path) -> None:
     config = result.config
     options = parse_options(study.task, study.task_options).model_dump(mode="json")
-    expected = {"study": name, "task": study.task, "task_options": options, "plan": study.plan}
+    expected = {
+        "study": name,
+        "task": study.task,
+        "task_options": options,
+        "method_options": options_of(config.method, study.method_options.get(config.method, {})),
+        "plan": study.plan,
+    }
     for key, value in expected.items():
         there = getattr(config, key)
         if there != value:

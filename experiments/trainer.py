@@ -29,7 +29,7 @@ from experiments.schema import (
     Status,
     current_environment,
 )
-from experiments.start import Start, parse_start
+from experiments.start import options_of, parse_start
 from experiments.task import Batch, OnStep, Task, ignore_steps
 from lowrank_optax import find_pairs, nn
 
@@ -139,11 +139,9 @@ class Trainer:
         self.task = task
         self.method_name = method
         self.method = get_method(method)
-        self.method_options = {**self.method.options, **(method_options or {})}
-        self._start: Start | None = None
-        if "start" in self.method_options:
-            self._start = parse_start(self.method_options["start"])
-            self.method_options["start"] = self._start.model_dump()
+        self.method_options = options_of(method, method_options or {})
+        start = self.method_options.get("start")
+        self._start = None if start is None else parse_start(start)
         self.plan = plan
         self.study = study
         self.variant = variant

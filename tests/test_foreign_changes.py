@@ -1,6 +1,7 @@
-"""SDS-LoRA's leaves among the parameters: a new run goes on with them, foreign changes are told."""
+"""Leaves among the parameters: a new run goes on with them, foreign changes of them are told."""
 
 import functools
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +9,18 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank_optax import LoRAPair, frame, notices, sds_lora, skipped
+from lowrank_optax import (
+    LoRAPair,
+    Metric,
+    frame,
+    nn,
+    notices,
+    oplora,
+    scaled_oplora,
+    sds_lora,
+    shadow,
+    skipped,
+)
 from tests.test_claims_sds_lora import (
     N_IN,
     N_OUT,
@@ -127,3 +139,96 @@ def test_notices_can_be_switched_off():
     assert "callback" in lowered()
     with notices(False):
         assert "callback" not in lowered()
+
+
+@pytest.mark.parametrize("kind", ["schedule_free", "apply_every"])
+def test_what_averages_or_delays_updates_of_frames_is_told(kind):
+    tx = sds_lora(0.05, scale=SCALE, total_steps=60, warmup_steps=5)
+    if kind == "schedule_free":
+        tx = optax.contrib.schedule_free(tx, 0.05)
+    else:
+        tx = optax.chain(tx, optax.apply_every(3))
+    full, node = normal(5, N_IN, N_OUT), frame(random_pair())
+    state = tx.init(node)
+    step = jax.jit(lambda node, state: advance(tx, node, state, full + delta(node)))
+    with pytest.warns(UserWarning, match="frames that are not orthonormal"):
+        node, state = repeat(step, 20, node, state)
+    assert skipped(state) > 0
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(node))
+
+
+# OPLoRA's momentum and metric between updates
+
+OPLORA = {
+    "oplora": (lambda: oplora(0.02), None),
+    "scaled_oplora": (lambda: scaled_oplora(0.02), Metric()),
+}
+
+
+def fit(name, dtype=jnp.float32):
+    """A regression and the node that begins it."""
+    x, w = normal(1, 32, N_IN).astype(dtype), normal(2, N_IN, N_OUT).astype(dtype)
+    pair = jax.tree.map(lambda leaf: leaf.astype(dtype) / 3, random_pair())
+    node = shadow(pair, jax.random.key(0), metric=OPLORA[name][1])
+    return node, lambda node: jnp.mean((nn.lora_apply(x, node) - x @ w) ** 2)
+
+
+def run(tx, loss, node, state, steps=12):
+    @jax.jit
+    def step(node, state):
+        updates, state = tx.update(jax.grad(loss)(node), state, node)
+        return optax.apply_updates(node, updates), state
+
+    return repeat(step, steps, node, state)
+
+
+BETWEEN = {
+    "decay": lambda tx: optax.chain(tx, optax.add_decayed_weights(-0.01)),
+    "scale": lambda tx: optax.chain(tx, optax.scale(0.9)),
+    "apply_every": lambda tx: optax.chain(tx, optax.apply_every(3)),
+    "schedule_free": lambda tx: optax.contrib.schedule_free(tx, 0.02),
+}
+
+
+@pytest.mark.parametrize("kind", BETWEEN)
+@pytest.mark.parametrize("name", OPLORA)
+def test_a_momentum_that_something_else_moves_is_refused_counted_and_told(name, kind):
+    node, loss = fit(name)
+    tx = BETWEEN[kind](OPLORA[name][0]())
+    with pytest.warns(UserWarning, match=r"moved no pair.*not as the last update left it"):
+        after, state = run(tx, loss, node, tx.init(node))
+    assert skipped(state) > 0
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(after))
+
+
+LEAVES = [("oplora", "m_a"), ("oplora", "m_b")]
+LEAVES += [("scaled_oplora", leaf) for leaf in ("m_a", "m_b", "d_in", "d_out")]
+
+
+@pytest.mark.parametrize(("name", "leaf"), LEAVES)
+def test_every_auxiliary_leaf_that_moves_is_sealed_and_one_change_costs_one_update(name, leaf):
+    node, loss = fit(name)
+    tx = OPLORA[name][0]()
+    node, state = run(tx, loss, node, tx.init(node))
+    assert skipped(state) == 0
+    changed = node._replace(**{leaf: 1.001 * getattr(node, leaf)})
+    with pytest.warns(UserWarning, match="moved no pair"):
+        refused, state = run(tx, loss, changed, state, 1)
+    assert skipped(state) == 1
+    np.testing.assert_array_equal(refused.a, changed.a)
+    after, state = run(tx, loss, refused, state)
+    assert skipped(state) == 1
+    assert loss(after) < loss(node)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("name", OPLORA)
+def test_rounding_breaks_no_seal_whatever_the_momentum_begins_with(name, dtype):
+    """The momentum begins at ordinary size and is then as small as the gradient."""
+    node, loss = fit(name, dtype)
+    tx = OPLORA[name][0]()
+    small = lambda node: 1e-4 * loss(node).astype(jnp.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        _, state = run(tx, small, node, tx.init(node), 40)
+    assert skipped(state) == 0

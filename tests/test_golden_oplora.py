@@ -38,8 +38,11 @@ def load(name, *arrays):
     return data, {name: data[f"hp_{name}"].item() for name in names}
 
 
-def trajectory(tx, data, params, correct=lambda params: params):
-    """The parameters after each step of the golden layer with its mini-batches."""
+def trajectory(tx, data, params, correct=None):
+    """The parameters after each step of the golden layer with its mini-batches.
+
+    A correction of the parameters is one from outside, so the state begins anew after it.
+    """
     kernel = jnp.asarray(data["W0"].T)
 
     def loss(params, x, y):
@@ -54,7 +57,9 @@ def trajectory(tx, data, params, correct=lambda params: params):
     state, steps = tx.init(params), [params]
     for x, y in zip(data["X"], data["Y"], strict=True):
         params, state = step(params, state, x, y)
-        params = correct(params)
+        if correct is not None:
+            params = correct(params)
+            state = tx.init(params)
         steps.append(params)
     return steps
 

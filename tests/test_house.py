@@ -40,6 +40,7 @@ CORE = (
     "sketch",
     "lorsum",
     "krylov",
+    "seals",
     "shadow_layer",
     "shadows",
     "gradient_scaling",

@@ -320,6 +320,24 @@ def deviations(pair: Any, grads: Any, single_pass: bool) -> jax.Array:
     return jnp.stack([jnp.stack([size(off), size(may)], axis=-1) for off, may in rows], axis=-2)
 
 
+def marked(deviations: jax.Array, broken: jax.Array) -> jax.Array:
+    """Makes deviations too large where something else is found to be wrong with a pair.
+
+    Args:
+        deviations: (..., c, 2).
+        broken: booleans, (...) or a scalar.
+
+    Returns:
+        (..., c, 2).
+
+    Example:
+        >>> is_untouched(marked(jnp.zeros((2, 1, 2)), jnp.array([False, True]))).ravel().tolist()
+        [1.0, nan]
+    """
+    too_large = jnp.array([1, 0], deviations.dtype)
+    return jnp.where(broken[..., None, None], too_large, deviations)
+
+
 def is_untouched(deviations: jax.Array) -> jax.Array:
     """Says which pairs have the products of a backward pass as it made them, for `Pairs.together`.
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._core import krylov
+from lowrank_optax._core import krylov, seals
 from lowrank_optax._core.arguments import (
     check,
     check_choice,
@@ -24,7 +24,7 @@ from lowrank_optax._core.lorsum import Factor
 from lowrank_optax._core.nodes import AxisName, LongAxes, LoRAPair, register_node
 from lowrank_optax._core.notices import warn_if
 from lowrank_optax._core.shadow_layer import apply_shadowed
-from lowrank_optax._core.verbs import Verbs
+from lowrank_optax._core.verbs import Pairs
 
 
 @register_node
@@ -227,12 +227,14 @@ def why_unfit(
 
 
 _STANDS_STILL = (
-    "OPLoRA moved no pair in this update, for the products in the gradients are not as a backward"
-    " pass made them. Likely causes: `optax.clip_by_global_norm` (use"
+    "OPLoRA moved no pair in this update. Either the products in the gradients are not as a"
+    " backward pass made them. Likely causes: `optax.clip_by_global_norm` (use"
     " `lowrank_optax.clip_by_global_norm`), a scaled loss (use `lowrank_optax.scale_gradients`),"
     " gradients accumulated over micro-batches or examples (use iterations=0), weight decay, an L2"
-    " term or noise on all leaves (leave the shadows out), an adapter used twice."
-    " `lowrank_optax.skipped(state)` counts the pairs."
+    " term or noise on all leaves (leave the shadows out), an adapter used twice. Or the momentum"
+    " among the parameters is not as the last update left it: a link after oplora, an average of"
+    " parameters (`optax.lookahead`, schedule-free), `optax.apply_every`, or other parameters"
+    " (begin with `tx.init(params)`). `lowrank_optax.skipped(state)` counts the pairs."
 )
 
 
@@ -245,30 +247,36 @@ def _made_by(settings: str) -> str:
 
 
 def trusted(
-    pairs: Verbs, params: Sequence[ShadowedPair], grads: Sequence[ShadowedPair], iterations: int
+    pairs: Pairs,
+    params: Sequence[ShadowedPair],
+    grads: Sequence[ShadowedPair],
+    iterations: int,
+    sealed: Sequence[jax.Array] | None = None,
 ) -> list[jax.Array]:
-    """Checks which pairs have their products as a single backward pass made them.
+    """Checks which pairs have their leaves and products as updates and a backward pass made them.
 
     Args:
         pairs: the verbs. The pairs that fail are counted.
         params: the parameters.
         grads: the gradients.
         iterations: k of LoRSum; 0 uses products of degree 1 only, which may be sums.
+        sealed: the seals of the auxiliary leaves, of a method that moves some.
 
     Returns:
         For each pair, (..., 1, 1): 1 or 0.
 
     Example:
-        >>> import jax.numpy as jnp
-        >>> pair = ShadowedPair(jnp.ones((6, 2)), jnp.ones((2, 4)))
-        >>> [x.item() for x in trusted(Verbs([{}]), [pair], [pair], 0)]
-        [1.0]
+        See `lowrank_optax.oplora`.
     """
     if all(pair.checksum is None for pair in params):
         return pairs.each(lambda grad: jnp.ones([*grad.a.shape[:-2], 1, 1]), grads)
     before = pairs.failures
     compare = functools.partial(krylov.deviations, single_pass=iterations > 0)
-    trust = pairs.together(krylov.is_untouched, pairs.each(compare, params, grads))
+    found = pairs.each(compare, params, grads)
+    if sealed is not None:
+        broken = functools.partial(seals.is_broken, is_first=pairs.count == 0)
+        found = pairs.each(krylov.marked, found, pairs.each(broken, params, sealed))
+    trust = pairs.together(krylov.is_untouched, found)
     warn_if(pairs.failures - before >= len(params), _STANDS_STILL)
     return trust
 

@@ -26,7 +26,7 @@ class PairwiseState(NamedTuple):
             summed over pairs.
         pairs: the method's own state, a NamedTuple. Each field is a tree shaped like the parameters
             with `MaskedNode` in place of unpaired leaves, or, if declared `Small`, a list with one
-            entry a pair (without pairs, an empty array).
+            entry a pair (without pairs, a zero).
         fallback: state of the transformation of the unpaired leaves.
     """
 
@@ -105,7 +105,7 @@ class StateForm:
         """
 
         def field(name: str, values: list[Any]) -> Any:
-            return (values or jnp.zeros([0])) if name in self._small else found.put(values, like)
+            return (values or jnp.zeros([])) if name in self._small else found.put(values, like)
 
         return type(lists)(*(field(name, values) for name, values in lists._asdict().items()))
 

@@ -31,6 +31,7 @@ import optax
 from lowrank_optax import engine
 from lowrank_optax._core import krylov, shadows
 from lowrank_optax._core.lorsum import Target, approximate, check_settings
+from lowrank_optax._core.seals import SealedState, seal, unsealed
 from lowrank_optax._core.shadows import ShadowedPair
 
 
@@ -91,9 +92,7 @@ def oplora(
     engine.check("dampening", dampening, lambda v: 0 <= v < 1, "must lie in [0, 1)")
     engine.check_positive("momentum_damping", momentum_damping)
 
-    def rule(
-        pairs: engine.Pairs, grads: Any, params: Any, state: engine.NoState
-    ) -> tuple[Any, Any]:
+    def rule(pairs: engine.Pairs, grads: Any, params: Any, state: SealedState) -> tuple[Any, Any]:
         ridge = pairs.rate * lmbd
 
         def step(pair: ShadowedPair, basis: krylov.Basis, scale: Any) -> Target:
@@ -114,19 +113,21 @@ def oplora(
             return Target(basis, core, 1 - dampening, start, floor, momentum_damping)
 
         bases = pairs.each(lambda pair, grad: krylov.unpack(pair, grad)[0], params, grads)
-        trust = shadows.trusted(pairs, params, grads, iterations)
+        trust = shadows.trusted(pairs, params, grads, iterations, state.seals)
         a, b = approximate(pairs, pairs.each(step, params, bases, pairs.scales), iterations)
         m_a, m_b = approximate(pairs, pairs.each(new_momentum, params, bases), iterations)
-        return pairs.each(shadows.updates_to, params, trust, a, b, m_a, m_b), state
+        updates = pairs.each(shadows.updates_to, params, trust, a, b, m_a, m_b)
+        return updates, seal(pairs, params, updates)
 
     return engine.lift(
         rule,
-        engine.NoState,
+        SealedState,
         learning_rate=learning_rate,
         scale=scale,
         fallback=fallback,
         specs=specs,
         allow_no_pairs=allow_no_pairs,
+        init=unsealed,
         node=ShadowedPair,
         why_unfit=shadows.why_unfit(iterations, with_momentum=not engine.is_zero(momentum)),
         name="oplora",

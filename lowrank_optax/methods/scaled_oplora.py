@@ -26,6 +26,7 @@ import optax
 from lowrank_optax import engine
 from lowrank_optax._core import krylov, shadows
 from lowrank_optax._core.lorsum import Target, approximate, check_settings
+from lowrank_optax._core.seals import SealedState, seal, unsealed
 from lowrank_optax._core.shadows import ShadowedPair
 
 
@@ -94,9 +95,7 @@ def scaled_oplora(
     engine.check_positive("power", power)
     engine.check_positive("momentum_damping", momentum_damping)
 
-    def rule(
-        pairs: engine.Pairs, grads: Any, params: Any, state: engine.NoState
-    ) -> tuple[Any, Any]:
+    def rule(pairs: engine.Pairs, grads: Any, params: Any, state: SealedState) -> tuple[Any, Any]:
         ridge = pairs.rate * lmbd
 
         def blocks(basis: krylov.Basis, metric: Any) -> tuple[krylov.Basis, krylov.Basis]:
@@ -122,31 +121,33 @@ def scaled_oplora(
             eye, floor = _eye(pair.m_a.shape[-1], basis), jnp.maximum(ridge, 10 * momentum_damping)
             return Target(basis, b1 * eye, 1 - b1, eye, floor, momentum_damping)
 
-        def updates(pair: ShadowedPair, metric: Any, *factors: Any) -> ShadowedPair:
+        def moves(pair: ShadowedPair, metric: Any, *factors: Any) -> ShadowedPair:
             kind, old = ("shampoo", pair.shampoo) if pair.kfac is None else ("kfac", pair.kfac)
             settings = jnp.stack([jnp.asarray(x, old.dtype) for x in (b2, damping, power)])
             averages = {"d_in": metric.averages["a"], "d_out": metric.averages["b"]}
-            moves = shadows.updates_to(pair, *factors, **averages)
-            return moves._replace(
+            own = shadows.updates_to(pair, *factors, **averages)
+            return own._replace(
                 **{kind: jnp.broadcast_to(settings, old.shape) - old}
             )  # whether the gradient is trusted or not
 
         bases, metrics = pairs.each(krylov.unpack, params, grads)
-        trust = shadows.trusted(pairs, params, grads, iterations)
+        trust = shadows.trusted(pairs, params, grads, iterations, state.seals)
         of_step, of_momentum = pairs.each(blocks, bases, metrics)
         targets = pairs.each(step, params, of_step, metrics, pairs.scales)
         a, b = approximate(pairs, targets, iterations)
         m_a, m_b = approximate(pairs, pairs.each(new_momentum, params, of_momentum), iterations)
-        return pairs.each(updates, params, metrics, trust, a, b, m_a, m_b), state
+        updates = pairs.each(moves, params, metrics, trust, a, b, m_a, m_b)
+        return updates, seal(pairs, params, updates)
 
     return engine.lift(
         rule,
-        engine.NoState,
+        SealedState,
         learning_rate=learning_rate,
         scale=scale,
         fallback=fallback,
         specs=specs,
         allow_no_pairs=allow_no_pairs,
+        init=unsealed,
         node=ShadowedPair,
         why_unfit=shadows.why_unfit(iterations, not engine.is_zero(b1), with_metric=True),
         name="scaled_oplora",

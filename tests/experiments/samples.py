@@ -11,6 +11,7 @@ from experiments.schema import (
     Status,
     current_environment,
 )
+from experiments.start import options_of
 
 TINY: dict[str, Any] = {
     "width": 16,
@@ -43,7 +44,7 @@ def make_result(
             task_options={"rank": 4},
             data={"source": "made up"},
             method=method,
-            method_options={"order": "alternating"},
+            method_options=options_of(method, {}),
             learning_rate=learning_rate,
             plan=Plan(steps=2, eval_every=2, head_learning_rate=1e-3),
             seed=seed,

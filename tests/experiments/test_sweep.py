@@ -301,6 +301,14 @@ def test_results_of_other_settings_are_not_mixed(tmp_path):
         jobs(tmp_path, resume=True)
 
 
+def test_results_of_other_options_of_a_method_are_not_mixed(tmp_path):
+    stored(tmp_path)
+    assert jobs(tmp_path, resume=True)
+    parts = expand(STUDY, {"method_options.adamw": {"b1": 0.8}}, [])
+    with pytest.raises(ExperimentError, match="another method_options than this run"):
+        plan_jobs("digits", parts, None, tmp_path, resume=True, fresh=False)
+
+
 def test_results_of_an_older_schema_are_kept_and_named(tmp_path):
     path = make_result().write(tmp_path)
     path.write_text(path.read_text().replace('"schema_version":2', '"schema_version":1'))

@@ -9,6 +9,8 @@ is checked before anything is measured:
 - "kept": every layer's input and output gradient live until the optimizer, as in the released
   PyTorch code, which keeps them in hooks.
 - "dense": the backward pass makes the dense gradient of every kernel.
+
+"silent" is OPLoRA without the host callbacks by which it warns.
 """
 
 import functools
@@ -38,6 +40,7 @@ from lowrank_optax import (
     lora_muon,
     lora_rite,
     nn,
+    notices,
     oplora,
     oplora_proj,
     polora,
@@ -152,6 +155,21 @@ def _oplora(k: int, gradients: Callable[[Any, Batch], Any] = gradients) -> Metho
     return Method(make, functools.partial(shadow, iterations=k), gradients)
 
 
+def _silent(method: Method) -> Method:
+    """Makes a method's update without host callbacks."""
+
+    def make() -> optax.GradientTransformation:
+        tx = method.make()
+
+        def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+            with notices(False):
+                return tx.update(grads, state, params)
+
+        return optax.GradientTransformation(tx.init, update)
+
+    return method._replace(make=make)
+
+
 METHODS: dict[str, Method] = {
     "adamw": Method(lambda: optax.adamw(LEARNING_RATE)),
     "polora": Method(lambda: polora(LEARNING_RATE, scale=SCALE)),
@@ -163,6 +181,7 @@ METHODS: dict[str, Method] = {
     "altlora_plus": Method(lambda: altlora_plus(LEARNING_RATE, scale=SCALE)),
     "oplora k=1": _oplora(1),
     "oplora k=2": _oplora(2),
+    "oplora k=1, silent": _silent(_oplora(1)),
     "oplora_proj k=1": Method(
         lambda: oplora_proj(SGD_LEARNING_RATE, scale=SCALE),
         functools.partial(shadow, iterations=2, momentum_rank=0),

@@ -3,7 +3,7 @@
 from lowrank_optax import adapters, diagnostics, engine, nn, sharding
 from lowrank_optax._core.frames import FramedPair, frame
 from lowrank_optax._core.gradient_scaling import clip_by_global_norm, scale_gradients
-from lowrank_optax._core.layouts import DEFAULT_SPECS, Member, PairSpec
+from lowrank_optax._core.layouts import DEFAULT_SPECS, Member, PairSpec, Unpaired
 from lowrank_optax._core.lorsum import lorsum
 from lowrank_optax._core.nodes import LoRAPair, register_node
 from lowrank_optax._core.notices import notices
@@ -22,6 +22,7 @@ from lowrank_optax.methods.scaled_adamw import ScaledAdamWState, scaled_adamw
 from lowrank_optax.methods.scaled_oplora import scaled_oplora
 from lowrank_optax.methods.sds_lora import SDSLoRAState, sds_lora
 from lowrank_optax.methods.svd_lora import SVDLoRAState, pair_of_delta, svd_lora
+from lowrank_optax.nn.summary import describe
 
 __version__ = "0.2.0.dev0"
 
@@ -44,10 +45,12 @@ __all__ = [
     "SVDLoRAState",
     "ScaledAdamWState",
     "ShadowedPair",
+    "Unpaired",
     "adapters",
     "altlora",
     "altlora_plus",
     "clip_by_global_norm",
+    "describe",
     "diagnostics",
     "engine",
     "find_pairs",

@@ -92,7 +92,7 @@ def test_multi_axis_factors_by_a_declared_spec():
 
 
 def test_a_callable_declares_pairs():
-    def by_letter(path):
+    def by_letter(path, leaf):
         head, _, last = path.rpartition("/")
         return Member(head, last, PairSpec("a", "b")) if last in ("a", "b") else None
 
@@ -140,7 +140,7 @@ def test_integer_factors_are_refused():
 
 
 def test_one_role_claimed_twice_is_refused():
-    everything = lambda path: Member("all", "a", PairSpec("a", "b"))
+    everything = lambda path, leaf: Member("all", "a", PairSpec("a", "b"))
     with pytest.raises(ValueError, match=r"x and y both claim the role 'a'"):
         find_pairs({"x": A, "y": A}, [everything])
 

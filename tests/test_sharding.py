@@ -24,7 +24,7 @@ from lowrank_optax import (
     sharding,
     svd_lora,
 )
-from lowrank_optax._core.layouts import path_name
+from lowrank_optax._core.names import path_name
 
 P = jax.P
 KEY = jax.random.key(0)

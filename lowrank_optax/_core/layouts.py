@@ -1,22 +1,47 @@
 """Layouts: which leaves of a parameter tree form a pair, and the meaning of their axes.
 
-This is the only module that knows key names and axis orders. Everything above it sees canonical
+This module and `names` alone know key names and axis orders. Everything above it sees canonical
 pairs, `a` of shape (..., in, r) and `b` of shape (..., r, out), where leading axes are batch.
 """
 
 import math
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core.linalg import SIDES
+from lowrank_optax._core.names import lies_under, matched, pair_name
 from lowrank_optax._core.nodes import auxiliary_names, make_node
 
 Axes = tuple[int, ...]
+
+
+class Layout(NamedTuple):
+    """The meaning of the axes of two factors.
+
+    Args:
+        a_in: axes of a that contract with the layer's input.
+        a_rank: rank axis of a.
+        b_rank: rank axis of b.
+        b_out: axes of b that make the layer's output.
+
+    Example:
+        >>> Layout().axes("a")
+        ((-2,), (-1,))
+    """
+
+    a_in: Axes = (-2,)
+    a_rank: int = -1
+    b_rank: int = -2
+    b_out: Axes = (-1,)
+
+    def axes(self, role: str) -> tuple[Axes, Axes]:
+        """Returns the axes of a factor's leaf that are its canonical rows, and columns."""
+        if role == "a":
+            return self.a_in, (self.a_rank,)
+        return (self.b_rank,), self.b_out
 
 
 @dataclass(frozen=True)
@@ -25,8 +50,13 @@ class PairSpec:
 
     A pattern names the tail of a leaf's path. Components are separated by `/` and may hold
     wildcards `*`. Leaves whose paths agree outside the pattern, wildcards included, belong
-    together. Axes that are neither input, rank nor output are batch axes and must come in the same
-    order in both factors. Several input or output axes are flattened.
+    together. The pair's name is what stands before the pattern, and what the patterns of a and b
+    begin with, up to a word that says LoRA.
+
+    Axes that are neither input, rank nor output are batch axes and must come in the same
+    order in both factors. Several input or output axes are flattened. Where no axes are declared
+    they are read from the shapes: a is (batch…, in…, r) and b is (batch…, r, out…), or one batch
+    axis stands somewhere else in both. The weight beside them decides where several readings fit.
 
     Args:
         a: pattern of the input-side factor.
@@ -37,6 +67,8 @@ class PairSpec:
         a_rank: rank axis of `a`.
         b_rank: rank axis of `b`.
         b_out: axes of `b` that make the layer's output.
+        leading_batch: whether, of several readings, that with the most leading batch axes is taken;
+            an error by default.
 
     Example:
         >>> import jax.numpy as jnp
@@ -51,16 +83,18 @@ class PairSpec:
     a: str
     b: str
     auxiliary: Mapping[str, str] | str = field(default_factory=dict)
-    a_in: Axes = (-2,)
-    a_rank: int = -1
-    b_rank: int = -2
-    b_out: Axes = (-1,)
+    a_in: Axes | None = None
+    a_rank: int | None = None
+    b_rank: int | None = None
+    b_out: Axes | None = None
+    leading_batch: bool = False
 
-    def axes(self, role: str) -> tuple[Axes, Axes]:
-        """Returns the axes of a factor's leaf that are its canonical rows, and columns."""
-        if role == "a":
-            return self.a_in, (self.a_rank,)
-        return (self.b_rank,), self.b_out
+    @property
+    def layout(self) -> Layout | None:
+        """The axes as declared; None if nothing is."""
+        given = {name: getattr(self, name) for name in Layout._fields}
+        declared = {name: value for name, value in given.items() if value is not None}
+        return Layout(**declared) if declared else None
 
     def patterns(self) -> dict[str, str]:
         """Returns the pattern of every leaf a pair may have, by its role."""
@@ -72,11 +106,10 @@ class PairSpec:
     def match(self, path: str) -> "Member | None":
         """Says which role the leaf at `path` plays, or None if it plays none."""
         for role, pattern in self.patterns().items():
-            found = re.fullmatch(_tail_regex(pattern), path)
-            if found:
-                prefix, *captures = found.groups(default="")
-                name = "/".join([prefix.rstrip("/"), *captures]).strip("/")
-                return Member(pair=name, role=role, spec=self)
+            found = matched(pattern, path)
+            if found is not None:
+                prefix, *captures = found
+                return Member(pair_name((self.a, self.b), prefix, captures), role, self)
         return None
 
 
@@ -104,25 +137,52 @@ class Member(NamedTuple):
     kind: Any = None
 
 
-PairMatcher = PairSpec | Callable[[str], Member | None]
+@dataclass(frozen=True)
+class Unpaired:
+    """Declares, among specs, leaves that belong to no pair, for the fallback to train.
 
-_PEFT_AXES: dict[str, Any] = {"a_in": (-1,), "a_rank": -2, "b_rank": -1, "b_out": (-2,)}
+    Args:
+        pattern: of the tail of their paths, or of a path that they lie under, as in `PairSpec`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lowrank_optax import DEFAULT_SPECS, find_pairs
+        >>> tree = {"router": {"lora_a": jnp.ones((6, 8)), "lora_b": jnp.ones((8, 4))}}
+        >>> find_pairs(tree, [Unpaired("router"), *DEFAULT_SPECS]).pairs
+        ()
+    """
+
+    pattern: str
+
+    def match(self, path: str) -> bool:
+        """Says whether a leaf is one of them."""
+        return lies_under(self.pattern, path)
+
+
+PairMatcher = PairSpec | Unpaired | Callable[[str, Any], Member | None]
+
+
+_PEFT_AXES = Layout(a_in=(-1,), a_rank=-2, b_rank=-1, b_out=(-2,))._asdict()
 
 _VARIABLE = "lora_{}"
 
 DEFAULT_SPECS: tuple[PairMatcher, ...] = (
-    PairSpec("lora_a", "lora_b", auxiliary=_VARIABLE),  # Flax, EasyDeL, this library's modules
+    # Flax, EasyDeL, openpi, this library's modules
+    PairSpec("lora_a", "lora_b", auxiliary=_VARIABLE, leading_batch=True),
     PairSpec("*_lora_a", "*_lora_b"),  # qwix: beside the weight it adapts
+    PairSpec("lora_a/kernel", "lora_b/kernel"),  # MaxText
     PairSpec("lora_A", "lora_B", **_PEFT_AXES),  # Hugging Face PEFT and its ports
     PairSpec("lora_A/weight", "lora_B/weight", **_PEFT_AXES),
     PairSpec("lora_A/*/weight", "lora_B/*/weight", **_PEFT_AXES),
+    PairSpec("lora_A/weight/*", "lora_B/weight/*", **_PEFT_AXES),  # Levanter
     PairSpec("lora_embedding_A", "lora_embedding_B", **_PEFT_AXES),
     PairSpec("lora_embedding_A/*", "lora_embedding_B/*", **_PEFT_AXES),
     PairSpec("lora_down/weight", "lora_up/weight", **_PEFT_AXES),  # kohya's and its ports
     PairSpec("lora_down/kernel", "lora_up/kernel"),
-    PairSpec("lora/a", "lora/b"),  # gemma, where each has two axes
+    PairSpec("lora/a", "lora/b"),  # gemma
     PairSpec("lora_kernel_a", "lora_kernel_b"),  # Keras
     PairSpec("lora_embeddings_a", "lora_embeddings_b"),
+    PairSpec("weight/b", "weight/a", **_PEFT_AXES),  # quax, whose a makes the output
 )
 """Layouts that are found without being declared."""
 
@@ -159,65 +219,24 @@ def node_of(get: Callable[[str], Any]) -> Any:
     return make_node({name: leaf for name, leaf in leaves.items() if leaf is not None})
 
 
-def first_match(specs: Sequence[PairMatcher], path: str) -> Member | None:
+def first_match(specs: Sequence[PairMatcher], path: str, leaf: Any) -> Member | Unpaired | None:
     """Returns what the first layout that knows a leaf says of it, or None.
 
     Example:
-        >>> first_match(DEFAULT_SPECS, "layers/0/q/lora_b").role
+        >>> first_match(DEFAULT_SPECS, "layers/0/q/lora_b", None).role
         'b'
     """
     for spec in specs:
-        member = spec.match(path) if isinstance(spec, PairSpec) else spec(path)
+        match spec:
+            case Unpaired():
+                member: Any = spec if spec.match(path) else None
+            case PairSpec():
+                member = spec.match(path)
+            case _:
+                member = spec(path, leaf)
         if member is not None:
             return member
     return None
-
-
-def _tail_regex(pattern: str) -> str:
-    tail = re.escape(pattern).replace(r"\*", "([^/]+)")
-    return f"(.*/)?{tail}"
-
-
-def path_name(path: Sequence[Any]) -> str:
-    """Writes a key path as `layers/0/lora_a`, the same for NNX variables and plain arrays.
-
-    Args:
-        path: a key path of `jax.tree_util`.
-
-    Returns:
-        The keys joined by `/`. Dots inside dictionary keys separate components too, as in PEFT's
-        flat names. The trailing attribute of a Flax variable (`.value`) is left out.
-
-    Example:
-        >>> import jax
-        >>> tree = {"layers": [{"lora_a": 0.0}], "q.lora_A.weight": 0.0}
-        >>> [path_name(path) for path, _ in jax.tree_util.tree_leaves_with_path(tree)]
-        ['layers/0/lora_a', 'q/lora_A/weight']
-    """
-    if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
-        path = path[:-1]
-    names: list[Any] = []
-    for key in path:
-        match key:
-            case jax.tree_util.DictKey() | jax.tree_util.FlattenedIndexKey():
-                names.append(key.key)
-            case jax.tree_util.SequenceKey():
-                names.append(key.idx)
-            case jax.tree_util.GetAttrKey():
-                names.append(key.name)
-            case _:
-                names.append(str(key).strip("."))
-    return join_keys(names)
-
-
-def join_keys(keys: Iterable[Any]) -> str:
-    """Joins the keys of a path as every name of a pair is written.
-
-    Example:
-        >>> join_keys(["layers", 0, "q.proj"])
-        'layers/0/q/proj'
-    """
-    return "/".join(str(key).replace(".", "/") for key in keys)
 
 
 def canonical_order(path: str, ndim: int, rows: Axes, columns: Axes) -> Axes:

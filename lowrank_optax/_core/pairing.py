@@ -1,7 +1,7 @@
 """Pairing: takes any parameter tree apart into LoRA pairs and the rest, and puts it together."""
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +10,18 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._core import layouts, meshes
-from lowrank_optax._core.layouts import DEFAULT_SPECS, Member, PairMatcher, PairSpec, path_name
+from lowrank_optax._core.layouts import (
+    DEFAULT_SPECS,
+    Layout,
+    Member,
+    PairMatcher,
+    PairSpec,
+    Unpaired,
+)
 from lowrank_optax._core.linalg import SIDES
+from lowrank_optax._core.names import SAYS_LORA, path_name
 from lowrank_optax._core.nodes import is_node, kind_with
+from lowrank_optax._core.readings import resolve
 from lowrank_optax._core.suspects import near_misses
 
 
@@ -22,28 +31,28 @@ class PairLeaves:
 
     Args:
         path: the pair's name, the path of what holds its leaves.
-        spec: the layout of its leaves.
+        layout: the meaning of its factors' axes.
         leaves: leaf index by role.
         kind: the pair's kind, the type of its values.
     """
 
     path: str
-    spec: PairSpec
+    layout: Layout
     leaves: Mapping[str, int]
     kind: Any
 
     def shapes(self, leaves: Sequence[Any]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Returns the shapes of the canonical factors, (batch..., in, r) and (batch..., r, out)."""
-        spec, shape = self.spec, lambda role: tuple(leaves[self.leaves[role]].shape)
-        batch, n_in, rank = layouts.matrix_shape(self.path, shape("a"), *spec.axes("a"))
-        *_, n_out = layouts.matrix_shape(self.path, shape("b"), *spec.axes("b"))
+        layout, shape = self.layout, lambda role: tuple(leaves[self.leaves[role]].shape)
+        batch, n_in, rank = layouts.matrix_shape(self.path, shape("a"), *layout.axes("a"))
+        *_, n_out = layouts.matrix_shape(self.path, shape("b"), *layout.axes("b"))
         return (*batch, n_in, rank), (*batch, rank, n_out)
 
     def partition(self, role: str, ndim: int, batch: Sequence[Any], long: Any) -> jax.P:
         """Returns the partition of a factor's leaf from those of its canonical axes."""
-        rows, columns = self.spec.axes(role)
+        rows, columns = self.layout.axes(role)
         order = layouts.canonical_order(self.path, ndim, rows, columns)
-        along = self.spec.a_in if role == "a" else self.spec.b_out
+        along = self.layout.a_in if role == "a" else self.layout.b_out
         entries: list[Any] = [None] * ndim
         for axis, entry in zip(order, batch, strict=False):
             entries[axis] = entry
@@ -56,7 +65,7 @@ class PairLeaves:
         values = {role: leaves[i] for role, i in self.leaves.items() if role in kind._fields}
         values = {role: None if _is_masked(x) else x for role, x in values.items()}
         for role in SIDES:
-            values[role] = layouts.to_matrix(values[role], *self.spec.axes(role))
+            values[role] = layouts.to_matrix(values[role], *self.layout.axes(role))
         return kind(**values)
 
     def put(self, leaves: list[Any], pair: Any, like: Sequence[Any]) -> None:
@@ -67,7 +76,7 @@ class PairLeaves:
         for role, index in self.leaves.items():
             value = getattr(pair, role, None)
             if value is not None and role in SIDES:
-                value = layouts.from_matrix(value, *self.spec.axes(role), like[index].shape)
+                value = layouts.from_matrix(value, *self.layout.axes(role), like[index].shape)
             leaves[index] = optax.MaskedNode() if value is None else value
 
 
@@ -108,7 +117,7 @@ class Pairing:
     def rest(self, tree: Any) -> Any:
         """Returns the tree with the leaves of pairs replaced by `MaskedNode`."""
         leaves = self.treedef.flatten_up_to(tree)
-        for index in self._paired:
+        for index in self.paired:
             leaves[index] = optax.MaskedNode()
         return jax.tree.unflatten(self.treedef, leaves)
 
@@ -116,7 +125,7 @@ class Pairing:
         """Joins what `put` and `rest` return into one whole tree."""
         leaves = self.treedef.flatten_up_to(rest)
         pair_leaves = self.treedef.flatten_up_to(pairs)
-        for index in self._paired:
+        for index in self.paired:
             leaves[index] = pair_leaves[index]
         return jax.tree.unflatten(self.treedef, leaves)
 
@@ -151,7 +160,8 @@ class Pairing:
         return jax.tree.unflatten(self.treedef, self.by_leaf(tree, "mask"))
 
     @property
-    def _paired(self) -> list[int]:
+    def paired(self) -> list[int]:
+        """The indices of all leaves that are in a pair."""
         return [index for pair in self.pairs for index in pair.leaves.values()]
 
 
@@ -161,16 +171,17 @@ def find_pairs(tree: Any, specs: Sequence[PairMatcher] | None = None) -> Pairing
     Args:
         tree: parameters: arrays, `ShapeDtypeStruct` or Flax variables in any nesting. Nodes, such
             as `LoRAPair`, are pairs whatever `specs` says. `None` and `MaskedNode` are passed over.
-        specs: layouts, tried in order on every leaf's path: `PairSpec` objects, or callables from
-            the path to a `Member` or None. `DEFAULT_SPECS` by default.
+        specs: layouts, tried in order on every leaf: `PairSpec` objects, `Unpaired` for leaves that
+            belong to no pair, or callables from path and leaf (its shape and dtype) to a `Member`
+            or None. `DEFAULT_SPECS` by default.
 
     Returns:
         The pairing, with pairs in the order of the tree. It may hold no pairs at all. A warning
         names leaves that look like factors and are in no pair.
 
     Raises:
-        ValueError: half a pair, shapes that do not multiply, a rank above min(in, out), batch axes
-            that differ. The message names the path and the remedy.
+        ValueError: half a pair, shapes that do not multiply or can be read in several ways, a rank
+            above min(in, out), batch axes that differ. The message names the path and the remedy.
         TypeError: a factor that is not floating; specs that are none.
 
     Example:
@@ -187,9 +198,12 @@ def find_pairs(tree: Any, specs: Sequence[PairMatcher] | None = None) -> Pairing
     in_nodes = _members_of_nodes(tree)
 
     found: dict[tuple[str, str], tuple[Member, dict[str, int]]] = {}
-    for index, path in enumerate(paths):
-        member = in_nodes.get(path) or layouts.first_match(specs, path)
-        if member is not None:
+    unpaired = set()
+    for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        member = in_nodes.get(path) or layouts.first_match(specs, path, leaf)
+        if isinstance(member, Unpaired):
+            unpaired.add(index)
+        elif member is not None:
             key = (member.pair, f"{member.spec.a}|{member.spec.b}")
             _, indices = found.setdefault(key, (member, {}))
             if member.role in indices:
@@ -198,18 +212,43 @@ def find_pairs(tree: Any, specs: Sequence[PairMatcher] | None = None) -> Pairing
                     f" {member.role!r} of the pair {member.pair!r}; make the spec tell them apart."
                 )
             indices[member.role] = index
-    pairs = tuple(
-        PairLeaves(name, member.spec, indices, _kind_of(name, member.kind, indices))
-        for (name, _), (member, indices) in found.items()
-    )
+    paired = {index for _, indices in found.values() for index in indices.values()}
+    beside = _kernels(paths, leaves, paired)
+    pairs = []
+    for (name, _), (member, indices) in found.items():
+        kind = _kind_of(name, member.kind, indices)
+        _check_whole(name, kind, indices, paths)
+        path_a, path_b = (paths[indices[side]] for side in SIDES)
+        shape_a, shape_b = (tuple(leaves[indices[side]].shape) for side in SIDES)
+        kernels = beside.get(_holder(path_a), [])
+        layout = resolve(member.spec, (path_a, path_b), (shape_a, shape_b), kernels)
+        pairs.append(PairLeaves(name, layout, indices, kind))
     for pair in pairs:
-        _check_whole(pair, paths)
         _check_types(pair, paths, leaves)
         _check_shapes(pair, paths, leaves)
-    paired = {index: pair for pair in pairs for index in pair.leaves.values()}
-    if message := near_misses(paths, leaves, paired):
+    if message := near_misses(paths, leaves, paired | unpaired):
         warnings.warn(message, stacklevel=2)
-    return Pairing(treedef, paths, pairs)
+    return Pairing(treedef, paths, tuple(pairs))
+
+
+def _holder(path: str) -> str:
+    """The path of what holds a leaf, or holds what holds a factor alone, as `q/lora_a/kernel`."""
+    *above, _ = path.split("/")
+    while above and SAYS_LORA.search(above[-1]):
+        above.pop()
+    return "/".join(above)
+
+
+def _kernels(
+    paths: Sequence[str], leaves: Sequence[Any], paired: Set[int]
+) -> dict[str, list[tuple[int, ...]]]:
+    """The shapes of the other leaves of two axes or more, by what holds them."""
+    shapes: dict[str, list[tuple[int, ...]]] = {}
+    for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        shape = tuple(getattr(leaf, "shape", ()))
+        if index not in paired and len(shape) > 1:
+            shapes.setdefault(path.rpartition("/")[0], []).append(shape)
+    return shapes
 
 
 def _checked_specs(specs: Any) -> Sequence[PairMatcher]:
@@ -218,8 +257,8 @@ def _checked_specs(specs: Any) -> Sequence[PairMatcher]:
     if isinstance(specs, PairSpec) or not isinstance(specs, Sequence) or isinstance(specs, str):
         raise TypeError(f"`specs` must be a list of PairSpec or callables, got {specs!r}.")
     for spec in specs:
-        if not (isinstance(spec, PairSpec) or callable(spec)):
-            raise TypeError(f"`specs` must hold PairSpec or callables, got {spec!r}.")
+        if not (isinstance(spec, PairSpec | Unpaired) or callable(spec)):
+            raise TypeError(f"`specs` must hold PairSpec, Unpaired or callables, got {spec!r}.")
     return specs
 
 
@@ -264,11 +303,12 @@ def sharded_axes(
 
     result = []
     for pair in pairing.pairs:
-        spec = pair.spec
-        for role, axis in (("a", spec.a_rank), ("b", spec.b_rank)):
+        layout = pair.layout
+        for role, axis in (("a", layout.a_rank), ("b", layout.b_rank)):
             _check_rank_axis(pairing.paths[pair.leaves[role]], names(pair, role, (axis,)))
-        long = {"a": names(pair, "a", spec.a_in), "b": names(pair, "b", spec.b_out)}
-        rest = set(range(-leaves[pair.leaves["a"]].ndim, 0)) - {spec.a_rank, *spec.a_in}
+        long = {"a": names(pair, "a", layout.a_in), "b": names(pair, "b", layout.b_out)}
+        ndim = leaves[pair.leaves["a"]].ndim
+        rest = set(range(ndim)) - {axis % ndim for axis in (layout.a_rank, *layout.a_in)}
         result.append({**long, "batch": names(pair, "a", tuple(sorted(rest)))})
     return result
 
@@ -282,7 +322,7 @@ def _members_of_nodes(tree: Any) -> dict[str, Member]:
     members = {}
     for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
         if is_node(node):
-            kind, spec = type(node), PairSpec("a", "b")
+            kind, spec = type(node), PairSpec("a", "b", **Layout()._asdict())
             for sub_path, _ in jax.tree_util.tree_leaves_with_path(node):
                 member = Member(path_name(path), sub_path[0].name, spec, kind)
                 members[path_name((*path, *sub_path))] = member
@@ -299,20 +339,20 @@ def _kind_of(name: str, kind: Any, leaves: Mapping[str, int]) -> Any:
         raise ValueError(f"{name}: {error}") from error
 
 
-def _check_whole(pair: PairLeaves, paths: Sequence[str]) -> None:
-    """Raises if a required leaf of the pair is missing."""
-    for role in pair.kind._fields:
-        if role not in pair.leaves and role not in pair.kind._field_defaults:
-            present = ", ".join(paths[i] for i in pair.leaves.values())
+def _check_whole(name: str, kind: Any, leaves: Mapping[str, int], paths: Sequence[str]) -> None:
+    """Raises if a required leaf of a pair is missing."""
+    for role in kind._fields:
+        if role not in leaves and role not in kind._field_defaults:
+            present = ", ".join(paths[i] for i in leaves.values())
             raise ValueError(
-                f"Half a pair at {pair.path!r}: found {present}, but no leaf for {role!r}. Keep the"
+                f"Half a pair at {name!r}: found {present}, but no leaf for {role!r}. Keep the"
                 " factors of a pair together: give them the same label or mask, or leave both out."
             )
 
 
 def _check_types(pair: PairLeaves, paths: Sequence[str], leaves: Sequence[Any]) -> None:
     """Raises unless the factors are floating and their types say that no rank axis is sharded."""
-    for role, axis in (("a", pair.spec.a_rank), ("b", pair.spec.b_rank)):
+    for role, axis in (("a", pair.layout.a_rank), ("b", pair.layout.b_rank)):
         path, leaf = paths[pair.leaves[role]], leaves[pair.leaves[role]]
         if not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"{path}: a LoRA factor must be floating, got {leaf.dtype}.")
@@ -327,8 +367,8 @@ def _check_shapes(pair: PairLeaves, paths: Sequence[str], leaves: Sequence[Any])
     )
     both = f"{path_a} {shape_a} and {path_b} {shape_b}"
     remedy = "If their axes are laid out differently, declare them with a PairSpec (`specs`)."
-    batch_a, n_in, rank = layouts.matrix_shape(path_a, shape_a, *pair.spec.axes("a"))
-    batch_b, rank_b, n_out = layouts.matrix_shape(path_b, shape_b, *pair.spec.axes("b"))
+    batch_a, n_in, rank = layouts.matrix_shape(path_a, shape_a, *pair.layout.axes("a"))
+    batch_b, rank_b, n_out = layouts.matrix_shape(path_b, shape_b, *pair.layout.axes("b"))
     if rank != rank_b:
         raise ValueError(f"{both} do not multiply: ranks {rank} and {rank_b}. {remedy}")
     if batch_a != batch_b:
@@ -336,7 +376,8 @@ def _check_shapes(pair: PairLeaves, paths: Sequence[str], leaves: Sequence[Any])
     if not 1 <= rank <= min(n_in, n_out):
         raise ValueError(
             f"{both}: the rank {rank} must lie between 1 and min(in, out) = {min(n_in, n_out)};"
-            f" choose a smaller LoRA rank for this layer. {remedy}"
+            " choose a smaller LoRA rank for this layer, or leave it to the fallback by"
+            f" specs=[Unpaired({pair.path!r}), *DEFAULT_SPECS]. {remedy}"
         )
 
 

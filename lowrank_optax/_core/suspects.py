@@ -1,24 +1,24 @@
 """Near misses: leaves whose names say LoRA and that belong to no pair."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 
-# A name says LoRA where it stands alone or is set off: `lora_x`, `x_lora`, but not `flora`.
-_SAYS_LORA = re.compile(r"(?:^|[/_])lora(?:[/_]|$)", re.IGNORECASE)
+from lowrank_optax._core.names import SAYS_LORA
+
 _PARTNERS = {"a": "b", "A": "B", "down": "up"}
 _SHOWN = 4
 
 
-def near_misses(paths: Sequence[str], leaves: Sequence[Any], paired: Mapping[int, Any]) -> str:
+def near_misses(paths: Sequence[str], leaves: Sequence[Any], paired: Collection[int]) -> str:
     """Writes which leaves look like factors but are in no pair, and how to declare them.
 
     Args:
         paths: name of every leaf.
         leaves: the leaves.
-        paired: the indices of those that are in a pair.
+        paired: the indices of those that are in a pair, or declared to be in none.
 
     Returns:
         The message, empty if there are none.
@@ -31,7 +31,7 @@ def near_misses(paths: Sequence[str], leaves: Sequence[Any], paired: Mapping[int
     shapes = {
         path: tuple(leaf.shape)
         for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
-        if index not in paired and _SAYS_LORA.search(path) and _could_be_factor(leaf)
+        if index not in paired and SAYS_LORA.search(path) and _could_be_factor(leaf)
     }
     if not shapes:
         return ""
@@ -52,7 +52,7 @@ def _could_be_factor(leaf: Any) -> bool:
 
 def _spec_for(path: str, shapes: Mapping[str, tuple[int, ...]]) -> str:
     """The `PairSpec` of which a leaf is the factor a, where its partner is there too."""
-    start = path.rfind("/", 0, _SAYS_LORA.search(path).end() - 1) + 1  # type: ignore[union-attr]
+    start = path.rfind("/", 0, SAYS_LORA.search(path).end() - 1) + 1  # type: ignore[union-attr]
     prefix, tail = path[:start], path[start:]
     for own, partner in _PARTNERS.items():
         for found in re.finditer(rf"(?<![A-Za-z0-9]){own}(?![A-Za-z0-9])", tail):

@@ -16,8 +16,8 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._core import meshes
-from lowrank_optax._core.layouts import path_name
 from lowrank_optax._core.linalg import compute_dtype, product, svd
+from lowrank_optax._core.names import path_name
 from lowrank_optax._core.nodes import LoRAPair, is_node
 
 _LEAVE_OUT = (

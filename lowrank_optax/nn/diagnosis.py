@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lowrank_optax._core.layouts import join_keys
+from lowrank_optax._core.names import join_keys
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.pairing import find_pairs
 from lowrank_optax._core.states import PairwiseState, skipped

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from flax import nnx
 
-from lowrank_optax._core.layouts import join_keys
+from lowrank_optax._core.names import join_keys
 from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.flax_nnx import BaseLayer, LoRALayer, require_rngs, require_supported
 from lowrank_optax.nn.functional import merge_kernel, why_not_mergeable

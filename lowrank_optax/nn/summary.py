@@ -1,19 +1,22 @@
 """A table of the adapters of a model."""
 
 import io
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
 
-from lowrank_optax._core.linalg import SIDES
-from lowrank_optax._core.pairing import find_pairs
+from lowrank_optax._core.layouts import PairMatcher
+from lowrank_optax._core.pairing import Pairing, find_pairs
 from lowrank_optax._core.scales import scales
 from lowrank_optax.nn.nnx_surgery import find_lora_layers
 
 _WIDTH = 100
+_SHOWN = 6
 _HTML = '<pre style="line-height:1.2">{code}</pre>'
 
 
@@ -45,15 +48,24 @@ class LoRASummary:
     Attributes:
         rows: one `AdapterSummary` for each adapter.
         trained: how many numbers all factors have.
+        fallback: how many numbers every other leaf has, by path; empty where that was not asked.
     """
 
-    def __init__(self, rows: Sequence[AdapterSummary]) -> None:
+    def __init__(
+        self, rows: Sequence[AdapterSummary], fallback: Mapping[str, int] | None = None
+    ) -> None:
         self.rows = tuple(rows)
         self.trained = sum(row.trained for row in self.rows)
+        self.fallback = dict(fallback or {})
 
     def __rich__(self) -> Table:
         """Makes the table."""
-        table = Table(title=self._title, title_justify="left")
+        table = Table(
+            title=self._title,
+            title_justify="left",
+            caption=self._caption,
+            caption_justify="left",
+        )
         for name in ("path", "kind"):
             table.add_column(name, overflow="fold")
         for name in ("a", "b", "rank", "scale", "trained"):
@@ -82,6 +94,16 @@ class LoRASummary:
         adapters = "1 adapter" if len(self.rows) == 1 else f"{len(self.rows)} adapters"
         return f"{adapters}, {self.trained:,} trained parameters"
 
+    @property
+    def _caption(self) -> str | None:
+        if not self.fallback:
+            return None
+        names = list(self.fallback)
+        shown = ", ".join(names[:_SHOWN]) + ", …" * (len(names) > _SHOWN)
+        leaves = "leaf goes" if len(names) == 1 else "leaves go"
+        numbers = sum(self.fallback.values())
+        return f"{len(names)} other {leaves} to the fallback, {numbers:,} parameters: {shown}"
+
 
 def lora_summary(model: Any, scale: Any = None) -> LoRASummary:
     """Lists the adapters of a model: path, kind, shapes, rank, scale, trained parameters.
@@ -109,18 +131,59 @@ def lora_summary(model: Any, scale: Any = None) -> LoRASummary:
         └──────────┴──────────┴─────┴─────┴──────┴───────┴─────────┘
     """
     if isinstance(model, nnx.Module):
+        layers = [(path, layer.pair, layer.scale) for path, layer in find_lora_layers(model)]
         return LoRASummary(
-            [_row(path, layer.pair, layer.scale) for path, layer in find_lora_layers(model)]
+            [_row(path, type(x), tuple(x.a.shape), tuple(x.b.shape), s) for path, x, s in layers]
         )
-    found = find_pairs(model)
+    return LoRASummary(_rows(find_pairs(model), model, scale))
+
+
+def describe(
+    params: Any, specs: Sequence[PairMatcher] | None = None, scale: Any = None
+) -> LoRASummary:
+    """Lists what an optimizer of this library makes of a parameter tree.
+
+    Args:
+        params: the parameters: arrays, shapes or Flax variables.
+        specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
+        scale: the forward scales, as for an optimizer; not known by default.
+
+    Returns:
+        The summary, which prints as a table: the pairs with in, out, rank and scale, and what goes
+        to the fallback.
+
+    Raises:
+        ValueError: as from the optimizer's `init`: pairs that do not fit, scales that lack one.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lowrank_optax import describe
+        >>> q = {"w_lora_a": jnp.ones((16, 4)), "w_lora_b": jnp.ones((4, 2, 8))}
+        >>> describe({"q": q, "bias": jnp.ones(8)}, scale=2.0)
+        1 adapter, 128 trained parameters
+        ┏━━━━━━┳━━━━━━━━━━┳━━━━━━┳━━━━━━┳━━━━━━┳━━━━━━━┳━━━━━━━━━┓
+        ┃ path ┃ kind     ┃    a ┃    b ┃ rank ┃ scale ┃ trained ┃
+        ┡━━━━━━╇━━━━━━━━━━╇━━━━━━╇━━━━━━╇━━━━━━╇━━━━━━━╇━━━━━━━━━┩
+        │ q/w  │ LoRAPair │ 16×4 │ 4×16 │    4 │     2 │     128 │
+        └──────┴──────────┴──────┴──────┴──────┴───────┴─────────┘
+        1 other leaf goes to the fallback, 8 parameters: bias
+    """
+    found = find_pairs(params, specs)
+    leaves = jax.tree.leaves(found.rest(params))
+    paths = [path for index, path in enumerate(found.paths) if index not in found.paired]
+    sizes = {path: math.prod(leaf.shape) for path, leaf in zip(paths, leaves, strict=True)}
+    return LoRASummary(_rows(found, params, scale), sizes)
+
+
+def _rows(found: Pairing, params: Any, scale: Any) -> list[AdapterSummary]:
     known = [None] * len(found.pairs) if scale is None else scales(found, scale)
-    pairs = zip(found.pairs, found.take(model), known, strict=True)
-    return LoRASummary([_row(leaves.path, pair, s) for leaves, pair, s in pairs])
+    leaves = found.treedef.flatten_up_to(params)
+    pairs = zip(found.pairs, known, strict=True)
+    return [_row(at.path, at.kind, *at.shapes(leaves), s) for at, s in pairs]
 
 
-def _row(path: str, pair: Any, scale: Any) -> AdapterSummary:
-    a, b = (getattr(pair, side) for side in SIDES)
-    kind = type(pair).__name__
-    return AdapterSummary(
-        path, kind, tuple(a.shape), tuple(b.shape), a.shape[-1], scale, a.size + b.size
-    )
+def _row(
+    path: str, kind: type, a: tuple[int, ...], b: tuple[int, ...], scale: Any
+) -> AdapterSummary:
+    trained = math.prod(a) + math.prod(b)
+    return AdapterSummary(path, kind.__name__, a, b, a[-1], scale, trained)

@@ -5,7 +5,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding
 
-from lowrank_optax._core.layouts import path_name
+from lowrank_optax._core.names import path_name
 
 
 def mesh_of(params: Any) -> Any:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from lowrank_optax._core.layouts import path_name
+from lowrank_optax._core.names import path_name
 from lowrank_optax.sharding.placement import axis_size, sharding_of
 
 Recipe = Callable[[str, tuple[int, ...], Mesh], jax.P]

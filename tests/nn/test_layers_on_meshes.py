@@ -14,7 +14,7 @@ from flax import linen, nnx
 from jax.sharding import AxisType, NamedSharding
 
 from lowrank_optax import Metric, nn, sharding
-from lowrank_optax._core.layouts import path_name
+from lowrank_optax._core.names import path_name
 from tests import collectives
 
 P = jax.P

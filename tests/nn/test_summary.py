@@ -64,3 +64,18 @@ def test_long_paths_fold():
 def test_scales_of_a_tree(scale):
     tree = {"q": LoRAPair(jnp.ones((4, 2)), jnp.ones((2, 8)))}
     assert nn.lora_summary(tree, scale).rows[0].scale == 2.0
+
+
+def test_describe_says_what_an_optimizer_makes_of_a_tree():
+    of = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)
+    tree = {
+        "q": {"w_lora_a": of(16, 4), "w_lora_b": of(4, 2, 8), "w": of(16, 2, 8)},
+        "router": {"lora_a": of(16, 4), "lora_b": of(4, 8)},
+    }
+    summary = describe(tree, [Unpaired("router"), *DEFAULT_SPECS], {"q/w": 2.0})
+    [row] = summary.rows
+    assert (row.path, row.a, row.b, row.rank, row.scale) == ("q/w", (16, 4), (4, 16), 4, 2.0)
+    assert summary.fallback == {"q/w": 256, "router/lora_a": 64, "router/lora_b": 32}
+    assert "3 other leaves go to the fallback, 352 parameters: q/w, router/lora_a" in repr(summary)
+    with pytest.raises(ValueError, match="`scale` has no number for 'q/w'"):
+        describe(tree, [Unpaired("router"), *DEFAULT_SPECS], {"k/w": 2.0})

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from flax import linen, nnx
 
-from lowrank_optax import LoRAPair, nn
+from lowrank_optax import DEFAULT_SPECS, LoRAPair, Unpaired, describe, nn
 
 
 def adapted():

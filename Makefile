@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: setup test demo lint format bench clean
+.PHONY: setup test integration demo lint format bench clean
 
 setup: $(READY)
 
@@ -20,6 +20,16 @@ $(READY): pyproject.toml
 
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist loadgroup
+
+# What other libraries read and write, each in an environment of its own; CI runs none of these.
+integration: build/integration/peft/.ready
+	build/integration/peft/bin/python -m pytest tests/integration/test_torch_peft.py
+
+build/integration/peft/.ready: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --editable . 'pytest>=8.3' \
+		'torch==2.13.0' 'peft==0.21.2' 'transformers==5.12.1' 'safetensors==0.8.0'
+	@touch $@
 
 demo: $(READY)
 	$(PY) -m experiments demo

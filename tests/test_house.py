@@ -53,7 +53,7 @@ ALLOWED = {
     "nn": {"_core", "nn"},
     "sharding": {"_core", "sharding"},
     "diagnostics": {"_core"},
-    "adapters": {"_core"},
+    "adapters": {"_core", "adapters", "nn"},
 }
 THIRD_PARTY = {"jax", "optax", "numpy"}
 
@@ -115,7 +115,7 @@ def test_import_direction(file):
 
 @each_module
 def test_third_party_imports(file):
-    allowed = THIRD_PARTY | ({"flax", "rich"} if parts_of(file)[0] == "nn" else set())
+    allowed = THIRD_PARTY | ({"flax", "rich"} if parts_of(file)[0] in ("nn", "adapters") else set())
     for name in imports(file):
         top = name.split(".")[0]
         if top not in sys.stdlib_module_names and top != "lowrank_optax":

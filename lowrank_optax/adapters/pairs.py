@@ -8,8 +8,6 @@ import jax.numpy as jnp
 from lowrank_optax._core.linalg import compute_dtype, product, qr, svd
 from lowrank_optax._core.nodes import LoRAPair
 
-__all__ = ["compress", "plain_pair"]
-
 
 def plain_pair(node: Any) -> LoRAPair:
     """Writes any kind of pair as the ordinary pair with the same ΔK.

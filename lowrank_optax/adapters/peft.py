@@ -1,0 +1,251 @@
+"""PEFT import and export of models and parameter trees."""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from lowrank_optax._core.layouts import PairMatcher, variables_of
+from lowrank_optax._core.linalg import SIDES
+from lowrank_optax._core.nodes import LoRAPair
+from lowrank_optax._core.pairing import Pairing, find_pairs
+from lowrank_optax._core.scales import scales
+from lowrank_optax.adapters.pairs import compress, plain_pair
+from lowrank_optax.adapters.peft_config import PeftConfig
+from lowrank_optax.adapters.peft_file import PeftAdapter, read_peft, write_peft
+from lowrank_optax.nn.nnx_surgery import lora_layers
+
+Names = Mapping[str, str] | Callable[[str], str] | None
+"""PEFT's module name of a pair's path; for stacked layers with `{}` for the index of each."""
+
+# A framed pair at the end of its run has rank r up to rounding: then r is enough.
+_EXACT = 1e-6
+
+
+def save_peft(
+    folder: str | os.PathLike[str],
+    source: Any,
+    *,
+    names: Names = None,
+    scale: Any = None,
+    specs: Sequence[PairMatcher] | None = None,
+    rank: int | None = None,
+    dtype: Any = None,
+    base_model: str = "",
+    use_rslora: bool = False,
+    modules_to_save: Mapping[str, Any] | None = None,
+) -> dict[str, float]:
+    """Writes adapters as Hugging Face PEFT does, for torch, vLLM and others.
+
+    Args:
+        folder: where; it must not exist. Both files are written, or none.
+        source: an NNX model with LoRA layers, or a tree of parameters with pairs, such as the
+            `'lora'` collection of a Linen model.
+        names: from a pair's path to its module name in the base model, as
+            `"model.layers.{}.self_attn.q_proj"` with `{}` for each of the layers that are stacked
+            in one pair. By default the path with dots.
+        scale: of a tree, the forward scales: a number, a callable from a path, or numbers by path.
+            An NNX model knows its own.
+        specs: of a tree, the layouts of its pairs.
+        rank: cut every pair to the nearest one of this rank. By default a framed pair is written at
+            rank r where that is exact, and at 2r where not; others as they are.
+        dtype: of the written factors; that of the parameters by default.
+        base_model: name or path of the base model, for PEFT to load.
+        use_rslora: whether alphas are written for rsLoRA's scales.
+        modules_to_save: whole weights to write beside, such as those of a head, by their name in
+            the base model (`"classifier.weight"`), in torch's layout.
+
+    Returns:
+        The relative error of each written pair by module name; 0 where nothing was cut.
+
+    Raises:
+        FileExistsError: the folder exists.
+        ValueError: no pairs, two pairs of one name, a stacked pair whose name has no `{}`, a scale
+            that is missing, a rank above a pair's.
+        ImportError: `safetensors` is not installed.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> from lowrank_optax import LoRAPair
+        >>> folder = tempfile.mkdtemp() + "/adapter"
+        >>> stacked = {"q": LoRAPair(jnp.ones((3, 6, 2)), jnp.ones((3, 2, 4)))}
+        >>> errors = save_peft(folder, stacked, scale=2.0, names={"q": "layers.{}.q_proj"})
+        >>> list(errors)
+        ['layers.0.q_proj', 'layers.1.q_proj', 'layers.2.q_proj']
+    """
+    pairs: dict[str, LoRAPair] = {}
+    found_scales, errors = {}, {}
+    for entry in _entries(source, specs, scale):
+        pair, error = _written_pair(entry.node, rank)
+        for name, index in _modules(entry.path, pair.a.shape[:-2], names):
+            if name in pairs:
+                raise ValueError(f"{entry.path}: {name!r} is also the name of another pair")
+            one = jax.tree.map(lambda x, index=index: x[index].astype(dtype or x.dtype), pair)
+            pairs[name], found_scales[name] = one, float(entry.scale)
+            errors[name] = float(error[index])
+    others = dict(modules_to_save or {})
+    config = PeftConfig.of(
+        {name: pair.a.shape[-1] for name, pair in pairs.items()},
+        found_scales,
+        use_rslora=use_rslora,
+        base_model=base_model,
+        modules_to_save=sorted({name.rpartition(".")[0].rpartition(".")[2] for name in others}),
+    )
+    write_peft(folder, config, pairs, others)
+    return errors
+
+
+def load_peft(
+    folder: str | os.PathLike[str],
+    target: Any,
+    *,
+    names: Names = None,
+    scale: Any = None,
+    specs: Sequence[PairMatcher] | None = None,
+) -> Any:
+    """Loads a PEFT adapter into adapters of the same ranks and scales.
+
+    Args:
+        folder: as PEFT, or `save_peft`, wrote it.
+        target: an NNX model with LoRA layers, changed in place, or a tree of parameters with pairs.
+            `PeftConfig` (`read_peft(folder).config`) tells the ranks and alphas to make them with.
+        names: as in `save_peft`.
+        scale: as in `save_peft`.
+        specs: as in `save_peft`.
+
+    Returns:
+        The model itself, or a new tree.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as `read_peft`. ValueError too for modules of
+            the file that have no pair and pairs that are not in the file, both listed, and for
+            other shapes or scales; nothing is changed then.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> from lowrank_optax import LoRAPair
+        >>> folder = tempfile.mkdtemp() + "/adapter"
+        >>> trained = {"q": LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4)))}
+        >>> _ = save_peft(folder, trained, scale=2.0)
+        >>> zeros = {"q": LoRAPair(jnp.zeros((6, 2)), jnp.zeros((2, 4)))}
+        >>> load_peft(folder, zeros, scale=2.0)["q"].b.sum().item()
+        8.0
+    """
+    adapter = read_peft(folder)
+    entries = list(_entries(target, specs, scale))
+    modules = [_modules(entry.path, entry.node.a.shape[:-2], names) for entry in entries]
+    wanted = {name for each in modules for name, _ in each}
+    _require_same_names(folder, wanted, set(adapter.pairs))
+    loaded = [_joined(entry, each, adapter) for entry, each in zip(entries, modules, strict=True)]
+    if isinstance(target, nnx.Module):
+        layers = lora_layers(target)
+        for entry, pair in zip(entries, loaded, strict=True):
+            _put_into(layers[entry.path], pair)
+        return target
+    found = find_pairs(target, specs)
+    return found.merge(found.put(loaded, target), found.rest(target))
+
+
+class _Entry(NamedTuple):
+    """One pair of a source: its path, node and forward scale."""
+
+    path: str
+    node: Any
+    scale: Any
+
+
+def _entries(source: Any, specs: Sequence[PairMatcher] | None, scale: Any) -> Iterator[_Entry]:
+    if isinstance(source, nnx.Module):
+        if scale is not None:
+            raise ValueError("an NNX model knows the scales of its adapters: leave `scale` out")
+        for path, layer in lora_layers(source).items():
+            yield _Entry(path, layer.pair, layer.scale)
+        return
+    found: Pairing = find_pairs(source, specs)
+    if not found.pairs:
+        raise ValueError("the parameters hold no LoRA pairs")
+    if scale is None:
+        raise ValueError(
+            "a tree of parameters does not hold the scales of its pairs: give `scale`, as to the"
+            " optimizer"
+        )
+    for at, node, value in zip(found.pairs, found.take(source), scales(found, scale), strict=True):
+        yield _Entry(at.path, node, value)
+
+
+def _modules(path: str, batch: tuple[int, ...], names: Names) -> list[tuple[str, tuple[int, ...]]]:
+    """The module names of a pair, with the index of each in the stack."""
+    if isinstance(names, Mapping):
+        if path not in names:
+            raise ValueError(f"`names` has no name for {path!r}; it names {', '.join(names)}")
+        name = names[path]
+    else:
+        name = path.replace("/", ".") if names is None else names(path)
+    if name.count("{}") != len(batch):
+        raise ValueError(
+            f"{path}: has {len(batch)} batch axes {batch}, so its name needs as many `{{}}`, got"
+            f" {name!r}; give `names`"
+        )
+    indices = [()] if not batch else list(np.ndindex(*batch))
+    return [(name.format(*index), tuple(index)) for index in indices]
+
+
+def _written_pair(node: Any, rank: int | None) -> tuple[LoRAPair, jax.Array]:
+    """A node as the plain pair that is written, and the error of each."""
+    if rank is not None:
+        return compress(node, rank)
+    plain = plain_pair(node)
+    if plain.a.shape[-1] > node.a.shape[-1]:
+        pair, error = compress(node, node.a.shape[-1])
+        if jnp.max(error) <= _EXACT:
+            return pair, error
+    return plain, jnp.zeros(plain.a.shape[:-2])
+
+
+def _joined(
+    entry: _Entry, modules: Sequence[tuple[str, tuple[int, ...]]], adapter: PeftAdapter
+) -> LoRAPair:
+    """The pair of an entry from those of its modules, which must fit."""
+    for name, _ in modules:
+        theirs, own = adapter.config.scale(name), float(entry.scale)
+        if abs(theirs - own) > 1e-6 * own:
+            raise ValueError(
+                f"{entry.path}: has the scale {own:g}, but {name} in the file {theirs:g}; make the"
+                " adapter with the file's alpha and rank"
+            )
+        for side in SIDES:
+            ours = tuple(getattr(entry.node, side).shape[-2:])
+            shape = tuple(getattr(adapter.pairs[name], side).shape)
+            if ours != shape:
+                raise ValueError(
+                    f"{entry.path}: its factor {side} is {ours}, but that of {name} in the file"
+                    f" {shape}"
+                )
+    batch = entry.node.a.shape[:-2]
+    stack = lambda *xs: jnp.stack(xs).reshape(*batch, *xs[0].shape)
+    pair = jax.tree.map(stack, *(adapter.pairs[name] for name, _ in modules))
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), pair, LoRAPair(entry.node.a, entry.node.b))
+
+
+def _put_into(layer: Any, pair: LoRAPair) -> None:
+    """Writes a pair into a layer; what the layer has beside starts anew."""
+    node: Any = pair
+    if layer.lora.extra is not None:
+        node = layer.lora.extra.add_to(pair, jax.random.key(0))
+    for name, value in variables_of(node).items():
+        variable = getattr(layer, name)
+        variable[...] = value.astype(variable[...].dtype)
+
+
+def _require_same_names(folder: Any, wanted: set[str], there: set[str]) -> None:
+    if wanted == there:
+        return
+    listed = lambda names: ", ".join(sorted(names)) or "none"
+    raise ValueError(
+        f"{folder} does not fit: pairs without a module in the file: {listed(wanted - there)};"
+        f" modules of the file without a pair: {listed(there - wanted)}. Give `names`"
+    )

@@ -1,0 +1,221 @@
+"""PEFT's files: `adapter_model.safetensors` and `adapter_config.json` in one folder."""
+
+import importlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from lowrank_optax._core.nodes import LoRAPair
+from lowrank_optax.adapters.peft_config import PeftConfig
+
+WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
+_PREFIX = "base_model.model."
+_FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?")
+_MAX_CONFIG = 1 << 20
+
+
+class PeftAdapter(NamedTuple):
+    """What a folder of PEFT holds.
+
+    Args:
+        config: the settings.
+        pairs: plain pairs (in, r) and (r, out) by module name.
+        others: whole weights by name: of `modules_to_save`, and of adapted embeddings and heads,
+            which PEFT stores too.
+    """
+
+    config: PeftConfig
+    pairs: dict[str, LoRAPair]
+    others: dict[str, jax.Array]
+
+    @property
+    def scales(self) -> dict[str, float]:
+        """The forward scales by module name."""
+        return {name: self.config.scale(name) for name in self.pairs}
+
+
+def read_peft(folder: str | os.PathLike[str]) -> PeftAdapter:
+    """Reads an adapter that PEFT, or `save_peft`, has written.
+
+    Args:
+        folder: with `adapter_model.safetensors` and `adapter_config.json`.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        FileNotFoundError: a file is missing. `adapter_model.bin` is a pickle and is not read.
+        ValueError: a file is damaged, of another kind than plain LoRA, or does not fit the other;
+            the message names the file and the tensor or setting.
+        ImportError: `safetensors` is not installed.
+
+    Example:
+        >>> import tempfile, jax.numpy as jnp
+        >>> from lowrank_optax import LoRAPair
+        >>> from lowrank_optax.adapters import save_peft
+        >>> folder = tempfile.mkdtemp() + "/adapter"
+        >>> pair = LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4)))
+        >>> _ = save_peft(folder, {"layers": {"q": pair}}, scale=4.0)
+        >>> found = read_peft(folder)
+        >>> found.pairs["layers.q"].a.shape, found.scales
+        ((6, 2), {'layers.q': 4.0})
+
+    Source: the layout of Hugging Face PEFT 0.21.
+    """
+    folder = Path(folder)
+    config_path, path = folder / CONFIG, folder / WEIGHTS
+    if not path.exists() and (folder / "adapter_model.bin").exists():
+        raise FileNotFoundError(
+            f"{folder} holds adapter_model.bin, a pickle, which can run any code and is not read;"
+            " save the adapter again with safe_serialization=True"
+        )
+    for needed in (config_path, path):
+        if not needed.is_file():
+            raise FileNotFoundError(f"{needed} is missing; {folder} is no adapter of PEFT")
+    if config_path.stat().st_size > _MAX_CONFIG:
+        raise ValueError(f"{config_path} is larger than 1 MiB; it is no adapter_config.json")
+    try:
+        config = PeftConfig.parse(config_path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, ValueError) as error:
+        raise ValueError(f"{config_path} {error}") from error
+    pairs, others = _sorted_out(_tensors(path), path, config)
+    return PeftAdapter(config, pairs, others)
+
+
+def write_peft(
+    folder: str | os.PathLike[str],
+    config: PeftConfig,
+    pairs: Mapping[str, LoRAPair],
+    others: Mapping[str, Any],
+) -> Path:
+    """Writes an adapter as PEFT does, both files or none.
+
+    Args:
+        folder: where; it must not exist.
+        config: the settings.
+        pairs: by module name.
+        others: whole weights by name.
+
+    Returns:
+        The folder.
+
+    Raises:
+        FileExistsError: the folder exists.
+        ImportError: `safetensors` is not installed.
+
+    Example:
+        See `lowrank_optax.adapters.save_peft`.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} exists; give another folder, or remove it")
+    tensors = {f"{_PREFIX}{name}": jnp.asarray(value) for name, value in others.items()}
+    for name, pair in pairs.items():
+        tensors[f"{_PREFIX}{name}.lora_A.weight"] = jnp.swapaxes(pair.a, -1, -2)
+        tensors[f"{_PREFIX}{name}.lora_B.weight"] = jnp.swapaxes(pair.b, -1, -2)
+    library = _safetensors()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+    try:
+        library.save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
+        (temporary / CONFIG).write_text(config.text(), encoding="utf-8")
+        temporary.chmod(0o755)
+        os.rename(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _safetensors() -> Any:
+    try:
+        return importlib.import_module("safetensors.flax")
+    except ImportError as error:
+        raise ImportError(
+            "reading and writing PEFT adapters needs safetensors: pip install 'lowrank-optax[peft]'"
+        ) from error
+
+
+def _tensors(path: Path) -> dict[str, jax.Array]:
+    library = _safetensors()
+    _require_no_duplicates(path)
+    try:
+        tensors: dict[str, jax.Array] = library.load_file(path)
+    except Exception as error:  # safetensors raises its own, and those of JAX for unknown dtypes
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    for name, value in tensors.items():
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"{path}: {name} is of {value.dtype}; weights must be floating")
+        if not jnp.all(jnp.isfinite(value)):
+            raise ValueError(f"{path}: {name} holds numbers that are not finite")
+    return tensors
+
+
+def _require_no_duplicates(path: Path) -> None:
+    """Raises if the header names a tensor twice, of which readers would keep the last."""
+
+    def check(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        values = dict(pairs)
+        if len(values) < len(pairs):
+            raise ValueError(f"{path}: its header has a key twice")
+        return values
+
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 2 <= size <= path.stat().st_size - 8:
+            raise ValueError(f"{path} is not a readable safetensors file: it is cut off")
+        try:
+            json.loads(file.read(size), object_pairs_hook=check)
+        except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+
+
+def _sorted_out(
+    tensors: Mapping[str, jax.Array], path: Path, config: PeftConfig
+) -> tuple[dict[str, LoRAPair], dict[str, jax.Array]]:
+    """Takes the tensors of a file apart into pairs and whole weights."""
+    halves: dict[str, dict[str, jax.Array]] = {}
+    others = {}
+    for key, value in tensors.items():
+        name = key.removeprefix(_PREFIX)
+        if name == key:
+            raise ValueError(f"{path}: {key} does not begin with {_PREFIX!r}, as PEFT's names do")
+        if found := _FACTOR.fullmatch(name):
+            if value.ndim != 2:
+                raise ValueError(f"{path}: {key} has {value.ndim} axes; only linear maps have two")
+            sides = halves.setdefault(found["module"], {})
+            if found["side"] in sides:
+                raise ValueError(f"{path}: {found['module']} has two factors {found['side']}")
+            sides[found["side"]] = value.T
+        elif any(module in name.split(".") for module in config.modules_to_save):
+            others[name] = value
+        elif ".base_layer." in name:
+            others[name.replace(".base_layer.", ".")] = value
+        else:
+            raise ValueError(
+                f"{path}: {key} is neither a factor of LoRA nor of modules_to_save"
+                f" {list(config.modules_to_save)}"
+            )
+    if not halves:
+        raise ValueError(f"{path} holds no factor of LoRA")
+    return {name: _pair(name, sides, path, config) for name, sides in halves.items()}, others
+
+
+def _pair(module: str, sides: Mapping[str, jax.Array], path: Path, config: PeftConfig) -> LoRAPair:
+    if set(sides) != {"A", "B"}:
+        raise ValueError(f"{path}: {module} has a factor {next(iter(sides))} alone")
+    pair = LoRAPair(sides["A"], sides["B"])
+    rank = config.rank(module)
+    if not pair.a.shape[-1] == pair.b.shape[-2] == rank:
+        shapes = f"{tuple(pair.a.shape)} and {tuple(pair.b.shape)}"
+        raise ValueError(
+            f"{path}: {module} has factors of shapes {shapes}, but the rank {rank} in {CONFIG}"
+        )
+    return pair

@@ -1,0 +1,148 @@
+"""Hugging Face PEFT reads what this library writes, and the other way round.
+
+It needs `peft`, `torch` and `transformers`: `make integration` runs it in an environment of its
+own.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from lowrank_optax import LoRAPair
+from lowrank_optax.adapters import read_peft, save_peft
+
+WHY = "needs PEFT and torch: `make integration` installs them in an environment of its own"
+peft = pytest.importorskip("peft", reason=WHY)
+torch = pytest.importorskip("torch", reason=WHY)
+transformers = pytest.importorskip("transformers", reason=WHY)
+
+TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def bert():
+    config = transformers.BertConfig(**SIZES, intermediate_size=48, vocab_size=50)
+    return transformers.BertModel(config), lambda model: model(TOKENS).last_hidden_state
+
+
+def llama():
+    config = transformers.LlamaConfig(
+        **SIZES, num_key_value_heads=2, intermediate_size=48, vocab_size=50
+    )
+    return transformers.LlamaForCausalLM(config), lambda model: model(TOKENS).logits
+
+
+def t5():
+    config = transformers.T5Config(
+        d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, vocab_size=50
+    )
+    forward = lambda model: model(input_ids=TOKENS, decoder_input_ids=TOKENS).last_hidden_state
+    return transformers.T5Model(config), forward
+
+
+def vit():
+    config = transformers.ViTConfig(**SIZES, intermediate_size=48, image_size=16, patch_size=8)
+    pixels = torch.arange(3 * 16 * 16).reshape(1, 3, 16, 16) / 768
+    return transformers.ViTModel(config), lambda model: model(pixel_values=pixels).last_hidden_state
+
+
+MODELS = {"bert": bert, "llama": llama, "t5": t5, "vit": vit}
+
+
+def linear_maps(model):
+    """All linear maps by name; every second one is adapted, with ranks and alphas of its own."""
+    maps = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    return dict(maps[::2])
+
+
+def make_pairs(model):
+    pairs, scales = {}, {}
+    for index, (name, module) in enumerate(linear_maps(model).items()):
+        rank = 2 + index % 3
+        keys = jax.random.split(jax.random.key(index))
+        a = jax.random.normal(keys[0], (module.in_features, rank)) / 6
+        b = jax.random.normal(keys[1], (rank, module.out_features)) / 6
+        pairs[name], scales[name] = LoRAPair(a, b), 0.5 + 0.25 * (index % 4)
+    return pairs, scales
+
+
+def to_torch(x):
+    return torch.from_numpy(np.array(x))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("name", MODELS)
+def test_peft_reads_what_we_write(name, rslora, tmp_path):
+    """Outputs of the adapted model, unmerged and merged, are those of kernels changed by hand."""
+    torch.manual_seed(0)
+    model, forward = MODELS[name]()
+    model.eval()
+    pairs, scales = make_pairs(model)
+    tree = {path.replace(".", "/"): pair for path, pair in pairs.items()}
+    by_path = {path.replace(".", "/"): scale for path, scale in scales.items()}
+    save_peft(tmp_path / "out", tree, scale=by_path, use_rslora=rslora)
+    with torch.no_grad():
+        before = forward(model)
+        maps = linear_maps(model)
+        kept = {path: module.weight.clone() for path, module in maps.items()}
+        for path, module in maps.items():
+            module.weight += scales[path] * to_torch(pairs[path].a @ pairs[path].b).T
+        expected = forward(model)
+        for path, module in maps.items():
+            module.weight.copy_(kept[path])
+        loaded = peft.PeftModel.from_pretrained(model, tmp_path / "out").eval()
+        torch.testing.assert_close(forward(loaded), expected, rtol=1e-5, atol=1e-5)
+        assert (expected - before).abs().max() > 1e-2
+        merged = loaded.merge_and_unload()
+        torch.testing.assert_close(forward(merged), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_we_read_what_peft_writes(name, tmp_path):
+    """Each ΔW that PEFT computes is s a b, transposed."""
+    torch.manual_seed(0)
+    model, _ = MODELS[name]()
+    names = list(linear_maps(model))
+    config = peft.LoraConfig(
+        r=4,
+        lora_alpha=6,
+        target_modules=names,
+        rank_pattern={names[0]: 2},
+        alpha_pattern={names[1]: 3},
+        use_rslora=True,
+        init_lora_weights=False,
+    )
+    adapted = peft.get_peft_model(model, config)
+    adapted.save_pretrained(tmp_path)
+    found = read_peft(tmp_path)
+    assert set(found.others) == ({"lm_head.weight"} if name == "llama" else set())
+    deltas = {
+        path.removeprefix("base_model.model."): module.get_delta_weight("default")
+        for path, module in adapted.named_modules()
+        if hasattr(module, "get_delta_weight")
+    }
+    assert set(deltas) == set(found.pairs) == set(names)
+    for path, pair in found.pairs.items():
+        ours = found.config.scale(path) * (pair.a @ pair.b)
+        np.testing.assert_allclose(ours.T, deltas[path].detach().numpy(), atol=1e-5)
+
+
+def test_dora_is_refused_by_name(tmp_path):
+    model, _ = bert()
+    config = peft.LoraConfig(r=2, target_modules=["query"], use_dora=True)
+    peft.get_peft_model(model, config).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="use_dora=True"):
+        read_peft(tmp_path)
+
+
+def test_a_saved_classifier_comes_along(tmp_path):
+    config = transformers.BertConfig(**SIZES, intermediate_size=48, vocab_size=50)
+    model = transformers.BertForSequenceClassification(config)
+    settings = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])
+    adapted = peft.get_peft_model(model, settings)
+    adapted.save_pretrained(tmp_path)
+    found = read_peft(tmp_path)
+    weight = model.classifier.modules_to_save["default"].weight
+    np.testing.assert_array_equal(found.others["classifier.weight"], weight.detach().numpy())
+    assert all(jnp.any(pair.a) for pair in found.pairs.values())

@@ -1,0 +1,354 @@
+"""PEFT's files: written, read, loaded, and refused where they are not plain LoRA."""
+
+import json
+import random
+import struct
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+from lowrank_optax import LoRAPair, frame, nn
+from lowrank_optax.adapters import load_peft, plain_pair, read_peft, save_peft
+from lowrank_optax.adapters.peft_config import PeftConfig
+from lowrank_optax.adapters.peft_file import CONFIG, WEIGHTS
+from tests.test_claims_sds_lora import SCALE
+from tests.test_foreign_changes import trained_pair
+
+
+def normal(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def pair(seed=0, n_in=6, rank=2, n_out=4, dtype=jnp.float32):
+    return LoRAPair(
+        normal(seed, n_in, rank).astype(dtype), normal(seed + 1, rank, n_out).astype(dtype)
+    )
+
+
+class Model(nnx.Module):
+    def __init__(self, rngs):
+        self.query = nnx.Linear(6, 4, rngs=rngs)
+        self.value = nnx.Linear(6, 8, rngs=rngs)
+
+    def __call__(self, x):
+        return jnp.concatenate([self.query(x), self.value(x)], axis=-1)
+
+
+def adapted(seed=0, **config):
+    model = Model(nnx.Rngs(7))
+    settings = {"rank": 2, "alpha": 8.0, "b_init": jax.nn.initializers.normal(1.0), **config}
+    nn.add_lora(model, "query", nn.LoRAConfig(**settings), rngs=nnx.Rngs(seed))
+    other = nn.LoRAConfig(**{**settings, "rank": 3, "alpha": 6.0})
+    nn.add_lora(model, "value", other, rngs=nnx.Rngs(seed + 1))
+    return model
+
+
+X = normal(9, 5, 6)
+NAMES = {"query": "encoder.attention.q_proj", "value": "encoder.attention.v_proj"}
+
+
+def test_a_model_goes_out_and_comes_back_exactly(tmp_path):
+    model, other = adapted(0), adapted(5)
+    errors = save_peft(tmp_path / "out", model, names=NAMES, base_model="ours/base")
+    assert errors == dict.fromkeys(NAMES.values(), 0.0)
+    assert not jnp.allclose(other(X), model(X))
+    assert load_peft(tmp_path / "out", other, names=NAMES) is other
+    np.testing.assert_array_equal(other(X), model(X))
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert config["base_model_name_or_path"] == "ours/base"
+    assert config["target_modules"] == sorted(NAMES.values())
+    found = read_peft(tmp_path / "out")
+    assert found.scales == {NAMES["query"]: 4.0, NAMES["value"]: 2.0}
+    assert found.config.rank(NAMES["value"]) == 3
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_a_tree_goes_out_and_comes_back_exactly_in_every_dtype(tmp_path, dtype):
+    tree = {"q": pair(0, dtype=dtype), "mlp": [pair(2, 4, 1, 9, dtype), {"bias": jnp.ones(3)}]}
+    scale = {"q": 2.0, "mlp/0": 0.3}
+    save_peft(tmp_path / "out", tree, scale=scale)
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    back = load_peft(tmp_path / "out", zeros, scale=scale)
+    assert jax.tree.structure(back) == jax.tree.structure(tree)
+    for side in "ab":
+        np.testing.assert_array_equal(getattr(back["q"], side), getattr(tree["q"], side))
+        np.testing.assert_array_equal(getattr(back["mlp"][0], side), getattr(tree["mlp"][0], side))
+    assert not jnp.any(back["mlp"][1]["bias"])
+
+
+def test_the_tensors_are_peft_s(tmp_path):
+    """Checked without this library's reader."""
+    from safetensors.numpy import load_file
+
+    q = pair()
+    save_peft(tmp_path / "out", {"layers": {"0": {"q": q}}}, scale=4.0)
+    tensors = load_file(tmp_path / "out" / WEIGHTS)
+    prefix = "base_model.model.layers.0.q"
+    assert set(tensors) == {f"{prefix}.lora_A.weight", f"{prefix}.lora_B.weight"}
+    np.testing.assert_array_equal(tensors[f"{prefix}.lora_A.weight"], q.a.T)
+    np.testing.assert_array_equal(tensors[f"{prefix}.lora_B.weight"], q.b.T)
+
+
+def test_stacked_layers_have_a_name_each(tmp_path):
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), pair(0), pair(2), pair(4))
+    names = {"q": "layers.{}.q"}
+    save_peft(tmp_path / "out", {"q": stacked}, scale=1.0, names=names)
+    found = read_peft(tmp_path / "out")
+    np.testing.assert_array_equal(found.pairs["layers.1.q"].a, pair(2).a)
+    zeros = {"q": jax.tree.map(jnp.zeros_like, stacked)}
+    back = load_peft(tmp_path / "out", zeros, scale=1.0, names=names)
+    np.testing.assert_array_equal(back["q"].b, stacked.b)
+    with pytest.raises(ValueError, match=r"q: has 1 batch axes \(3,\), so its name needs as many"):
+        save_peft(tmp_path / "other", {"q": stacked}, scale=1.0)
+
+
+def test_a_linen_collection_goes_out_and_comes_back(tmp_path):
+    model, config = linen.Dense(4, name="q"), nn.LoRAConfig(rank=2, alpha=8.0)
+    with nn.lora_interceptor("", config):
+        variables = model.init(jax.random.key(0), X)
+    lora = jax.tree.map(lambda x: x + 1.0, variables["lora"])
+    names = {"": "q"} if "lora_a" in lora else None
+    save_peft(tmp_path / "out", lora, scale=4.0, names=names)
+    back = load_peft(tmp_path / "out", variables["lora"], scale=4.0, names=names)
+    jax.tree.map(np.testing.assert_array_equal, back, lora)
+
+
+def test_finished_frames_need_rank_r_and_unfinished_ones_2r(tmp_path):
+    node, _ = trained_pair()
+    save_peft(tmp_path / "done", {"q": node}, scale=SCALE)
+    finished = read_peft(tmp_path / "done").pairs["q"]
+    plain = plain_pair(node)
+    rank = node.a.shape[-1]
+    turned = frame(LoRAPair(node.a, node.b), jax.random.key(0))._replace(a=node.a, b=node.b)
+    errors = save_peft(tmp_path / "middle", {"q": turned}, scale=SCALE)
+    middle = read_peft(tmp_path / "middle").pairs["q"]
+    assert middle.a.shape[-1] == 2 * rank
+    assert errors == {"q": 0.0}
+    theirs = plain_pair(turned)
+    np.testing.assert_allclose(middle.a @ middle.b, theirs.a @ theirs.b, atol=1e-5)
+    assert finished.a.shape[-1] in (rank, 2 * rank)
+    np.testing.assert_allclose(finished.a @ finished.b, plain.a @ plain.b, atol=1e-5)
+    errors = save_peft(tmp_path / "cut", {"q": turned}, scale=SCALE, rank=1)
+    assert read_peft(tmp_path / "cut").config.r == 1
+    assert 0 < errors["q"] < 1
+
+
+def test_rslora_scales_are_the_same(tmp_path):
+    save_peft(tmp_path / "out", {"q": pair(rank=4, n_in=9, n_out=9)}, scale=4.0, use_rslora=True)
+    config = json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert (config["lora_alpha"], config["use_rslora"]) == (8, True)
+    assert read_peft(tmp_path / "out").scales == {"q": 4.0}
+
+
+def test_weights_of_a_head_go_beside(tmp_path):
+    head = {"classifier.weight": normal(3, 3, 6), "classifier.bias": jnp.ones(3)}
+    save_peft(tmp_path / "out", {"q": pair()}, scale=1.0, modules_to_save=head)
+    found = read_peft(tmp_path / "out")
+    assert found.config.modules_to_save == ["classifier"]
+    jax.tree.map(np.testing.assert_array_equal, found.others, head)
+
+
+def test_nothing_is_overwritten_and_a_failed_save_leaves_nothing(tmp_path):
+    save_peft(tmp_path / "out", {"q": pair()}, scale=1.0)
+    before = (tmp_path / "out" / WEIGHTS).read_bytes()
+    with pytest.raises(FileExistsError, match="give another folder"):
+        save_peft(tmp_path / "out", {"q": pair(5)}, scale=1.0)
+    assert (tmp_path / "out" / WEIGHTS).read_bytes() == before
+    with pytest.raises(ValueError, match="`scale`"):
+        save_peft(tmp_path / "new", {"q": pair()})
+    with pytest.raises(ValueError, match="rank"):
+        save_peft(tmp_path / "new", {"q": pair()}, scale=1.0, rank=3)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_what_does_not_fit_is_listed_on_both_sides_and_changes_nothing(tmp_path):
+    model = adapted()
+    save_peft(tmp_path / "out", model, names={"query": "q_proj", "value": "v_proj"})
+    other = adapted(5)
+    before = other(X)
+    with pytest.raises(ValueError, match=r"without a module .*: value; modules .*: v_proj"):
+        load_peft(tmp_path / "out", other, names={"query": "q_proj", "value": "value"})
+    names = {"query": "q_proj", "value": "v_proj"}
+    with pytest.raises(ValueError, match=r"query: has the scale 5, but q_proj in the file 4"):
+        load_peft(tmp_path / "out", adapted(5, alpha=10.0), names=names)
+    with pytest.raises(ValueError, match=r"query: its factor a is \(6, 1\), but .* \(6, 2\)"):
+        load_peft(tmp_path / "out", adapted(5, rank=1, alpha=4.0), names=names)
+    np.testing.assert_array_equal(other(X), before)
+
+
+# Configurations
+
+PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"peft_type": "LOHA"}, "peft_type 'LOHA', not 'LORA'"),
+        ({"use_dora": True}, "use_dora=True, which is not supported"),
+        ({"bias": "all"}, "bias='all'"),
+        ({"layer_replication": [[0, 2]]}, "layer_replication"),
+        ({"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
+        ({"r": 0}, "r=0, which is no positive integer"),
+        ({"r": 4.0}, "r=4.0, which is no positive integer"),
+        ({"lora_alpha": "16"}, "lora_alpha='16', which is no positive number"),
+        ({"lora_alpha": float("nan")}, "lora_alpha=nan"),
+        ({"rank_pattern": {"q": -1}}, r"rank_pattern\['q'\]=-1"),
+        ({"rank_pattern": {"(": 2}}, "no pattern"),
+        ({"alpha_pattern": [1]}, "no mapping"),
+        ({"target_modules": [1]}, "no list of names"),
+    ],
+)
+def test_configurations_that_are_not_plain_lora_are_refused_by_name(changes, message):
+    with pytest.raises(ValueError, match=message):
+        PeftConfig.parse(json.dumps({**PLAIN, **changes}))
+
+
+@pytest.mark.parametrize("missing", ["r", "lora_alpha"])
+def test_a_missing_number_is_named(missing):
+    values = {key: value for key, value in PLAIN.items() if key != missing}
+    with pytest.raises(ValueError, match=f"lacks '{missing}'"):
+        PeftConfig.parse(json.dumps(values))
+
+
+def test_a_setting_given_twice_is_refused():
+    with pytest.raises(ValueError, match="'r' twice"):
+        PeftConfig.parse('{"peft_type": "LORA", "r": 8, "lora_alpha": 1, "r": 4}')
+
+
+def test_patterns_match_the_tail_of_a_name_as_in_peft():
+    config = PeftConfig(8, 16.0, {"layers.0.q": 4, r".*\.v": 2}, {"q": 8.0}, use_rslora=True)
+    assert [config.rank(name) for name in ("m.layers.0.q", "layers.1.q", "m.x.v")] == [4, 8, 2]
+    assert config.scale("m.layers.0.q") == 4.0
+
+
+# Files
+
+
+@pytest.fixture
+def good(tmp_path):
+    save_peft(tmp_path / "good", {"q": pair(), "v": pair(2, 5, 1, 5)}, scale=2.0)
+    return tmp_path / "good"
+
+
+def test_a_pickle_is_named_and_not_read(tmp_path):
+    (tmp_path / "adapter_model.bin").write_bytes(b"\x80\x04")
+    (tmp_path / CONFIG).write_text(json.dumps(PLAIN))
+    with pytest.raises(FileNotFoundError, match="a pickle, which can run any code"):
+        read_peft(tmp_path)
+
+
+@pytest.mark.parametrize("name", [CONFIG, WEIGHTS])
+def test_a_missing_file_is_named(good, name):
+    (good / name).unlink()
+    with pytest.raises(FileNotFoundError, match=name):
+        read_peft(good)
+
+
+def rewritten(folder, change):
+    """Rewrites the weights; `change` gets a dict of NumPy arrays by key."""
+    from safetensors.numpy import load_file, save_file
+
+    tensors = load_file(folder / WEIGHTS)
+    change(tensors)
+    save_file({key: np.ascontiguousarray(x) for key, x in tensors.items()}, folder / WEIGHTS)
+
+
+A_OF_Q = "base_model.model.q.lora_A.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(A_OF_Q), "q has a factor B alone"),
+        (lambda t: t.update({A_OF_Q: t[A_OF_Q][:1]}), r"shapes \(6, 1\) and \(2, 4\).*rank 2"),
+        (lambda t: t.update({A_OF_Q: t[A_OF_Q] * np.nan}), "not finite"),
+        (lambda t: t.update({A_OF_Q: t[A_OF_Q].astype(np.int8)}), "must be floating"),
+        (lambda t: t.update({A_OF_Q: t[A_OF_Q][None]}), "3 axes"),
+        (lambda t: t.update({"q.lora_A.weight": t.pop(A_OF_Q)}), "does not begin with"),
+        (lambda t: t.update({"base_model.model.x.weight": np.ones(3)}), "neither a factor"),
+        (lambda t: t.clear(), "holds no factor"),
+    ],
+)
+def test_weights_that_do_not_fit_name_the_tensor(good, change, message):
+    rewritten(good, change)
+    with pytest.raises(ValueError, match=message):
+        read_peft(good)
+
+
+def mutations(data: bytes, number: int):
+    """Damaged copies of a file, seeded."""
+    generator = random.Random(0)
+    header = 8 + struct.unpack("<Q", data[:8])[0]
+    for _ in range(number):
+        kind = generator.randrange(6)
+        copy = bytearray(data)
+        if kind == 0:
+            copy = copy[: generator.randrange(len(data))]
+        elif kind == 1:
+            copy[:8] = struct.pack("<Q", generator.choice([0, 1, header, 2**31, 2**63, 2**64 - 1]))
+        elif kind == 2:
+            for _ in range(generator.randint(1, 4)):
+                copy[generator.randrange(8, header)] = generator.randrange(256)
+        elif kind == 3:
+            at = generator.randrange(8, header)
+            copy[at:at] = bytes(generator.randrange(32, 127) for _ in range(3))
+        elif kind == 4:
+            digits = [i for i in range(8, header) if chr(data[i]).isdigit()]
+            copy[generator.choice(digits)] = ord(generator.choice("0123456789"))
+        else:
+            copy[generator.randrange(header, len(data))] ^= 1 << generator.randrange(8)
+        yield bytes(copy)
+
+
+def outcome(folder):
+    """The shapes of what is read, or the message of the error."""
+    try:
+        return jax.tree.map(jnp.shape, read_peft(folder).pairs)
+    except ValueError as error:
+        return str(error)
+
+
+def test_2000_damaged_files_end_in_an_error_or_a_whole_adapter(good):
+    """A flipped bit of a number cannot be known; all else is an error, never half an adapter."""
+    weights, config, sound = good / WEIGHTS, good / CONFIG, outcome(good)
+    data, loaded = weights.read_bytes(), 0
+    for damaged in mutations(data, 1700):
+        weights.write_bytes(damaged)
+        found = outcome(good)
+        assert found == sound or WEIGHTS in found
+        loaded += found == sound
+    assert loaded < 700
+    weights.write_bytes(data)
+    generator, text = random.Random(1), config.read_bytes()
+    for _ in range(400):
+        copy = bytearray(text)
+        for _ in range(generator.randint(1, 5)):
+            copy[generator.randrange(len(copy))] = generator.randrange(256)
+        config.write_bytes(bytes(copy))
+        found = outcome(good)
+        assert found == sound or CONFIG in found
+
+
+def test_a_save_that_fails_at_the_end_leaves_nothing(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.rename", full)
+    with pytest.raises(OSError, match="No space"):
+        save_peft(tmp_path / "out", {"q": pair()}, scale=1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_key_of_the_header_twice_is_refused(good):
+    data = (good / WEIGHTS).read_bytes()
+    size = struct.unpack("<Q", data[:8])[0]
+    header = data[8 : 8 + size].rstrip()
+    entry = json.dumps({A_OF_Q: json.loads(header)[A_OF_Q]}).encode()[1:-1]
+    doubled = header[:-1] + b"," + entry + b"}"
+    (good / WEIGHTS).write_bytes(struct.pack("<Q", len(doubled)) + doubled + data[8 + size :])
+    with pytest.raises(ValueError, match="a key twice"):
+        read_peft(good)

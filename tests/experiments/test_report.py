@@ -10,6 +10,8 @@ from rich.console import Console
 from experiments.errors import ExperimentError
 from experiments.figures import draw_variant
 from experiments.headline import claim, compare, headline_table
+from experiments.hunt import ATTEMPTS, attempts, hunt_table
+from experiments.methods import get_method
 from experiments.report import (
     Variant,
     check_pages,
@@ -17,10 +19,11 @@ from experiments.report import (
     index_block,
     make_pages,
     replace_block,
+    study_page,
     write_pages,
 )
 from experiments.schema import CurvePoint, Plan, Scores
-from experiments.study import Study
+from experiments.study import Study, load_study
 from experiments.summary import (
     difference,
     goal_of,
@@ -139,6 +142,47 @@ def test_the_claim_counts_the_comparisons(curves):
     assert "1.67× ± 0.47" in row
     assert compare("x", "x", summarize(curves[:3])) is None
     assert claim([]) == "No comparison has run yet."
+
+
+def hunted(curves, *losses):
+    """A study whose variant `peers` has these curves, and one attempt a curve of these losses."""
+    plan = Plan(steps=2, eval_every=2, head_learning_rate=1e-3)
+    sweeps = {"adamw": (1e-3,), "lora-plus": (1e-3,), "polora-start": (0.01, 0.1, 1.0)}
+    study = Study(task="digits", plan=plan, learning_rates=sweeps, seeds=(0, 1))
+    own = {"polora-start": sweeps["polora-start"]}
+    attempt = study.model_copy(update={"learning_rates": own})
+    run = lambda loss, rate, seed=0: with_curve(
+        4.0, 3.0, 2.0, loss, method="polora-start", learning_rate=rate, seed=seed
+    )
+    runs = [run(0.9, 0.01), run(losses[0], 0.1), run(0.9, 1.0), run(losses[1], 0.1, seed=1)]
+    return [Variant("peers", study, curves), Variant("hunt-shorter-momentum", attempt, runs)]
+
+
+def test_the_hunt_has_a_row_for_each_attempt_beside_the_unchanged_method(curves):
+    rows = hunt_table({"digits": hunted(curves, 0.2, 0.3)}).splitlines()
+    assert len(rows) == 4
+    assert rows[2].startswith("| digits | none | 0.1 | 1.67× ± 0.47 | 0.7 ± 0.28 | –")
+    assert rows[3].startswith("| digits | b1 = 0.8, not 0.9 | 0.1 | 0.87×")
+    assert "0.25 ± 0.071 | -0.45 ± 0.2 (-2.2): better |" in rows[3]
+    assert hunt_table({"digits": hunted(curves, 0.2, 0.3)[:1]}) == ""
+
+
+def test_attempts_are_no_comparisons_and_have_a_page_of_their_own(curves):
+    variants = hunted(curves, 0.2, 0.3)
+    assert "hunt" not in index_block({"digits": variants})
+    file = load_study("digits")
+    assert "hunt" not in study_page(file, variants)
+
+
+@pytest.mark.parametrize("name", ATTEMPTS)
+def test_attempts_change_the_options_of_the_recommended_method_alone(name):
+    variants = attempts((0.1, 0.3))
+    variant = variants[f"hunt-{name}"]
+    assert set(variant) == {"learning_rates", "method_options.polora-start"}
+    changed = variant["method_options.polora-start"]
+    known = {**get_method("polora-start").options, "b2": 0.99, "delta": 1e-4}
+    assert changed
+    assert all(known[key] != value for key, value in changed.items())
 
 
 def test_tables_show_spread_claim_edge_and_divergence(results):

@@ -54,8 +54,15 @@ ALLOWED = {
     "sharding": {"_core", "sharding"},
     "diagnostics": {"_core"},
     "adapters": {"_core", "adapters", "nn"},
+    "_command_line": {"adapters"},
+    "__main__": {"_command_line"},
 }
 THIRD_PARTY = {"jax", "optax", "numpy"}
+OF_PART = {
+    "nn": {"flax", "rich"},
+    "adapters": {"flax"},
+    "_command_line": {"matplotlib", "rich", "safetensors", "typer"},
+}
 
 METHODS = [
     "altlora",
@@ -115,7 +122,7 @@ def test_import_direction(file):
 
 @each_module
 def test_third_party_imports(file):
-    allowed = THIRD_PARTY | ({"flax", "rich"} if parts_of(file)[0] in ("nn", "adapters") else set())
+    allowed = THIRD_PARTY | OF_PART.get(parts_of(file)[0], set())
     for name in imports(file):
         top = name.split(".")[0]
         if top not in sys.stdlib_module_names and top != "lowrank_optax":

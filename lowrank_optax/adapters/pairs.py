@@ -1,5 +1,6 @@
 """Adapters as ordinary LoRA pairs: what merging and exporting need of every kind of pair."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -70,3 +71,43 @@ def compress(node: Any, rank: int) -> tuple[LoRAPair, jax.Array]:
     norm: Any = lambda x: jnp.sqrt(jnp.sum(x**2, axis=-1))
     size = norm(values)
     return nearest, norm(values[..., rank:]) / jnp.where(size > 0, size, 1)
+
+
+def combine(
+    nodes: Sequence[Any], weights: Sequence[float], rank: int
+) -> tuple[LoRAPair, jax.Array]:
+    r"""Computes the pair of a rank whose product is nearest to a sum of products.
+
+    $$a\,b \approx \sum_i w_i\, a_i\, b_i$$
+
+    The factors side by side are a pair of the sum of the ranks, which `compress` cuts.
+
+    Args:
+        nodes: pairs of one layer, of any kind and rank.
+        weights: w, one for each, forward scales included.
+        rank: of the result, at most the sum of their ranks.
+
+    Returns:
+        As `compress`: the pair, of the scale 1, and the relative error.
+
+    Raises:
+        ValueError: pairs of other layers, a number of weights that is not theirs, a rank that is
+            too large.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> one = LoRAPair(jnp.eye(4, 1), jnp.eye(1, 3))
+        >>> pair, error = combine([one, one], [1.0, 2.0], rank=1)
+        >>> f"{(pair.a @ pair.b)[0, 0]:.3f}, {error:.3f}"
+        '3.000, 0.000'
+
+    Source: Eckart and Young, 1936.
+    """
+    pairs = [plain_pair(node) for node in nodes]
+    if len(pairs) != len(weights) or not pairs:
+        raise ValueError(f"{len(pairs)} pairs need as many weights, got {len(weights)}")
+    shapes = {(*pair.a.shape[:-1], pair.b.shape[-1]) for pair in pairs}
+    if len(shapes) > 1:
+        raise ValueError(f"pairs of one layer have the same in and out, got {sorted(shapes)}")
+    a = jnp.concatenate([w * pair.a for w, pair in zip(weights, pairs, strict=True)], axis=-1)
+    return compress(LoRAPair(a, jnp.concatenate([pair.b for pair in pairs], axis=-2)), rank)

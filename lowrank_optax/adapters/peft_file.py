@@ -1,12 +1,13 @@
 """PEFT's files: `adapter_model.safetensors` and `adapter_config.json` in one folder."""
 
+import contextlib
 import importlib
 import json
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -70,6 +71,101 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftAdapter:
 
     Source: the layout of Hugging Face PEFT 0.21.
     """
+    with open_peft(folder) as file:
+        pairs = {name: file.pair(name) for name in file.modules}
+        return PeftAdapter(file.config, pairs, {key: file.other(key) for key in file.others})
+
+
+class PeftFile:
+    """An open adapter, of which one pair at a time is in memory.
+
+    Args:
+        path: the safetensors file, for messages.
+        config: the settings.
+        file: the open safetensors file.
+
+    Attributes:
+        config: the settings.
+        modules: the keys of the factors, by module and side.
+        others: the keys of the whole weights, by name.
+    """
+
+    def __init__(self, path: Path, config: PeftConfig, file: Any) -> None:
+        self.config = config
+        self.modules: dict[str, dict[str, str]] = {}
+        self.others: dict[str, str] = {}
+        self._path, self._file = path, file
+        for key in list(file.keys()):
+            self._sort(key)
+        if not self.modules:
+            raise ValueError(f"{path} holds no factor of LoRA")
+        for name, sides in self.modules.items():
+            if set(sides) != {"A", "B"}:
+                raise ValueError(f"{path}: {name} has a factor {next(iter(sides))} alone")
+
+    def pair(self, module: str) -> LoRAPair:
+        """Reads the pair of a module.
+
+        Raises:
+            ValueError: its factors are not what they have to be.
+        """
+        a, b = (self._read(self.modules[module][side]).T for side in ("A", "B"))
+        rank = self.config.rank(module)
+        if not (a.ndim == b.ndim == 2 and a.shape[-1] == b.shape[-2] == rank):
+            raise ValueError(
+                f"{self._path}: {module} has factors of shapes {tuple(a.shape)} and"
+                f" {tuple(b.shape)}, but the rank {rank} in {CONFIG}"
+            )
+        return LoRAPair(a, b)
+
+    def other(self, name: str) -> jax.Array:
+        """Reads a whole weight."""
+        return self._read(self.others[name])
+
+    def _read(self, key: str) -> jax.Array:
+        try:
+            value: jax.Array = self._file.get_tensor(key)
+        except Exception as error:  # safetensors raises its own, and those of JAX for odd dtypes
+            raise ValueError(f"{self._path}: {key} is not readable: {error}") from error
+        if not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"{self._path}: {key} is of {value.dtype}; weights must be floating")
+        if not jnp.all(jnp.isfinite(value)):
+            raise ValueError(f"{self._path}: {key} holds numbers that are not finite")
+        return value
+
+    def _sort(self, key: str) -> None:
+        """Takes a key for a factor or for a whole weight."""
+        name = key.removeprefix(_PREFIX)
+        if name == key:
+            raise ValueError(
+                f"{self._path}: {key} does not begin with {_PREFIX!r}, as PEFT's names do"
+            )
+        if found := _FACTOR.fullmatch(name):
+            sides = self.modules.setdefault(found["module"], {})
+            if found["side"] in sides:
+                raise ValueError(f"{self._path}: {found['module']} has two factors {found['side']}")
+            sides[found["side"]] = key
+        elif any(module in name.split(".") for module in self.config.modules_to_save):
+            self.others[name] = key
+        elif ".base_layer." in name:
+            self.others[name.replace(".base_layer.", ".")] = key
+        else:
+            raise ValueError(
+                f"{self._path}: {key} is neither a factor of LoRA nor of modules_to_save"
+                f" {list(self.config.modules_to_save)}"
+            )
+
+
+@contextlib.contextmanager
+def open_peft(folder: str | os.PathLike[str]) -> Iterator[PeftFile]:
+    """Opens an adapter to read one pair at a time; see `read_peft`.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as `read_peft`.
+
+    Example:
+        See `read_peft`.
+    """
     folder = Path(folder)
     config_path, path = folder / CONFIG, folder / WEIGHTS
     if not path.exists() and (folder / "adapter_model.bin").exists():
@@ -86,8 +182,14 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftAdapter:
         config = PeftConfig.parse(config_path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, ValueError) as error:
         raise ValueError(f"{config_path} {error}") from error
-    pairs, others = _sorted_out(_tensors(path), path, config)
-    return PeftAdapter(config, pairs, others)
+    library = _safetensors("safetensors")
+    _require_no_duplicates(path)
+    try:
+        file = library.safe_open(path, framework="flax")
+    except Exception as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    with file as opened:
+        yield PeftFile(path, config, opened)
 
 
 def write_peft(
@@ -121,7 +223,7 @@ def write_peft(
     for name, pair in pairs.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = jnp.swapaxes(pair.a, -1, -2)
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = jnp.swapaxes(pair.b, -1, -2)
-    library = _safetensors()
+    library = _safetensors("safetensors.flax")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
@@ -134,28 +236,13 @@ def write_peft(
     return folder
 
 
-def _safetensors() -> Any:
+def _safetensors(module: str) -> Any:
     try:
-        return importlib.import_module("safetensors.flax")
+        return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
             "reading and writing PEFT adapters needs safetensors: pip install 'lowrank-optax[peft]'"
         ) from error
-
-
-def _tensors(path: Path) -> dict[str, jax.Array]:
-    library = _safetensors()
-    _require_no_duplicates(path)
-    try:
-        tensors: dict[str, jax.Array] = library.load_file(path)
-    except Exception as error:  # safetensors raises its own, and those of JAX for unknown dtypes
-        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    for name, value in tensors.items():
-        if not jnp.issubdtype(value.dtype, jnp.floating):
-            raise ValueError(f"{path}: {name} is of {value.dtype}; weights must be floating")
-        if not jnp.all(jnp.isfinite(value)):
-            raise ValueError(f"{path}: {name} holds numbers that are not finite")
-    return tensors
 
 
 def _require_no_duplicates(path: Path) -> None:
@@ -175,47 +262,3 @@ def _require_no_duplicates(path: Path) -> None:
             json.loads(file.read(size), object_pairs_hook=check)
         except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-
-
-def _sorted_out(
-    tensors: Mapping[str, jax.Array], path: Path, config: PeftConfig
-) -> tuple[dict[str, LoRAPair], dict[str, jax.Array]]:
-    """Takes the tensors of a file apart into pairs and whole weights."""
-    halves: dict[str, dict[str, jax.Array]] = {}
-    others = {}
-    for key, value in tensors.items():
-        name = key.removeprefix(_PREFIX)
-        if name == key:
-            raise ValueError(f"{path}: {key} does not begin with {_PREFIX!r}, as PEFT's names do")
-        if found := _FACTOR.fullmatch(name):
-            if value.ndim != 2:
-                raise ValueError(f"{path}: {key} has {value.ndim} axes; only linear maps have two")
-            sides = halves.setdefault(found["module"], {})
-            if found["side"] in sides:
-                raise ValueError(f"{path}: {found['module']} has two factors {found['side']}")
-            sides[found["side"]] = value.T
-        elif any(module in name.split(".") for module in config.modules_to_save):
-            others[name] = value
-        elif ".base_layer." in name:
-            others[name.replace(".base_layer.", ".")] = value
-        else:
-            raise ValueError(
-                f"{path}: {key} is neither a factor of LoRA nor of modules_to_save"
-                f" {list(config.modules_to_save)}"
-            )
-    if not halves:
-        raise ValueError(f"{path} holds no factor of LoRA")
-    return {name: _pair(name, sides, path, config) for name, sides in halves.items()}, others
-
-
-def _pair(module: str, sides: Mapping[str, jax.Array], path: Path, config: PeftConfig) -> LoRAPair:
-    if set(sides) != {"A", "B"}:
-        raise ValueError(f"{path}: {module} has a factor {next(iter(sides))} alone")
-    pair = LoRAPair(sides["A"], sides["B"])
-    rank = config.rank(module)
-    if not pair.a.shape[-1] == pair.b.shape[-2] == rank:
-        shapes = f"{tuple(pair.a.shape)} and {tuple(pair.b.shape)}"
-        raise ValueError(
-            f"{path}: {module} has factors of shapes {shapes}, but the rank {rank} in {CONFIG}"
-        )
-    return pair

@@ -1,0 +1,310 @@
+"""The command line: what is in an adapter file, and what can be made of it."""
+
+import functools
+import json
+import math
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import typer
+from rich.box import SIMPLE
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from lowrank_optax import adapters
+from lowrank_optax.adapters import PeftConfig, Spectrum
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Looks into LoRA adapters in Hugging Face PEFT's format, and makes others of them.",
+)
+_OUT, _ERR = Console(), Console(stderr=True)
+_MISTAKES = (ValueError, OSError, ImportError)
+
+Adapter = Annotated[
+    Path, typer.Argument(help="Folder with adapter_model.safetensors and adapter_config.json.")
+]
+Out = Annotated[Path, typer.Argument(help="Folder to write; it must not exist.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, not a table.")]
+
+
+def _command(function: Callable[..., None]) -> Callable[..., None]:
+    """Makes a command whose mistakes are one line and the exit code 2."""
+
+    @app.command()
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> None:
+        try:
+            function(*args, **kwargs)
+        except _MISTAKES as error:
+            _ERR.print(f"error: {error}", style="red", markup=False, highlight=False)
+            raise typer.Exit(2) from error
+
+    return run
+
+
+@_command
+def inspect(
+    adapter: Adapter,
+    as_json: AsJson = False,
+    plot: Annotated[
+        Path | None, typer.Option(help="Draw the singular values into this file.")
+    ] = None,
+) -> None:
+    """Shows ranks, scales, norms, effective ranks and conditions of every pair."""
+    found = dict(_spectra(adapter))
+    if plot is not None:
+        _draw(found, plot)
+    if as_json:
+        typer.echo(json.dumps({name: _numbers(each) for name, each in found.items()}, indent=2))
+        return
+    table = _table(
+        f"{len(found)} pairs", "in → out", "r", "s", "‖ΔK‖₂", "eff. r", "cond a", "cond b"
+    )
+    for name, each in found.items():
+        table.add_row(
+            name,
+            f"{each.n_in} → {each.n_out}",
+            str(each.rank),
+            f"{each.scale:g}",
+            f"{each.norm:.2g}",
+            f"{each.effective_rank:.1f}",
+            f"{each.condition_a:.0e}",
+            f"{each.condition_b:.0e}",
+        )
+    _OUT.print(table)
+
+
+@_command
+def diff(one: Adapter, two: Adapter, as_json: AsJson = False) -> None:
+    """Compares two adapters: principal angles of their spaces, and the distance of their ΔK."""
+    found: dict[str, dict[str, float]] = {}
+    with adapters.open_peft(one) as first, adapters.open_peft(two) as second:
+        shared = [name for name in first.modules if name in second.modules]
+        alone = sorted(set(first.modules) ^ set(second.modules))
+        for name in track(shared, "comparing", console=_ERR, transient=True):
+            x, y = first.pair(name), second.pair(name)
+            of_a, of_b = adapters.principal_angles(x, y)
+            scales = first.config.scale(name), second.config.scale(name)
+            found[name] = {
+                "angle_a": _largest(of_a),
+                "angle_b": _largest(of_b),
+                "distance": _distance(x, y, *scales),
+            }
+    if as_json:
+        typer.echo(json.dumps({"modules": found, "in_one_alone": alone}, indent=2))
+        return
+    table = _table("largest principal angles, in degrees", "of a", "of b", "‖ΔK₁ − ΔK₂‖ / ‖ΔK₁‖")
+    for name, each in found.items():
+        table.add_row(
+            name, f"{each['angle_a']:.1f}", f"{each['angle_b']:.1f}", f"{each['distance']:.3g}"
+        )
+    _OUT.print(table)
+    if alone:
+        _OUT.print(f"in one of them alone: {', '.join(alone)}", markup=False)
+
+
+@_command
+def convert(
+    adapter: Adapter,
+    out: Out,
+    rank: Annotated[int | None, typer.Option(help="Cut every pair to this rank.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    rslora: Annotated[bool, typer.Option(help="Write alphas for rsLoRA's scales.")] = False,
+) -> None:
+    """Writes an adapter again, with another rank, dtype or rule of scales."""
+    found = adapters.read_peft(adapter)
+    pairs, errors = dict(found.pairs), {}
+    for name, pair in track(found.pairs.items(), "converting", console=_ERR, transient=True):
+        if rank is not None:
+            pairs[name], errors[name] = adapters.compress(pair, min(rank, pair.a.shape[-1]))
+        wanted = _dtype(dtype) or pair.a.dtype
+        pairs[name] = jax.tree.map(lambda x, wanted=wanted: x.astype(wanted), pairs[name])
+    _write(out, pairs, found.scales, found.others, found.config, use_rslora=rslora)
+    _tell(out, pairs, errors)
+
+
+@_command
+def combine(
+    out: Out,
+    adapter: Annotated[list[Path], typer.Argument(help="Adapters of one base model.")],
+    rank: Annotated[int, typer.Option(help="Rank of the result.")],
+    weight: Annotated[
+        list[float] | None, typer.Option(help="Weight of each adapter, in order; 1 by default.")
+    ] = None,
+) -> None:
+    """Writes the adapter of a rank that is nearest to a weighted sum of adapters."""
+    weights = list(weight or [1.0] * len(adapter))
+    if len(weights) != len(adapter):
+        raise ValueError(f"{len(adapter)} adapters need as many --weight, got {len(weights)}")
+    found = [adapters.read_peft(path) for path in adapter]
+    everywhere = set.intersection(*(set(each.pairs) for each in found))
+    if partly := set.union(*(set(each.pairs) for each in found)) - everywhere:
+        raise ValueError(f"not in all adapters: {', '.join(sorted(partly))}")
+    pairs, errors = {}, {}
+    for name in track(found[0].pairs, "combining", console=_ERR, transient=True):
+        scaled = [w * each.config.scale(name) for w, each in zip(weights, found, strict=True)]
+        nodes = [each.pairs[name] for each in found]
+        pairs[name], errors[name] = adapters.combine(nodes, scaled, rank)
+    _write(out, pairs, dict.fromkeys(pairs, 1.0), found[0].others, found[0].config)
+    _tell(out, pairs, errors)
+
+
+@_command
+def merge(
+    adapter: Adapter,
+    base: Annotated[Path, typer.Argument(help="Folder of the base model's safetensors files.")],
+    out: Out,
+) -> None:
+    """Adds an adapter to the weights of its base model, file by file."""
+    from safetensors.flax import load_file, save_file
+
+    if out.exists():
+        raise FileExistsError(f"{out} exists; give another folder, or remove it")
+    files = sorted(base.glob("*.safetensors"))
+    if not files:
+        raise FileNotFoundError(f"{base} holds no safetensors file")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}")
+    with adapters.open_peft(adapter) as source:
+        if source.others:
+            raise ValueError(
+                f"{adapter} holds whole weights too ({', '.join(source.others)}), which `merge`"
+                " does not place; merge it with PEFT"
+            )
+        left = set(source.modules)
+        temporary.mkdir(parents=True)
+        try:
+            for path in track(files, "merging", console=_ERR, transient=True):
+                tensors = load_file(path)
+                for name in [each for each in left if f"{each}.weight" in tensors]:
+                    key = f"{name}.weight"
+                    delta = source.config.scale(name) * _delta(source.pair(name))
+                    tensors[key] = _added(f"{path}: {key}", tensors[key], delta)
+                    left.remove(name)
+                save_file(tensors, temporary / path.name, {"format": "pt"})
+            if left:
+                raise ValueError(f"{base} has no weight of {', '.join(sorted(left))}")
+            os.rename(temporary, out)
+        finally:
+            if temporary.exists():
+                for path in temporary.iterdir():
+                    path.unlink()
+                temporary.rmdir()
+    _OUT.print(f"written to {out}", markup=False)
+
+
+def _table(title: str, *headings: str) -> Table:
+    table = Table(title=title, title_justify="left", box=SIMPLE, padding=(0, 1, 0, 0))
+    table.add_column("module", overflow="fold", min_width=20)
+    for heading in headings:
+        table.add_column(heading, justify="right", no_wrap=True)
+    return table
+
+
+def _spectra(folder: Path) -> Iterator[tuple[str, Spectrum]]:
+    with adapters.open_peft(folder) as file:
+        for name in track(file.modules, "reading", console=_ERR, transient=True):
+            yield name, adapters.spectrum(file.pair(name), file.config.scale(name))
+
+
+def _numbers(found: Spectrum) -> dict[str, Any]:
+    finite = lambda x: x if math.isfinite(x) else None
+    return {
+        "in": found.n_in,
+        "out": found.n_out,
+        "rank": found.rank,
+        "scale": found.scale,
+        "norm": found.norm,
+        "frobenius": found.frobenius,
+        "effective_rank": found.effective_rank,
+        "condition_a": finite(found.condition_a),
+        "condition_b": finite(found.condition_b),
+        "singular_values": [float(value) for value in found.values],
+    }
+
+
+def _draw(found: dict[str, Spectrum], path: Path) -> None:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError(
+            "--plot needs matplotlib: pip install 'lowrank-optax[cli]' matplotlib"
+        ) from error
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    for each in found.values():
+        shares = each.values / max(each.norm, np.finfo(float).tiny)
+        axes.plot(range(1, len(shares) + 1), shares, color="tab:blue", alpha=0.3, lw=1)
+    axes.set_xlabel("index")
+    axes.set_ylabel("singular value of ΔK, relative to the first")
+    axes.set_title(f"{len(found)} pairs", loc="left")
+    axes.set_ylim(0, 1.05)
+    figure.savefig(path, dpi=150)
+    plt.close(figure)
+
+
+def _largest(angles: np.ndarray) -> float:
+    return float(np.max(angles, initial=0.0))
+
+
+def _distance(one: Any, two: Any, scale_one: float, scale_two: float) -> float:
+    """‖ΔK₁ − ΔK₂‖ / ‖ΔK₁‖ in the Frobenius norm, from the factors alone."""
+    wide = lambda x: np.asarray(x, float)
+    side_by_side = type(one)(
+        np.concatenate([scale_one * wide(one.a), -scale_two * wide(two.a)], axis=1),
+        np.concatenate([wide(one.b), wide(two.b)], axis=0),
+    )
+    size = adapters.spectrum(one, scale_one).frobenius
+    return adapters.spectrum(side_by_side, 1.0).frobenius / (size or 1.0)
+
+
+def _dtype(name: str | None) -> Any:
+    if name is None:
+        return None
+    if name not in ("float32", "bfloat16", "float16"):
+        raise ValueError(f"--dtype must be float32, bfloat16 or float16, got {name}")
+    return jnp.dtype(name)
+
+
+def _delta(pair: Any) -> np.ndarray:
+    """ΔK of scale 1 in torch's layout, (out, in)."""
+    return (np.asarray(pair.a, np.float32) @ np.asarray(pair.b, np.float32)).T
+
+
+def _added(name: str, weight: jax.Array, delta: np.ndarray) -> jax.Array:
+    if not jnp.issubdtype(weight.dtype, jnp.floating) or weight.dtype.itemsize < 2:
+        raise ValueError(f"{name} is of {weight.dtype}; merge into the weights it was made from")
+    if weight.shape != delta.shape:
+        raise ValueError(f"{name} has the shape {weight.shape}, but the adapter's is {delta.shape}")
+    return (weight.astype(jnp.float32) + delta).astype(weight.dtype)
+
+
+def _write(
+    out: Path,
+    pairs: dict[str, Any],
+    scales: dict[str, float],
+    others: dict[str, Any],
+    config: PeftConfig,
+    use_rslora: bool = False,
+) -> None:
+    new = PeftConfig.of(
+        {name: pair.a.shape[-1] for name, pair in pairs.items()},
+        scales,
+        use_rslora=use_rslora,
+        base_model=config.base_model,
+        modules_to_save=list(config.modules_to_save),
+    )
+    adapters.write_peft(out, new, pairs, others)
+
+
+def _tell(out: Path, pairs: dict[str, Any], errors: dict[str, Any]) -> None:
+    worst = max((float(each) for each in errors.values()), default=0.0)
+    said = f"; largest relative error of ΔK {worst:.2g}" if errors else ""
+    _OUT.print(f"{len(pairs)} pairs written to {out}{said}", markup=False, highlight=False)

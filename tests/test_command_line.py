@@ -1,0 +1,206 @@
+"""The command line `lowrank-optax`, as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from safetensors.numpy import load_file, save_file
+from typer.testing import CliRunner
+
+from lowrank_optax import LoRAPair
+from lowrank_optax._command_line import app
+from lowrank_optax.adapters import read_peft, save_peft
+
+
+def pair(seed, n_in=12, rank=3, n_out=8):
+    keys = jax.random.split(jax.random.key(seed))
+    return LoRAPair(
+        jax.random.normal(keys[0], (n_in, rank)), jax.random.normal(keys[1], (rank, n_out))
+    )
+
+
+def run(*arguments):
+    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    return result.exit_code, result.output
+
+
+@pytest.fixture
+def adapter(tmp_path):
+    tree = {"q": pair(0), "v": pair(1, rank=2)}
+    save_peft(tmp_path / "one", tree, scale=2.0, base_model="ours/base")
+    return tmp_path / "one"
+
+
+def delta(folder, name):
+    found = read_peft(folder)
+    return found.config.scale(name) * np.asarray(found.pairs[name].a @ found.pairs[name].b)
+
+
+def test_inspect_prints_what_numpy_computes(adapter):
+    code, output = run("inspect", adapter, "--json")
+    assert code == 0
+    found = json.loads(output)
+    assert list(found) == ["q", "v"]
+    for name, each in found.items():
+        values = np.linalg.svd(delta(adapter, name), compute_uv=False)[: each["rank"]]
+        np.testing.assert_allclose(each["singular_values"], values, rtol=1e-5)
+        np.testing.assert_allclose(each["norm"], values[0], rtol=1e-5)
+        gram = np.asarray(read_peft(adapter).pairs[name].a, np.float64)
+        np.testing.assert_allclose(each["condition_a"], np.linalg.cond(gram.T @ gram), rtol=1e-6)
+        assert 1 <= each["effective_rank"] <= each["rank"]
+    assert found["q"]["in"], found["q"]["out"] == (12, 8)
+
+
+def test_inspect_prints_a_table_and_draws(adapter, tmp_path):
+    code, output = run("inspect", adapter, "--plot", tmp_path / "spectra.png")
+    assert code == 0
+    assert "2 pairs" in output
+    assert "12 → 8" in output
+    assert imread(tmp_path / "spectra.png").std() > 0.01
+
+
+def test_singular_factors_have_an_infinite_condition(tmp_path):
+    zero = LoRAPair(pair(0).a, jnp.zeros((3, 8)))
+    save_peft(tmp_path / "zero", {"q": zero}, scale=1.0)
+    found = json.loads(run("inspect", tmp_path / "zero", "--json")[1])["q"]
+    assert (found["norm"], found["effective_rank"], found["condition_b"]) == (0.0, 0.0, None)
+    assert "inf" in run("inspect", tmp_path / "zero")[1]
+
+
+def test_diff_of_an_adapter_with_itself_turned_is_nothing(adapter, tmp_path):
+    """The same ΔK from other factors: no angle, no distance."""
+    mix = jax.random.normal(jax.random.key(5), (3, 3))
+    q = read_peft(adapter).pairs["q"]
+    other = {"q": LoRAPair(q.a @ mix, jnp.linalg.inv(mix) @ q.b), "extra": pair(4)}
+    save_peft(tmp_path / "two", other, scale=2.0)
+    code, output = run("diff", adapter, tmp_path / "two", "--json")
+    assert code == 0
+    found = json.loads(output)
+    assert found["in_one_alone"] == ["extra", "v"]
+    assert found["modules"]["q"]["angle_a"] < 0.1
+    assert found["modules"]["q"]["distance"] < 1e-4
+    assert "in one of them alone: extra, v" in run("diff", adapter, tmp_path / "two")[1]
+
+
+def test_diff_measures_angles_and_distance(tmp_path):
+    eye = np.eye(4, dtype=np.float32)
+    save_peft(tmp_path / "x", {"q": LoRAPair(eye[:, :1], eye[:1])}, scale=1.0)
+    save_peft(tmp_path / "y", {"q": LoRAPair(eye[:, 1:2], eye[:1])}, scale=1.0)
+    found = json.loads(run("diff", tmp_path / "x", tmp_path / "y", "--json")[1])["modules"]["q"]
+    assert (found["angle_a"], found["angle_b"]) == (90.0, 0.0)
+    assert found["distance"] == pytest.approx(2**0.5)
+
+
+def test_convert_cuts_casts_and_keeps_scales(adapter, tmp_path):
+    code, output = run("convert", adapter, tmp_path / "out", "--dtype", "bfloat16", "--rslora")
+    assert code == 0
+    assert "2 pairs written" in output
+    found = read_peft(tmp_path / "out")
+    assert found.pairs["q"].a.dtype == jnp.bfloat16
+    assert (found.config.use_rslora, found.config.base_model) == (True, "ours/base")
+    assert found.scales == pytest.approx({"q": 2.0, "v": 2.0}, rel=1e-5)
+    code, output = run("convert", adapter, tmp_path / "cut", "--rank", 1)
+    assert "largest relative error" in " ".join(output.split())
+    left, values, right = np.linalg.svd(delta(adapter, "q"))
+    best = values[0] * np.outer(left[:, 0], right[0])
+    np.testing.assert_allclose(delta(tmp_path / "cut", "q"), best, atol=1e-4)
+
+
+def test_combine_is_the_weighted_sum(adapter, tmp_path):
+    save_peft(tmp_path / "two", {"q": pair(6, rank=2), "v": pair(7, rank=1)}, scale=0.5)
+    code, output = run(
+        "combine", tmp_path / "out", adapter, tmp_path / "two",
+        "--rank", 5, "--weight", 0.25, "--weight", -2.0,
+    )  # fmt: skip
+    assert code == 2
+    assert "no nearest pair of rank 5" in output
+    code, output = run(
+        "combine", tmp_path / "out", adapter, tmp_path / "two",
+        "--rank", 3, "--weight", 0.25, "--weight", -2.0,
+    )  # fmt: skip
+    assert code == 0, output
+    total = 0.25 * delta(adapter, "v") - 2.0 * delta(tmp_path / "two", "v")
+    np.testing.assert_allclose(delta(tmp_path / "out", "v"), total, atol=1e-4)
+
+
+def base_model(folder, dtype=np.float32):
+    folder.mkdir()
+    normal = np.random.default_rng(0).normal
+    first = {"q.weight": normal(size=(8, 12)).astype(dtype), "q.bias": np.ones(8, dtype)}
+    save_file(first, folder / "model-1.safetensors")
+    save_file({"v.weight": normal(size=(8, 12)).astype(dtype)}, folder / "model-2.safetensors")
+    return folder
+
+
+def test_merge_adds_to_the_weights_and_touches_nothing_else(adapter, tmp_path):
+    base = base_model(tmp_path / "base")
+    code, output = run("merge", adapter, base, tmp_path / "out")
+    assert code == 0, output
+    for file, name in (("model-1", "q"), ("model-2", "v")):
+        before, after = (load_file(at / f"{file}.safetensors") for at in (base, tmp_path / "out"))
+        expected = before[f"{name}.weight"] + delta(adapter, name).T
+        np.testing.assert_allclose(after[f"{name}.weight"], expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(load_file(tmp_path / "out/model-1.safetensors")["q.bias"], 1)
+
+
+@pytest.mark.parametrize("kind", ["missing weight", "int8", "shape"])
+def test_a_merge_that_cannot_be_leaves_nothing(adapter, tmp_path, kind):
+    base = base_model(tmp_path / "base", np.int8 if kind == "int8" else np.float32)
+    if kind == "missing weight":
+        (base / "model-2.safetensors").unlink()
+    if kind == "shape":
+        save_file({"v.weight": np.ones((12, 8), np.float32)}, base / "model-2.safetensors")
+    code, output = run("merge", adapter, base, tmp_path / "out")
+    assert code == 2
+    said = " ".join(output.split())
+    expected = {
+        "missing weight": "has no weight of v",
+        "int8": "q.weight is of int8",
+        "shape": "has the shape (12, 8), but the adapter's is (8, 12)",
+    }[kind]
+    assert expected in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "one"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["inspect", "nowhere"], "adapter_config.json is missing"),
+        (["convert", "one", "one"], "one exists; give another folder"),
+        (["convert", "one", "new", "--dtype", "int8"], "--dtype must be float32"),
+        (["convert", "one", "new", "--rank", "0"], "give a rank from 1"),
+        (["combine", "new", "one", "--rank", "1", "--weight", "1", "--weight", "2"], "got 2"),
+        (["merge", "one", "nowhere", "new"], "holds no safetensors file"),
+    ],
+)
+def test_mistakes_are_one_line_and_the_exit_code_2(adapter, monkeypatch, arguments, message):
+    monkeypatch.chdir(adapter.parent)
+    code, output = run(*arguments)
+    assert code == 2
+    assert message in " ".join(output.split())
+    assert "Traceback" not in output
+
+
+def test_help_of_the_module_names_the_commands():
+    done = subprocess.run(
+        [sys.executable, "-m", "lowrank_optax", "--help"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    for command in ("inspect", "diff", "convert", "combine", "merge"):
+        assert command in done.stdout
+
+
+def test_a_missing_extra_is_named():
+    code = (
+        "import sys; sys.modules['typer'] = None; from lowrank_optax.__main__ import main; main()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "pip install 'lowrank-optax[cli]'" in done.stderr

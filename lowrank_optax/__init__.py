@@ -8,6 +8,7 @@ from lowrank_optax._core.lorsum import lorsum
 from lowrank_optax._core.nodes import LoRAPair, register_node
 from lowrank_optax._core.notices import notices
 from lowrank_optax._core.pairing import Pairing, find_pairs
+from lowrank_optax._core.scales import Scales, scales_from
 from lowrank_optax._core.shadows import Metric, ShadowedPair, shadow
 from lowrank_optax._core.states import skipped
 from lowrank_optax.methods.altlora import AltLoRAPlusState, AltLoRAState, altlora, altlora_plus
@@ -44,6 +45,7 @@ __all__ = [
     "SDSLoRAState",
     "SVDLoRAState",
     "ScaledAdamWState",
+    "Scales",
     "ShadowedPair",
     "Unpaired",
     "adapters",
@@ -70,6 +72,7 @@ __all__ = [
     "scale_gradients",
     "scaled_adamw",
     "scaled_oplora",
+    "scales_from",
     "sds_lora",
     "shadow",
     "sharding",

@@ -221,6 +221,7 @@ def lift(
         found = find(params)
         if not (found.pairs or allow_no_pairs):
             _require_no_leaves(params, found, name)
+        scales(found, scale)  # a mistake is told before the first update
         lists = form.gather([start(pair) for pair in found.take(params, node)])
         return PairwiseState(
             count=jnp.zeros([], jnp.int32),

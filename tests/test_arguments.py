@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 
+import lowrank_optax
 from lowrank_optax import (
     LoRAPair,
     altlora,
@@ -155,3 +156,22 @@ def test_other_leaves_go_to_adam_by_default(tx, expected):
         updates, state = tx.update(grads, state, params)
         wanted, expected_state = expected.update(grads, expected_state, params)
         np.testing.assert_allclose(updates["bias"], wanted["bias"], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["altlora", "altlora_plus", "polora", "lora_plus", "lora_rite", "lora_muon", "scaled_adamw"],
+)
+def test_every_number_of_an_optimizer_can_be_injected(name):
+    """`optax.inject_hyperparams` traces the defaults too."""
+    keys = jax.random.split(jax.random.key(0), 4)
+    normal = jax.random.normal
+    params = LoRAPair(normal(keys[0], (6, 2)), normal(keys[1], (2, 5)))
+    grads = LoRAPair(normal(keys[2], (6, 2)), normal(keys[3], (2, 5)))
+    make = getattr(lowrank_optax, name)
+    tx, injected = make(0.1), optax.inject_hyperparams(make)(0.1)
+    state, injected_state = tx.init(params), injected.init(params)
+    for _ in range(3):
+        updates, state = tx.update(grads, state, params)
+        same, injected_state = jax.jit(injected.update)(grads, injected_state, params)
+        jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), updates, same)

@@ -7,8 +7,17 @@ import optax
 import pytest
 from flax import nnx
 
-from lowrank_optax import DEFAULT_SPECS, LoRAPair, Member, PairSpec, altlora, find_pairs
+from lowrank_optax import (
+    DEFAULT_SPECS,
+    LoRAPair,
+    Member,
+    PairSpec,
+    altlora,
+    find_pairs,
+    scales_from,
+)
 from lowrank_optax._core.scales import scales
+from lowrank_optax.adapters import PeftConfig
 
 A, B = jnp.arange(12.0).reshape(6, 2), jnp.arange(8.0).reshape(2, 4)
 
@@ -177,3 +186,36 @@ def test_scales_by_path_by_name_and_by_tree(scale):
 def test_scales_that_do_not_fit(scale, message):
     with pytest.raises(ValueError, match=message):
         scales(find_pairs(TWO), scale)
+
+
+def test_scales_are_checked_in_init():
+    with pytest.raises(ValueError, match="no number for 'y'; it names 'x'"):
+        altlora(0.1, scale={"x": 2.0}).init(TWO)
+
+
+def test_scales_by_rule():
+    tree = {"attention": {"q": LoRAPair(A, B)}, "mlp": {"up": LoRAPair(A, B)}}
+    rules = scales_from({"attention/*": 2.0, "up": 3.0})
+    assert scales(find_pairs(tree), rules) == [2.0, 3.0]
+    with pytest.raises(ValueError, match=r"mlp/up: no pattern of `scale` fits, of 'attention'"):
+        altlora(0.1, scale=scales_from({"attention": 2.0})).init(tree)
+    with pytest.raises(TypeError, match=r"numbers by pattern or an adapters\.PeftConfig, got 2"):
+        scales_from(2.0)
+
+
+def test_scales_of_a_peft_adapter():
+    config = PeftConfig(r=8, alpha=16.0, rank_pattern={"mlp.up": 4}, use_rslora=True)
+    tree = {"q": LoRAPair(A, B), "mlp": {"up": LoRAPair(A, B)}}
+    found = scales(find_pairs(tree), scales_from(config))
+    assert found == pytest.approx([16 / 2, 16 / 8**0.5])
+    renamed = scales_from(config, {"q": "mlp.up", "mlp/up": "q"}.get)
+    assert scales(find_pairs(tree), renamed) == pytest.approx([16 / 8**0.5, 16 / 2])
+
+
+def test_rules_are_no_schedule_for_inject_hyperparams():
+    rules = scales_from({"x": 2.0, "y": 3.0})
+    injected = optax.inject_hyperparams(altlora)(0.1, scale=rules)
+    updates, _ = injected.update(TWO, injected.init(TWO), TWO)
+    plain = altlora(0.1, scale={"x": 2.0, "y": 3.0})
+    expected, _ = plain.update(TWO, plain.init(TWO), TWO)
+    np.testing.assert_allclose(updates["y"].a, expected["y"].a, rtol=1e-6)

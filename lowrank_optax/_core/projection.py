@@ -60,7 +60,8 @@ def projection_rule(
     """
     check_positive("damping", damping)
     _check_order(order, switch_every, first)
-    repeats = not (isinstance(switch_every, int) and switch_every == 1)
+    is_one = isinstance(switch_every, int) and switch_every == 1  # or traced
+    repeats = order == "alternating" and not is_one
 
     def invert_and_transport(gram_y: jax.Array, drift_y: jax.Array) -> tuple[jax.Array, jax.Array]:
         inverse = damped_inverse(gram_y, damping)

@@ -1,6 +1,6 @@
 """The forward scales of pairs, in every form in which a user gives them."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -8,7 +8,62 @@ import numpy as np
 
 from lowrank_optax._core.arguments import NUMBERS
 from lowrank_optax._core.linalg import SIDES
+from lowrank_optax._core.names import lies_under
 from lowrank_optax._core.pairing import Pairing
+
+
+class Scales:
+    """Forward scales by rule, made by `scales_from`.
+
+    It cannot be called, so `optax.inject_hyperparams` does not take it for a schedule.
+
+    Args:
+        of: from a pair's path to its scale.
+    """
+
+    def __init__(self, of: Callable[[str], Any]) -> None:
+        self.of = of
+
+
+def scales_from(source: Any, names: Callable[[str], str] | None = None) -> Scales:
+    r"""Makes the `scale` of an optimizer from rules, or from the settings of a PEFT adapter.
+
+    Args:
+        source: numbers by pattern, of which the first that fits counts: a pattern names the tail
+            of a pair's path, or of a path above it, as in `Unpaired`; `"*"` fits all. Or an
+            `adapters.PeftConfig`, which knows ranks, alphas and rsLoRA.
+        names: for a `PeftConfig`, from a pair's path to its module name; the path with dots by
+            default.
+
+    Returns:
+        The scales.
+
+    Raises:
+        TypeError: a source that is neither. From the optimizer, ValueError for a pair that no
+            pattern fits.
+
+    Example:
+        >>> scales_from({"attention": 2.0, "*": 1.0}).of("layers/0/attention/query")
+        2.0
+        >>> from lowrank_optax.adapters import PeftConfig
+        >>> scales_from(PeftConfig(r=8, alpha=16.0)).of("layers/0/attention/query")
+        2.0
+    """
+    if isinstance(source, Mapping):
+        rules = dict(source)
+        return Scales(lambda path: _by_rule(rules, path))
+    if not callable(getattr(source, "scale", None)):
+        raise TypeError(
+            f"`scales_from` takes numbers by pattern or an adapters.PeftConfig, got {source!r}."
+        )
+    return Scales(lambda path: source.scale(names(path) if names else path.replace("/", ".")))
+
+
+def _by_rule(rules: Mapping[str, Any], path: str) -> Any:
+    for pattern, value in rules.items():
+        if pattern == "*" or lies_under(pattern, path):
+            return value
+    raise ValueError(f"{path}: no pattern of `scale` fits, of {_listed(list(rules))}; add one.")
 
 
 def scales(pairing: Pairing, scale: Any) -> list[Any]:
@@ -16,8 +71,9 @@ def scales(pairing: Pairing, scale: Any) -> list[Any]:
 
     Args:
         pairing: the pairs.
-        scale: one number; a callable from a pair's path to its number; or a tree: numbers by path
-            (`{"layers/0/q": 2.0, ...}`), or a (prefix of a) tree shaped like the parameters.
+        scale: one number; a callable from a pair's path to its number; `Scales`; or a tree:
+            numbers by path (`{"layers/0/q": 2.0, ...}`), or a (prefix of a) tree shaped like the
+            parameters.
 
     Returns:
         One number per pair.
@@ -35,7 +91,9 @@ def scales(pairing: Pairing, scale: Any) -> list[Any]:
         [8.0]
     """
     names = [pair.path for pair in pairing.pairs]
-    if callable(scale):
+    if isinstance(scale, Scales):
+        values = [scale.of(name) for name in names]
+    elif callable(scale):
         values = [scale(name) for name in names]
     elif not names:
         values = []

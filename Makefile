@@ -21,14 +21,20 @@ $(READY): pyproject.toml
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist loadgroup
 
-# What other libraries read and write, each in an environment of its own; CI runs none of these.
-integration: build/integration/peft/.ready
-	build/integration/peft/bin/python -m pytest tests/integration/test_torch_peft.py
+# Other libraries, in two environments of their own; CI runs none of these.
+OTHERS := build/integration
+PEFT   := 'torch==2.13.0' 'peft==0.21.2' 'transformers==5.12.1' 'safetensors==0.8.0'
+JAXEN  := 'qwix==0.1.8' 'google-tunix==0.1.7' 'keras==3.15.1' 'equinox==0.13.8' 'quax==0.4.6'
 
-build/integration/peft/.ready: pyproject.toml
+integration: $(OTHERS)/peft/.ready $(OTHERS)/jax/.ready
+	$(OTHERS)/peft/bin/python -m pytest tests/integration/test_torch_peft.py
+	$(OTHERS)/jax/bin/python -m pytest tests/integration/test_other_libraries.py
+
+$(OTHERS)/peft/.ready: REQUIRED = $(PEFT)
+$(OTHERS)/jax/.ready: REQUIRED = $(JAXEN)
+$(OTHERS)/%/.ready: pyproject.toml
 	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --editable . 'pytest>=8.3' \
-		'torch==2.13.0' 'peft==0.21.2' 'transformers==5.12.1' 'safetensors==0.8.0'
+	$(@D)/bin/python -m pip install --quiet --editable . 'pytest>=8.3' $(REQUIRED)
 	@touch $@
 
 demo: $(READY)

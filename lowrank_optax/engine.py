@@ -205,6 +205,8 @@ def lift(
         check_schedule("learning_rate", learning_rate, lambda v: v > 0, "must be positive")
     if weight_decay is not None:
         check_schedule("weight_decay", weight_decay, lambda v: v >= 0, "must not be negative")
+    if fallback is not None and not isinstance(fallback, optax.GradientTransformation):
+        raise TypeError(f"`fallback` must be an optax transformation, got {fallback!r}.")
     form = StateForm(state_type, name)
     start = init or form.zero
     find = functools.partial(find_nodes, specs=specs, node=node, why_unfit=why_unfit, name=name)
@@ -243,6 +245,7 @@ def lift(
         found = find(params)
         _check_same_tree(updates, found, name)
         form.require_own(state)
+        old = form.to_lists(found, state.pairs, params) if found.pairs else None
         decayed = found.mask(mask, params)
         rest, fallback_state = rest_tx(found, decayed).update(
             found.rest(updates), state.fallback, found.rest(params), **extra_args
@@ -252,7 +255,6 @@ def lift(
             return rest, state._replace(count=count, fallback=fallback_state)
 
         grads, values = found.take(updates, node), found.take(params, node)
-        old = form.to_lists(found, state.pairs, params)
         pairs = Pairs(
             count=state.count,
             rate=_rate(learning_rate, state.count),

@@ -106,7 +106,7 @@ def test_frames_that_something_else_changed_are_made_anew_counted_and_told(kind)
     tx, full, node = foreign(kind), normal(5, N_IN, N_OUT), frame(random_pair())
     state = tx.init(node)
     step = jax.jit(lambda node, state: advance(tx, node, state, full + delta(node)))
-    with pytest.warns(UserWarning, match="frames that are not orthonormal"):
+    with pytest.warns(UserWarning, match="sds_lora found frames"):
         node, state = repeat(step, 12, node, state)
     assert skipped(state) > 0
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(node))
@@ -125,7 +125,7 @@ def test_an_average_across_the_switch_is_told():
         updates, state = tx.update(grads, state, params)
         return optax.apply_updates(params, updates), state
 
-    with pytest.warns(UserWarning, match="frames that are not orthonormal"):
+    with pytest.warns(UserWarning, match="sds_lora found frames"):
         params, state = repeat(step, 20, params, state)
     assert skipped(state) > 0
     assert params.fast.warm in (0.0, 1.0)
@@ -141,6 +141,36 @@ def test_notices_can_be_switched_off():
         assert "callback" not in lowered()
 
 
+def test_accumulated_updates_of_frames_are_refused_before_they_run_away():
+    """The switch is made three times over; a pair is then left alone, and said to be."""
+    tx = optax.chain(
+        sds_lora(0.05, scale=SCALE, total_steps=200, warmup_steps=10), optax.apply_every(3)
+    )
+    full, node = normal(5, N_IN, N_OUT), frame(random_pair())
+    state = tx.init(node)
+    step = jax.jit(lambda node, state: advance(tx, node, state, full + delta(node)))
+    with pytest.warns(UserWarning, match="is not moved: make it anew"):
+        node, state = repeat(step, 60, node, state)
+    before = node
+    node, state = repeat(step, 3, node, state)
+    jax.tree.map(np.testing.assert_array_equal, node, before)
+    assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(node))
+    assert skipped(state) > 40
+
+
+def test_a_clip_that_holds_the_switch_back_is_told_at_once():
+    tx = optax.chain(sds_lora(0.05, scale=SCALE, total_steps=200, warmup_steps=5), optax.clip(0.01))
+    full, node = normal(5, N_IN, N_OUT), frame(random_pair())
+    state = tx.init(node)
+    step = jax.jit(lambda node, state: advance(tx, node, state, full + delta(node)))
+    node, state = repeat(step, 5, node, state)
+    assert skipped(state) == 0
+    assert 0.5 < node.warm < 1
+    with pytest.warns(UserWarning, match="a `warm` that is neither 0 nor 1"):
+        node, state = repeat(step, 1, node, state)
+    assert skipped(state) == 1
+
+
 @pytest.mark.parametrize("kind", ["schedule_free", "apply_every"])
 def test_what_averages_or_delays_updates_of_frames_is_told(kind):
     tx = sds_lora(0.05, scale=SCALE, total_steps=60, warmup_steps=5)
@@ -151,7 +181,7 @@ def test_what_averages_or_delays_updates_of_frames_is_told(kind):
     full, node = normal(5, N_IN, N_OUT), frame(random_pair())
     state = tx.init(node)
     step = jax.jit(lambda node, state: advance(tx, node, state, full + delta(node)))
-    with pytest.warns(UserWarning, match="frames that are not orthonormal"):
+    with pytest.warns(UserWarning, match="sds_lora found frames"):
         node, state = repeat(step, 20, node, state)
     assert skipped(state) > 0
     assert all(jnp.all(jnp.isfinite(leaf)) for leaf in jax.tree.leaves(node))

@@ -1,9 +1,11 @@
 """Small inputs that once failed silently, each with its right value."""
 
+import dataclasses
 import warnings
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax import nnx
@@ -12,9 +14,12 @@ from lowrank_optax import (
     LoRAPair,
     altlora,
     altlora_plus,
+    clip_by_global_norm,
     find_pairs,
+    frame,
     nn,
     oplora,
+    scale_gradients,
     sds_lora,
     shadow,
     skipped,
@@ -249,3 +254,142 @@ def test_a_state_of_another_run_is_refused(state, message):
     params = {"q": PAIR}
     with pytest.raises((TypeError, ValueError), match=message):
         altlora_plus(0.1).update(params, state(params), params)
+
+
+# What a review by users of another kind found
+
+
+def test_a_pair_under_an_attribute_called_value_keeps_its_name():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Attention:
+        query: LoRAPair
+        value: LoRAPair
+
+    tree = {"attention": Attention(PAIR, PAIR)}
+    names = [pair.path for pair in find_pairs(tree).pairs]
+    assert names == ["attention/query", "attention/value"]
+    assert [pair.path for pair in find_pairs(Attention(PAIR, PAIR)).pairs] == ["query", "value"]
+    boxed = nnx.State({"w": nnx.Param(PAIR)})
+    assert [pair.path for pair in find_pairs(boxed).pairs] == ["w"]
+
+
+@pytest.mark.parametrize(
+    ("rate", "error"),
+    [(None, TypeError), (-0.1, ValueError), (float("nan"), ValueError), ("1e-3", TypeError)],
+)
+def test_the_learning_rate_of_sds_lora_is_checked(rate, error):
+    with pytest.raises(error, match="`inner` must be"):
+        sds_lora(rate, total_steps=20)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("jax_numpy_rank_promotion", "raise"), ("jax_numpy_dtype_promotion", "strict")],
+)
+@pytest.mark.parametrize("iterations", [0, 1, 2])
+def test_scaled_products_in_strict_modes(option, value, iterations):
+    node = shadow(PAIR, jax.random.key(0), iterations=iterations)
+    expected = scale_gradients(node, 0.5)
+    before = getattr(jax.config, option)
+    jax.config.update(option, value)
+    try:
+        tx = clip_by_global_norm(1.0)
+        tx.update(node, tx.init(node), node)
+        jax.tree.map(np.testing.assert_array_equal, scale_gradients(node, 0.5), expected)
+    finally:
+        jax.config.update(option, before)
+
+
+def test_states_of_others_are_refused_by_sds_lora():
+    tree = {"q": frame(PAIR)}
+    tx = sds_lora(0.1, total_steps=20)
+    good = tx.init(tree)
+    for state in (altlora(0.1).init({"q": PAIR}), good._asdict(), None):
+        with pytest.raises(TypeError, match="sds_lora needs the state of its own `init`"):
+            tx.update(tree, state, tree)
+    wider = {"q": frame(LoRAPair(jnp.ones((6, 4)), jnp.ones((4, 5))))}
+    with pytest.raises(ValueError, match="for factors of other shapes"):
+        tx.update(tree, tx.init(wider), tree)
+
+
+@pytest.mark.parametrize("others", [["q"], ["q", "v"], ["q", "k", "v"]])
+def test_the_state_of_other_layers_is_refused(others):
+    tree = {"q": PAIR, "k": PAIR}
+    tx = altlora(0.1)
+    with pytest.raises(ValueError, match="altlora is for other parameters than these"):
+        tx.update(tree, tx.init(dict.fromkeys(others, PAIR)), tree)
+
+
+def test_a_layer_called_by_a_name_behind_keywords():
+    class Forwarding(nnx.Linear):
+        def __call__(self, *args, **kwargs):
+            return super().__call__(*args, **kwargs)
+
+    model = nnx.Sequential(Forwarding(6, 5, rngs=nnx.Rngs(0)))
+    b_init = jax.nn.initializers.ones
+    nn.add_lora(model, "layers/0", nn.LoRAConfig(2, b_init=b_init), rngs=nnx.Rngs(1))
+    x = jnp.ones((3, 6))
+    np.testing.assert_array_equal(model.layers[0](inputs=x), model.layers[0](x))
+
+
+def test_a_layer_that_returns_more_than_an_array_is_named():
+    class Two(nnx.Linear):
+        def __call__(self, x):
+            return super().__call__(x), 0.0
+
+    model = nnx.Sequential(Two(6, 5, rngs=nnx.Rngs(0)))
+    nn.add_lora(model, "layers/0", nn.LoRAConfig(2), rngs=nnx.Rngs(1))
+    with pytest.raises(TypeError, match="Two returns a tuple, not one array"):
+        model(jnp.ones((3, 6)))
+
+
+def test_merging_a_layer_with_a_call_of_its_own_is_warned_about():
+    class LinearReLU(nnx.Linear):
+        def __call__(self, x):
+            return nnx.relu(super().__call__(x))
+
+    model = nnx.Sequential(LinearReLU(6, 5, rngs=nnx.Rngs(0)), nnx.Linear(5, 5, rngs=nnx.Rngs(1)))
+    nn.add_lora(model, "layers/.", nn.LoRAConfig(2), rngs=nnx.Rngs(1))
+    with pytest.warns(UserWarning, match="layers/0: LinearReLU has its own __call__") as given:
+        nn.merge_lora(model)
+    assert len(given) == 1
+
+
+@pytest.mark.parametrize("names", [("loraA", "loraB"), ("lora-a", "lora-b")])
+def test_more_near_misses_are_named(names):
+    tree = {"good": PAIR, "m": dict(zip(names, PAIR, strict=True))}
+    with pytest.warns(UserWarning, match=f"m/{names[0]}"):
+        find_pairs(tree)
+
+
+@pytest.mark.parametrize("name", ["flora", "loral", "Loradian"])
+def test_words_that_only_contain_it_are_none(name):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        find_pairs({"good": PAIR, "m": {name: PAIR.a}})
+
+
+def test_an_optimizer_older_than_the_adapters_is_diagnosed():
+    model = nnx.Sequential(nnx.Linear(6, 5, rngs=nnx.Rngs(0)), nnx.Linear(5, 5, rngs=nnx.Rngs(1)))
+    nn.add_lora(model, "layers/0", nn.LoRAConfig(2), rngs=nnx.Rngs(1))
+    optimizer = nnx.Optimizer(model, altlora(0.1), wrt=nnx.LoRAParam)
+    assert nn.check_training_setup(model, optimizer) == []
+    nn.add_lora(model, "layers/1", nn.LoRAConfig(2), rngs=nnx.Rngs(1))
+    [problem] = nn.check_training_setup(model, optimizer)
+    assert problem.startswith("The optimizer's state is that of other parameters")
+
+
+@pytest.mark.parametrize("value", [np.array(-1.0), jnp.float32(-1.0), -1.0])
+def test_numbers_held_as_arrays_are_checked(value):
+    with pytest.raises(ValueError, match="`learning_rate` must be positive"):
+        altlora(value)
+    with pytest.raises(ValueError, match="`scale` must be positive"):
+        altlora(0.1, scale=value).init({"q": PAIR})
+    with pytest.raises(TypeError, match="must be one number, got an array of shape"):
+        altlora(jnp.ones(3))
+
+
+def test_a_fallback_that_is_no_transformation_is_refused():
+    with pytest.raises(TypeError, match="`fallback` must be an optax transformation"):
+        altlora(0.1, fallback=0.1)

@@ -27,7 +27,11 @@ def check(name: str, value: Any, ok: Callable[[Any], bool], remedy: str) -> None
     """
     if isinstance(value, bool) or not isinstance(value, NUMBERS):
         raise TypeError(f"`{name}` must be a number, got {value!r}.")
-    if isinstance(value, int | float | np.number) and not ok(value):
+    if isinstance(value, jax.core.Tracer):
+        return
+    if np.ndim(value) != 0:
+        raise TypeError(f"`{name}` must be one number, got an array of shape {np.shape(value)}.")
+    if not ok(np.asarray(value)[()]):
         raise ValueError(f"`{name}` {remedy}, got {value}.")
 
 

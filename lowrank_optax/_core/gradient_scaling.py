@@ -60,21 +60,31 @@ def _scaled(path: str, pair: ShadowedPair, factor: Any) -> ShadowedPair:
         )
     by = lambda x, p: (p * x).astype(x.dtype)
     scaled = jax.tree.map(lambda x: by(x, factor), pair)
-    powers = {
-        side: factor ** jnp.repeat(jnp.array(degrees), krylov.width(pair))
-        for side, degrees in krylov.degrees(pair, iterations).items()
+    degrees = krylov.degrees(pair, iterations)
+    repeated = {
+        side: [n for n in of for _ in range(krylov.width(pair))] for side, of in degrees.items()
     }
     if pair.krylov_a is not None:
-        scaled = scaled._replace(krylov_a=by(pair.krylov_a, powers["a"]))
+        krylov_a = by(pair.krylov_a, _powers(factor, repeated["a"], pair.krylov_a.ndim, -1))
+        scaled = scaled._replace(krylov_a=krylov_a)
     if pair.krylov_b is not None:
-        krylov_b = by(pair.krylov_b, powers["b"][:, None])
+        krylov_b = by(pair.krylov_b, _powers(factor, repeated["b"], pair.krylov_b.ndim, -2))
         scaled = scaled._replace(krylov_b=krylov_b)
     if pair.checksum is not None:
-        scaled = scaled._replace(checksum=by(pair.checksum, factor ** jnp.array([1, 2, 1])))
+        checksum = by(pair.checksum, _powers(factor, [1, 2, 1], pair.checksum.ndim, -1))
+        scaled = scaled._replace(checksum=checksum)
     if krylov.has_metric(pair):
         of_inputs = pair.d_in if pair.shampoo is None else factor**2 * pair.d_in
         scaled = scaled._replace(d_in=of_inputs, d_out=factor**2 * pair.d_out)
     return scaled
+
+
+def _powers(factor: Any, degrees: Sequence[int], ndim: int, axis: int) -> jax.Array:
+    """Powers of a factor along one of so many axes, without a promotion of types or ranks."""
+    shape = [1] * ndim
+    shape[axis] = len(degrees)
+    factor = jnp.asarray(factor)
+    return jnp.stack([factor**n for n in degrees]).reshape(shape)
 
 
 def clip_by_global_norm(

@@ -7,8 +7,8 @@ from typing import Any
 
 import jax
 
-# A name says LoRA where it stands alone or is set off: `lora_x`, `x_lora`, but not `flora`.
-SAYS_LORA = re.compile(r"(?:^|[/_])lora(?:[/_]|$)", re.IGNORECASE)
+# A name says LoRA where it stands alone or is set off: `lora_x`, `x-lora`, `loraA`, not `flora`.
+SAYS_LORA = re.compile(r"(?:^|[/_-])(?i:lora)(?:[/_-]|$)|(?:^|[/_-])lora(?=[AB](?:[/_-]|$))")
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -29,6 +29,16 @@ def path_name(path: Sequence[Any]) -> str:
     """
     if path and isinstance(path[-1], jax.tree_util.GetAttrKey) and path[-1].name == "value":
         path = path[:-1]
+    return node_name(path)
+
+
+def node_name(path: Sequence[Any]) -> str:
+    """Writes a key path as `path_name`, but for a node that may be an attribute `value` itself.
+
+    Example:
+        >>> node_name([jax.tree_util.GetAttrKey("attention"), jax.tree_util.GetAttrKey("value")])
+        'attention/value'
+    """
     names: list[Any] = []
     for key in path:
         match key:

@@ -19,7 +19,7 @@ from lowrank_optax._core.layouts import (
     Unpaired,
 )
 from lowrank_optax._core.linalg import SIDES
-from lowrank_optax._core.names import SAYS_LORA, path_name
+from lowrank_optax._core.names import SAYS_LORA, node_name, path_name
 from lowrank_optax._core.nodes import is_node, kind_with
 from lowrank_optax._core.readings import resolve
 from lowrank_optax._core.suspects import near_misses
@@ -320,13 +320,20 @@ def _is_masked(x: Any) -> bool:
 def _members_of_nodes(tree: Any) -> dict[str, Member]:
     """Members of the pairs that stand in the tree as nodes, by leaf path."""
     members = {}
-    for path, node in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_node):
-        if is_node(node):
-            kind, spec = type(node), PairSpec("a", "b", **Layout()._asdict())
-            for sub_path, _ in jax.tree_util.tree_leaves_with_path(node):
-                member = Member(path_name(path), sub_path[0].name, spec, kind)
-                members[path_name((*path, *sub_path))] = member
+    spec = PairSpec("a", "b", **Layout()._asdict())
+    is_end = lambda x: is_node(x) or _is_variable(x)
+    for path, end in jax.tree_util.tree_leaves_with_path(tree, is_leaf=is_end):
+        for inner, node in jax.tree_util.tree_leaves_with_path(end, is_leaf=is_node):
+            if is_node(node):
+                for sub_path, _ in jax.tree_util.tree_leaves_with_path(node):
+                    member = Member(node_name(path), sub_path[0].name, spec, type(node))
+                    members[path_name((*path, *inner, *sub_path))] = member
     return members
+
+
+def _is_variable(x: Any) -> bool:
+    """Whether a subtree is a variable of Flax, whose attribute `value` names nothing."""
+    return type(x).__module__.startswith("flax.") and hasattr(type(x), "value")
 
 
 def _kind_of(name: str, kind: Any, leaves: Mapping[str, int]) -> Any:

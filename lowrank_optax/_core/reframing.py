@@ -20,12 +20,16 @@ FOLLOW, SWITCH, RENEW, STAY = range(4)
 
 # The frames' own rounding is below 1e-5; what averages or decays them is far above.
 _TOLERANCE = 1e-2
+# `warm` is 0 or 1; half precision stores both exactly.
+_ROUNDING = 1e-3
 
 _CHANGED = (
-    "sds_lora found frames that are not orthonormal, and made them anew from the factors: something"
-    " else changed them, such as a weight decay after it, an average of parameters"
-    " (`optax.lookahead`, EMA, schedule-free) or `apply_every`. Let these act on the factors alone,"
-    " or put sds_lora last. `state.frames.skipped` counts such frames."
+    "sds_lora found frames that are not orthonormal, and made them anew from the factors, or a"
+    " `warm` that is neither 0 nor 1: something else changed them, such as a clip or a weight decay"
+    " after it, an average of parameters (`optax.lookahead`, EMA, schedule-free) or `apply_every`."
+    " Let these act on the factors alone, or put sds_lora last. A pair whose `warm` is outside of 0"
+    " to 1 is not moved: make it anew by `lowrank_optax.frame`. `lowrank_optax.skipped(state)`"
+    " counts such pairs."
 )
 
 
@@ -125,8 +129,32 @@ def move_frames(
         jnp.int32(index == RENEW),
         [lambda: None, lambda: _count_changed(pairs, frames)],
     )
+    pairs.together(_one_where(_is_known), pairs.each(_warm_matrix, params))
     warn_if(pairs.failures > before, _CHANGED)
-    return pairs.switch(index, [follow, switch, renew, stay]), state
+    updates = pairs.switch(index, [follow, switch, renew, stay])
+    return pairs.each(_unless_lost, params, updates), state
+
+
+def _warm_matrix(pair: FramedPair) -> jax.Array | None:
+    """The pair's `warm` as a 1×1 matrix for each of a stack; None without."""
+    return None if pair.warm is None else pair.warm[..., None, None]
+
+
+def _is_known(warm: jax.Array) -> jax.Array:
+    return jnp.minimum(jnp.abs(warm), jnp.abs(1 - warm)) <= _ROUNDING
+
+
+def _one_where(holds: Callable[[jax.Array], jax.Array]) -> Callable[[jax.Array], jax.Array]:
+    return lambda matrix: jnp.where(holds(matrix), 1, jnp.nan)
+
+
+def _unless_lost(pair: FramedPair, update: FramedPair) -> FramedPair:
+    """No update of a pair whose `warm` has overshot: its frames have too."""
+    if pair.warm is None:
+        return update
+    is_lost = ~((pair.warm >= -_ROUNDING) & (pair.warm <= 1 + _ROUNDING))
+    along = lambda u: is_lost.reshape(*is_lost.shape, *[1] * (u.ndim - is_lost.ndim))
+    return jax.tree.map(lambda u: jnp.where(along(u), 0, u), update)
 
 
 def _count_changed(pairs: Pairs, frames: list[LoRAPair]) -> None:

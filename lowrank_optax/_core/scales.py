@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -106,7 +107,7 @@ def scales(pairing: Pairing, scale: Any) -> list[Any]:
     for name, value in zip(names, values, strict=True):
         if not _is_number(value):
             raise TypeError(f"{name}: `scale` must be a number, got {value!r}.")
-        if isinstance(value, int | float | np.number) and not value > 0:
+        if not isinstance(value, jax.core.Tracer) and not np.asarray(value) > 0:
             raise ValueError(f"{name}: `scale` must be positive, got {value}.")
     return values
 

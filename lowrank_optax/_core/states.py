@@ -115,10 +115,15 @@ class StateForm:
         Raises:
             ValueError: the state is that of factors of other shapes.
         """
-        lists = {
-            field: tree if field in self._small else found.take(tree, LoRAPair)
-            for field, tree in trees._asdict().items()
-        }
+        try:
+            lists = {
+                field: tree if field in self._small else found.take(tree, LoRAPair)
+                for field, tree in trees._asdict().items()
+            }
+        except ValueError as error:
+            raise self._of_others() from error
+        if any(len(lists[field]) != len(found.pairs) for field in self._small):
+            raise self._of_others()
         for field in lists.keys() - self._small:
             self._require_shapes(found, lists[field], found.take(params, LoRAPair))
         return type(trees)(**lists)
@@ -140,6 +145,12 @@ class StateForm:
                 f"{self._name} got the state of another method, {type(state.pairs).__name__} in"
                 f" place of {self._type.__name__}; begin with `tx.init(params)`."
             )
+
+    def _of_others(self) -> ValueError:
+        return ValueError(
+            f"the state of {self._name} is for other parameters than these: other layers have"
+            " adapters, or they have other names. Begin with `tx.init(params)`."
+        )
 
     def _require_shapes(self, found: Pairing, values: Sequence[Any], pairs: Sequence[Any]) -> None:
         for at, pair, value in zip(found.pairs, pairs, values, strict=True):

@@ -120,6 +120,7 @@ def sds_lora(
     if isinstance(inner, optax.MultiSteps):
         inner = inner.gradient_transformation()
     if not isinstance(inner, optax.GradientTransformation):
+        engine.check_schedule("inner", inner, lambda v: v > 0, "must be positive as a rate")
         inner = optax.adamw(inner)
     inner = optax.with_extra_args_support(inner)
 
@@ -162,6 +163,12 @@ def sds_lora(
     ) -> tuple[Any, SDSLoRAState]:
         if params is None:
             raise ValueError("sds_lora needs the parameters: call `update(grads, state, params)`.")
+        if not isinstance(state, SDSLoRAState):
+            raise TypeError(
+                f"sds_lora needs the state of its own `init`, got a {type(state).__name__}. A"
+                " checkpoint restored without a target holds plain dicts and lists: give"
+                " `tx.init(params)` as the target."
+            )
         if set(state.schedule) != {key}:
             raise ValueError(
                 f"this state belongs to a run with {', '.join(state.schedule)}, not {key}: a run"
@@ -169,6 +176,7 @@ def sds_lora(
             )
         found = engine.find_nodes(params, **what)
         factors = factors_only(found, params)
+        _require_same_shapes(state.inner, inner.init(factors))
         moves, inner_state = inner.update(
             factors_only(found, updates), state.inner, factors, **extra_args
         )
@@ -184,6 +192,16 @@ def sds_lora(
         return updates, SDSLoRAState(inner_state, frames, state.schedule)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _require_same_shapes(state: Any, fresh: Any) -> None:
+    """Raises unless the inner state is that of factors of these shapes."""
+    shapes = [jax.tree.map(jnp.shape, each) for each in (state, fresh)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(
+            "the inner state of sds_lora is for factors of other shapes: it belongs to adapters of"
+            " another rank or model, or to another inner optimizer. Begin with `tx.init(params)`."
+        )
 
 
 def _is_lifted(state: Any) -> bool:

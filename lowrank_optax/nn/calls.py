@@ -23,6 +23,22 @@ class LayerCall(NamedTuple):
     einsum_str: str | None = None
 
 
+def require_array(y: Any, what: str) -> None:
+    """Raises unless a layer returned one array, to which an adapter can add.
+
+    Raises:
+        TypeError: it returned something else.
+
+    Example:
+        >>> require_array(jax.numpy.ones(2), "layers/0")
+    """
+    if not hasattr(y, "dtype"):
+        raise TypeError(
+            f"{what} returns a {type(y).__name__}, not one array, so LoRA cannot add to it: adapt a"
+            " layer inside of it"
+        )
+
+
 def read_call(
     method: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> LayerCall:
@@ -47,12 +63,15 @@ def read_call(
         3.0
     """
     signature = inspect.signature(method)
-    given = signature.bind(*args, **kwargs).arguments
+    given: dict[str, Any] = dict(signature.bind(*args, **kwargs).arguments)
+    for name, parameter in signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            given |= given.pop(name, {})
     values = list(given.values())
     if any(
         p.kind is p.VAR_POSITIONAL and name in given for name, p in signature.parameters.items()
     ):
-        values = list(args)
+        values = [*args, *kwargs.values()]
     if not values:
         raise TypeError(f"{method.__qualname__} is called without an input, which LoRA adapts")
     return LayerCall(values[0], given.get("einsum_str"))

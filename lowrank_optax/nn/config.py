@@ -196,6 +196,12 @@ class LoRAConfig:
             raise ValueError(f"rank must be at least 1, got {self.rank}")
         check_positive("alpha", self.alpha)
         check("dropout", self.dropout, lambda v: 0 <= v < 1, "must lie in [0, 1)")
+        for name in ("a_init", "b_init"):
+            if not callable(getattr(self, name)):
+                raise TypeError(
+                    f"{name} must be an initializer such as jax.nn.initializers.zeros, got"
+                    f" {getattr(self, name)!r}"
+                )
         if self.extra is not None and not isinstance(self.extra, Extra):
             raise TypeError(
                 "extra must be an nn.Extra such as nn.Shadows() for oplora or nn.Frames() for"

@@ -51,6 +51,7 @@ def check_training_setup(
         if layer.merged
     ]
     problems += _about_what_moves(model, optimizer)
+    problems += _about_age(model, optimizer)
     problems += _about_kinds(layers, optimizer)
     problems += [] if grads is None else _about_gradients(grads)
     return problems
@@ -71,6 +72,21 @@ def _about_what_moves(model: nnx.Module, optimizer: nnx.Optimizer[Any]) -> list[
             " wrt=nnx.LoRAParam."
         )
     return problems
+
+
+def _about_age(model: nnx.Module, optimizer: nnx.Optimizer[Any]) -> list[str]:
+    """An optimizer that was made before the adapters has the state of other parameters."""
+    try:
+        fresh = jax.eval_shape(optimizer.tx.init, nnx.state(model, optimizer.wrt))
+    except (TypeError, ValueError) as error:
+        return [f"The optimizer cannot work on these adapters: {error}"]
+    shapes = [sorted(map(jnp.shape, jax.tree.leaves(x))) for x in (fresh, optimizer.opt_state)]
+    if shapes[0] == shapes[1]:
+        return []
+    return [
+        "The optimizer's state is that of other parameters: it was made before adapters were added"
+        " or changed. Make the nnx.Optimizer again."
+    ]
 
 
 def _paths(model: nnx.Module, wanted: nnx.filterlib.Filter) -> set[str]:

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 
 from lowrank_optax._core import meshes
 from lowrank_optax._core.layouts import node_of, variables_of
-from lowrank_optax.nn.config import LoRAConfig
+from lowrank_optax.nn.calls import require_array
+from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.functional import lora_apply
 
@@ -196,6 +197,11 @@ def adapter_output(
     Raises:
         ValueError: if the rank exceeds min(in, out) or the variables hold no adapter.
     """
+    path = "/".join(layer.path) or type(layer).__name__
+    require_config(config)
+    require_array(y, path)
+    if not layer.has_variable("params", "kernel"):
+        raise ValueError(f"{path}: has no parameter 'kernel' of its own, which LoRA adapts")
     kernel_shape = nn.meta.unbox(layer.get_variable("params", "kernel")).shape
     pair = _factors(layer, config, *contraction.kernel_axes.sizes(kernel_shape))
     x = inputs.astype(y.dtype)

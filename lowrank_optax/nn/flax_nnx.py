@@ -25,7 +25,7 @@ from flax import nnx
 
 from lowrank_optax._core import meshes
 from lowrank_optax._core.layouts import node_of, variables_of
-from lowrank_optax.nn.calls import read_call
+from lowrank_optax.nn.calls import read_call, require_array
 from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.functional import lora_apply
@@ -128,6 +128,7 @@ class LoRALayer(nnx.Module):
         y = self.base(*args, **kwargs)
         if self.merged:
             return y
+        require_array(y, type(self.base).__name__)
         inputs, einsum_str = read_call(self.base.__call__, args, kwargs)
         contraction = _contraction(self.base, inputs.ndim, einsum_str)
         if contraction.kernel_axes != self.axes:

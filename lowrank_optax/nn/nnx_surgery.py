@@ -1,5 +1,6 @@
 """Adding LoRA to an existing NNX model, folding it into the kernels, and taking it off again."""
 
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -10,6 +11,9 @@ from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.flax_nnx import BaseLayer, LoRALayer, require_rngs, require_supported
 from lowrank_optax.nn.functional import merge_kernel, why_not_mergeable
 from lowrank_optax.nn.targets import TargetMatcher, Targets
+
+# Calls that are linear in the kernel, so that merging changes nothing.
+_PLAIN_CALLS = (nnx.Linear.__call__, nnx.LinearGeneral.__call__, nnx.Einsum.__call__)
 
 
 class _Edge(NamedTuple):
@@ -115,7 +119,13 @@ def merge_lora(model: nnx.Module) -> list[str]:
     for path, layer in layers.items():
         if reason := why_not_mergeable(layer.base.kernel[...].dtype):
             raise ValueError(f"{path or 'the layer'}: {reason}")
-    for layer in layers.values():
+    for path, layer in layers.items():
+        if type(layer.base).__call__ not in _PLAIN_CALLS:
+            warnings.warn(
+                f"{path or 'the layer'}: {type(layer.base).__name__} has its own __call__, and"
+                " merging is exact only where that is linear in the kernel; compare outputs",
+                stacklevel=2,
+            )
         _add_to_kernel(layer, 1)
     return sorted(layers)
 

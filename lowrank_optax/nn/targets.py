@@ -31,7 +31,8 @@ class TargetMatcher:
     """
 
     def __init__(self, targets: Targets):
-        if not (callable(targets) or isinstance(targets, str | Sequence)):
+        is_class = isinstance(targets, type)
+        if is_class or not (callable(targets) or isinstance(targets, str | Sequence)):
             raise TypeError(f"targets must be {_KINDS}; got {targets!r}")
         self._predicate = targets if callable(targets) else None
         patterns = [targets] if isinstance(targets, str) else targets

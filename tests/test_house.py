@@ -15,7 +15,7 @@ import lowrank_optax
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "lowrank_optax"
-PUBLIC_MODULES = {"adapters", "diagnostics", "engine", "methods", "nn", "sharding"}
+PUBLIC_MODULES = {"adapters", "diagnostics", "engine", "methods", "nn", "sharding", "specs"}
 
 # What each part may import of this package. Files of `_core` stand in order, each may import the
 # ones before it.
@@ -54,6 +54,7 @@ ALLOWED = {
     "sharding": {"_core", "sharding"},
     "diagnostics": {"_core"},
     "adapters": {"_core", "adapters", "nn"},
+    "specs": {"_core"},
     "_command_line": {"adapters"},
     "__main__": {"_command_line"},
 }
@@ -61,6 +62,7 @@ THIRD_PARTY = {"jax", "optax", "numpy"}
 OF_PART = {
     "nn": {"flax", "rich"},
     "adapters": {"flax"},
+    "specs": {"flax"},
     "_command_line": {"matplotlib", "rich", "safetensors", "typer"},
 }
 

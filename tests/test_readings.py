@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
-from lowrank_optax import DEFAULT_SPECS, Member, PairSpec, Unpaired, altlora, find_pairs
+from lowrank_optax import DEFAULT_SPECS, Member, PairSpec, Unpaired, altlora, find_pairs, specs
 
 
 def normal(seed, *shape):
@@ -17,8 +18,8 @@ def factors(shape_a, shape_b):
     return jnp.asarray(normal(0, *shape_a)), jnp.asarray(normal(1, *shape_b))
 
 
-def only_pair(tree, specs=None):
-    found = find_pairs(tree, specs)
+def only_pair(tree, layouts=None):
+    found = find_pairs(tree, layouts)
     (at,), (pair,) = found.pairs, found.take(tree)
     return at, pair
 
@@ -201,14 +202,33 @@ def test_as_many_stacked_layers_as_ranks_are_layers_in_this_librarys_names():
     assert only_pair({"q": {"lora_a": a, "lora_b": b}})[1].a.shape == (4, 6, 4)
 
 
+def test_qwix_says_the_layout_itself():
+    class Einsum(nnx.Module):
+        def __init__(self):
+            self.w_lora_a, self.w_lora_b = map(nnx.LoRAParam, factors(*AMBIGUOUS))
+            self.w_lora_einsum_str = "btxy,xyr,rkl->btkl"
+
+    class Model(nnx.Module):
+        def __init__(self):
+            self.einsum = Einsum()
+            self.dense_lora_a, self.dense_lora_b = map(nnx.LoRAParam, factors((6, 2), (2, 4)))
+
+    model = Model()
+    state = nnx.state(model, nnx.LoRAParam)
+    found = find_pairs(state, specs.from_qwix(model))
+    taken = zip(found.pairs, found.take(state), strict=True)
+    shapes = {at.path: pair.a.shape for at, pair in taken}
+    assert shapes == {"dense": (6, 2), "einsum/w": (24, 4)}
+
+
 def test_literal_parts_of_a_pattern_stay_in_the_name():
     a, b = factors((6, 2), (2, 4))
     tree = {k: {"w_lora_a": a, "w_lora_b": b} for k in ("q", "k", "v")}
-    specs = [PairSpec(f"{k}/*_lora_a", f"{k}/*_lora_b") for k in tree]
-    assert [pair.path for pair in find_pairs(tree, specs).pairs] == ["k/w", "q/w", "v/w"]
+    layouts = [PairSpec(f"{k}/*_lora_a", f"{k}/*_lora_b") for k in tree]
+    assert [pair.path for pair in find_pairs(tree, layouts).pairs] == ["k/w", "q/w", "v/w"]
     tree = {"q_proj_lora_a": a, "q_proj_lora_b": b, "k_proj_lora_a": a, "k_proj_lora_b": b}
-    specs = [PairSpec(f"{k}_*_lora_a", f"{k}_*_lora_b") for k in "qk"]
-    assert [pair.path for pair in find_pairs(tree, specs).pairs] == ["k_proj", "q_proj"]
+    layouts = [PairSpec(f"{k}_*_lora_a", f"{k}_*_lora_b") for k in "qk"]
+    assert [pair.path for pair in find_pairs(tree, layouts).pairs] == ["k_proj", "q_proj"]
 
 
 def test_a_callable_spec_sees_shape_and_dtype():
@@ -234,8 +254,8 @@ def test_a_pair_that_is_too_small_can_be_left_to_the_fallback():
     }
     with pytest.raises(ValueError, match=r"router.*specs=\[Unpaired\('router'\), \*DEFAULT_SPECS"):
         find_pairs(tree)
-    specs = [Unpaired("router"), *DEFAULT_SPECS]
-    assert [pair.path for pair in find_pairs(tree, specs).pairs] == ["q"]
-    tx = altlora(0.1, specs=specs, fallback=optax.sgd(1.0))
+    layouts = [Unpaired("router"), *DEFAULT_SPECS]
+    assert [pair.path for pair in find_pairs(tree, layouts).pairs] == ["q"]
+    tx = altlora(0.1, specs=layouts, fallback=optax.sgd(1.0))
     updates, _ = tx.update(tree, tx.init(tree), tree)
     np.testing.assert_array_equal(updates["router"]["lora_a"], -a)

@@ -16,7 +16,7 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from lowrank_optax import describe, find_pairs, polora, scales_from
+from lowrank_optax import describe, find_pairs, polora, scales_from, specs
 
 os.environ["KERAS_BACKEND"] = "jax"
 WHY = "needs this library: `make integration` installs it in an environment of its own"
@@ -113,6 +113,21 @@ def test_qwix_nnx_dense_and_einsum():
     }
     assert_read_rightly(factors, by_factors, flat.get, ALPHA / RANK)
     assert_trains(lambda factors: loss(factors, weights), factors, ALPHA / RANK)
+
+
+def test_qwix_says_the_layout_of_an_ambiguous_einsum():
+    """Four by six axes in, four by eight out, at rank four: shapes alone have two readings."""
+    qwix = library("qwix")
+    model = nnx.Sequential(nnx.Einsum("btxy,xykl->btkl", (4, 6, 4, 8), rngs=nnx.Rngs(0)))
+    x = normal(1, 2, 3, 4, 6)
+    provider = qwix.LoraProvider(module_path=".*", rank=4, alpha=ALPHA)
+    model = qwix.apply_lora_to_model(model, provider, x, rngs=nnx.Rngs(1))
+    factors = nnx.state(model, nnx.LoRAParam)
+    with pytest.raises(ValueError, match="in 2 ways"):
+        find_pairs(factors)
+    found = find_pairs(factors, specs.from_qwix(model))
+    [pair] = found.take(factors)
+    assert (pair.a.shape, pair.b.shape) == ((24, 4), (4, 32))
 
 
 def test_qwix_linen_dense():

@@ -333,6 +333,18 @@ def test_2000_damaged_files_end_in_an_error_or_a_whole_adapter(good):
         assert found == sound or CONFIG in found
 
 
+def test_numbers_that_are_not_finite_are_not_written(tmp_path):
+    broken = LoRAPair(jnp.full((6, 2), jnp.nan), pair().b)
+    with pytest.raises(ValueError, match=r"q\.lora_A\.weight holds numbers that are not finite"):
+        save_peft(tmp_path / "out", {"q": broken}, scale=1.0)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_others_may_read_what_was_written(tmp_path):
+    save_peft(tmp_path / "out", {"q": pair()}, scale=1.0)
+    assert all(path.stat().st_mode & 0o004 for path in (tmp_path / "out").iterdir())
+
+
 def test_a_save_that_fails_at_the_end_leaves_nothing(tmp_path, monkeypatch):
     def full(*_):
         raise OSError(28, "No space left on device")

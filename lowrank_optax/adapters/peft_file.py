@@ -211,6 +211,7 @@ def write_peft(
 
     Raises:
         FileExistsError: the folder exists.
+        ValueError: numbers that are not finite; the message names the tensor.
         ImportError: `safetensors` is not installed.
 
     Example:
@@ -223,13 +224,17 @@ def write_peft(
     for name, pair in pairs.items():
         tensors[f"{_PREFIX}{name}.lora_A.weight"] = jnp.swapaxes(pair.a, -1, -2)
         tensors[f"{_PREFIX}{name}.lora_B.weight"] = jnp.swapaxes(pair.b, -1, -2)
+    for key, value in tensors.items():
+        if not jnp.all(jnp.isfinite(value)):
+            raise ValueError(f"{key} holds numbers that are not finite; nothing is written")
     library = _safetensors("safetensors.flax")
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
     try:
         library.save_file(tensors, temporary / WEIGHTS, {"format": "pt"})
         (temporary / CONFIG).write_text(config.text(), encoding="utf-8")
-        temporary.chmod(0o755)
+        temporary.chmod(0o755)  # both are made for their owner alone
+        (temporary / WEIGHTS).chmod(0o644)
         os.rename(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -6,8 +6,8 @@
 Without `--data-dir` the data come from the Hugging Face hub. Rank 8, a new linear head by AdamW at
 2e-3 in every method, 200 steps of 16 sentences cut at 48 tokens. "Validation" is GLUE's dev set of
 872 sentences, on which learning rates are chosen; the first 872 of the labelled test set are only
-reported. The peers, which are evaluated 20 times a run, take the first 384 of each. The variant `longer` is the baseline of an independent run, 400 steps of 32: about 84 % on
-the dev set.
+reported. The peers, which are evaluated 20 times a run, take the first 384 of each. The variant
+`longer` is the baseline of an independent run, 400 steps of 32: about 84 % on the dev set.
 
 Cost: the peers and `rank-32` were not run yet; 90 minutes for `papers-query-value` on two CPU
 cores of 30 GFLOP/s each in single precision, 26 for `papers-all-linear` on two of 100, with --jobs

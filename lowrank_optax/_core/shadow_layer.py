@@ -163,21 +163,36 @@ def _squared_norms(
     x: jax.Array, dy: jax.Array, node: Any, tokens: _Tokens
 ) -> tuple[jax.Array, jax.Array]:
     """Computes squared row and column norms of `xᵀ dy`, which never exists as a whole."""
-    if (spec := meshes.spec_of(dy)) is not None and spec[-1] is not None:
-        raise ValueError(
-            f"Shampoo's metric goes through blocks of output features, which are sharded as {spec}"
-            " on an Explicit mesh; use an Auto mesh, replicate them, or take K-FAC's metric."
-        )
+    if not _features_are_sharded(dy):
+        return _norms_by_blocks(x, dy, node.a, tokens)
+    if not _features_are_sharded(x):
+        columns, rows = _norms_by_blocks(dy, x, _transposed(node.b), tokens)
+        return rows, columns
+    raise ValueError(
+        "Shampoo's metric goes through blocks of input or output features, and both are sharded on"
+        " an Explicit mesh; use an Auto mesh, replicate one of them, or take K-FAC's metric."
+    )
+
+
+def _features_are_sharded(x: jax.Array) -> bool:
+    spec = meshes.spec_of(x)
+    return spec is not None and spec[-1] is not None
+
+
+def _norms_by_blocks(
+    x: jax.Array, y: jax.Array, leaf: jax.Array, tokens: _Tokens
+) -> tuple[jax.Array, jax.Array]:
+    """Squared row and column norms of `xᵀ y`, by blocks of the columns; rows lie as the leaf's."""
 
     def of_block(rows: jax.Array, start: Any, width: int) -> tuple[jax.Array, jax.Array]:
-        block = jax.lax.dynamic_slice_in_dim(dy, start, width, axis=-1)
-        square = jnp.square(_over_tokens(x, block, node.a, like=x, tokens=tokens))
+        block = jax.lax.dynamic_slice_in_dim(y, start, width, axis=-1)
+        square = jnp.square(_over_tokens(x, block, leaf, like=x, tokens=tokens))
         return rows + jnp.sum(square, axis=-1), jnp.sum(square, axis=-2)
 
-    batch = node.a.shape[:-2]
-    width = min(_BLOCK, dy.shape[-1])
-    number, remainder = divmod(dy.shape[-1], width)
-    rows = jnp.zeros_like(node.a[..., 0], _wide(x).dtype)  # sharded like the blocks' rows
+    batch = leaf.shape[:-2]
+    width = min(_BLOCK, y.shape[-1])
+    number, remainder = divmod(y.shape[-1], width)
+    rows = jnp.zeros_like(leaf[..., 0], _wide(x).dtype)  # sharded like the blocks' rows
     rows, columns = jax.lax.scan(
         lambda rows, i: of_block(rows, i * width, width), rows, jnp.arange(number)
     )

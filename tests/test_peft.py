@@ -333,6 +333,28 @@ def test_2000_damaged_files_end_in_an_error_or_a_whole_adapter(good):
         assert found == sound or CONFIG in found
 
 
+def test_a_start_that_changed_the_kernels_is_written_for_the_original_base(tmp_path):
+    """K + s a b of the trained model is the original kernel plus what the file adds to it."""
+    original = Model(nnx.Rngs(7))
+    model = nnx.clone(original)
+    nn.add_lora(model, "query|value", nn.LoRAConfig(2, alpha=6.0), rngs=nnx.Rngs(0))
+    target = normal(4, 5, 12)
+    loss = lambda model, x: jnp.mean((model(x) - target) ** 2)
+    start = {"gamma": 2.0, "keep_function": True, "progress": False}
+    nn.gradient_start(model, loss, [X], **start)
+    assert not jnp.allclose(model.query.base.kernel[...], original.query.kernel[...], atol=1e-3)
+    errors = save_peft(tmp_path / "out", model, original=original)
+    assert max(errors.values()) < 1e-5
+    found = read_peft(tmp_path / "out")
+    assert found.config.r == 4
+    for name, layer in (("query", model.query), ("value", model.value)):
+        now = layer.base.kernel[...] + layer.scale * layer.pair.a @ layer.pair.b
+        written = found.scales[name] * found.pairs[name].a @ found.pairs[name].b
+        np.testing.assert_allclose(getattr(original, name).kernel[...] + written, now, atol=1e-5)
+    with pytest.raises(ValueError, match="query: `original` has no such layer"):
+        save_peft(tmp_path / "new", model, original=nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
+
+
 def test_numbers_that_are_not_finite_are_not_written(tmp_path):
     broken = LoRAPair(jnp.full((6, 2), jnp.nan), pair().b)
     with pytest.raises(ValueError, match=r"q\.lora_A\.weight holds numbers that are not finite"):

@@ -10,7 +10,8 @@ import numpy as np
 from flax import nnx
 
 from lowrank_optax._core.layouts import PairMatcher, variables_of
-from lowrank_optax._core.linalg import SIDES
+from lowrank_optax._core.linalg import SIDES, compute_dtype
+from lowrank_optax._core.names import join_keys
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.pairing import Pairing, find_pairs
 from lowrank_optax._core.scales import scales
@@ -38,6 +39,7 @@ def save_peft(
     base_model: str = "",
     use_rslora: bool = False,
     modules_to_save: Mapping[str, Any] | None = None,
+    original: nnx.Module | None = None,
 ) -> dict[str, float]:
     """Writes adapters as Hugging Face PEFT does, for torch, vLLM and others.
 
@@ -58,14 +60,18 @@ def save_peft(
         use_rslora: whether alphas are written for rsLoRA's scales.
         modules_to_save: whole weights to write beside, such as those of a head, by their name in
             the base model (`"classifier.weight"`), in torch's layout.
+        original: of an NNX model whose kernels were changed, as by a gradient start with
+            `keep_function=True`: the model as it was, with adapters or without. What its kernels
+            differ by is written too, as r further components of each pair.
 
     Returns:
-        The relative error of each written pair by module name; 0 where nothing was cut.
+        The relative error of each written pair by module name; 0 where nothing was cut. With
+        `original`, that of the kernels' difference.
 
     Raises:
         FileExistsError: the folder exists.
         ValueError: no pairs, two pairs of one name, a stacked pair whose name has no `{}`, a scale
-            that is missing, a rank above a pair's.
+            that is missing, a rank above a pair's, an original of another structure.
         ImportError: `safetensors` is not installed.
 
     Example:
@@ -80,7 +86,8 @@ def save_peft(
     pairs: dict[str, LoRAPair] = {}
     found_scales, errors = {}, {}
     for entry in _entries(source, specs, scale):
-        pair, error = _written_pair(entry.node, rank)
+        change = None if original is None else _change(source, original, entry.path)
+        pair, error = _written_pair(entry, rank, change)
         for name, index in _modules(entry.path, pair.a.shape[:-2], names):
             if name in pairs:
                 raise ValueError(f"{entry.path}: {name!r} is also the name of another pair")
@@ -194,8 +201,35 @@ def _modules(path: str, batch: tuple[int, ...], names: Names) -> list[tuple[str,
     return [(name.format(*index), tuple(index)) for index in indices]
 
 
-def _written_pair(node: Any, rank: int | None) -> tuple[LoRAPair, jax.Array]:
+def _change(model: Any, original: nnx.Module, path: str) -> jax.Array:
+    """By how much the kernel of a layer differs from the original's, (..., in, out)."""
+    if not isinstance(model, nnx.Module):
+        raise ValueError("`original` is for NNX models; a tree does not hold the kernels")
+    layer = lora_layers(model)[path]
+    modules = {join_keys(keys): module for keys, module in nnx.iter_graph(original)}
+    before: Any = modules.get(path)
+    kernel = getattr(getattr(before, "base", before), "kernel", None)
+    if kernel is None or kernel.shape != layer.base.kernel.shape:
+        raise ValueError(f"{path}: `original` has no such layer with a kernel of this shape")
+    wide = lambda x: layer.axes.to_matrix(x[...].astype(compute_dtype(x[...])))
+    return wide(layer.base.kernel) - wide(kernel)
+
+
+def _written_pair(
+    entry: "_Entry", rank: int | None, change: jax.Array | None
+) -> tuple[LoRAPair, jax.Array]:
     """A node as the plain pair that is written, and the error of each."""
+    node = entry.node
+    if change is not None:
+        *batch, _, n_out = change.shape
+        eye = jnp.broadcast_to(jnp.eye(n_out), (*batch, n_out, n_out))
+        further, error = compress(LoRAPair(change / entry.scale, eye), node.a.shape[-1])
+        plain = plain_pair(node)
+        joined = LoRAPair(
+            jnp.concatenate([plain.a, further.a], axis=-1),
+            jnp.concatenate([plain.b, further.b], axis=-2),
+        )
+        return (joined, error) if rank is None else compress(joined, rank)
     if rank is not None:
         return compress(node, rank)
     plain = plain_pair(node)

@@ -24,7 +24,8 @@ test: $(READY)
 # Other libraries, in two environments of their own; CI runs none of these.
 OTHERS := build/integration
 PEFT   := 'torch==2.13.0' 'peft==0.21.2' 'transformers==5.12.1' 'safetensors==0.8.0'
-JAXEN  := 'qwix==0.1.8' 'google-tunix==0.1.7' 'keras==3.15.1' 'equinox==0.13.8' 'quax==0.4.6'
+JAXEN  := 'qwix==0.1.8' 'google-tunix==0.1.7' 'keras==3.15.1' 'equinox==0.13.8' 'quax==0.4.6' \
+	'safetensors==0.8.0'
 
 integration: $(OTHERS)/peft/.ready $(OTHERS)/jax/.ready
 	$(OTHERS)/peft/bin/python -m pytest tests/integration/test_torch_peft.py

@@ -11,7 +11,7 @@ import pytest
 from flax import linen, nnx
 
 from lowrank_optax import LoRAPair, frame, nn
-from lowrank_optax.adapters import load_peft, plain_pair, read_peft, save_peft
+from lowrank_optax.adapters import load_peft, name_maps, plain_pair, read_peft, save_peft
 from lowrank_optax.adapters.peft_config import PeftConfig
 from lowrank_optax.adapters.peft_file import CONFIG, WEIGHTS
 from tests.test_claims_sds_lora import SCALE
@@ -103,6 +103,18 @@ def test_stacked_layers_have_a_name_each(tmp_path):
     np.testing.assert_array_equal(back["q"].b, stacked.b)
     with pytest.raises(ValueError, match=r"q: has 1 batch axes \(3,\), so its name needs as many"):
         save_peft(tmp_path / "other", {"q": stacked}, scale=1.0)
+
+
+def test_names_with_wildcards(tmp_path):
+    tree = {"layers": [{"attn": {"q_proj": {"w": pair(i)}}} for i in range(12)]}
+    names = name_maps.TUNIX_LLAMA3
+    save_peft(tmp_path / "out", tree, scale=1.0, names=names)
+    found = read_peft(tmp_path / "out")
+    np.testing.assert_array_equal(found.pairs["model.layers.11.self_attn.q_proj"].a, pair(11).a)
+    back = load_peft(tmp_path / "out", jax.tree.map(jnp.zeros_like, tree), scale=1.0, names=names)
+    jax.tree.map(np.testing.assert_array_equal, back, tree)
+    with pytest.raises(ValueError, match=r"`names` has no name for 'x/q'; it names layers/\*"):
+        save_peft(tmp_path / "new", {"x": {"q": pair()}}, scale=1.0, names=names)
 
 
 def test_a_linen_collection_goes_out_and_comes_back(tmp_path):

@@ -1,5 +1,6 @@
 """Adapters outside training: as ordinary pairs, and as files that Hugging Face PEFT reads."""
 
+from lowrank_optax.adapters import name_maps
 from lowrank_optax.adapters.pairs import combine, compress, plain_pair
 from lowrank_optax.adapters.peft import load_peft, save_peft
 from lowrank_optax.adapters.peft_config import PeftConfig
@@ -13,6 +14,7 @@ __all__ = [
     "combine",
     "compress",
     "load_peft",
+    "name_maps",
     "open_peft",
     "plain_pair",
     "principal_angles",

@@ -15,13 +15,17 @@ from lowrank_optax._core.names import join_keys
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.pairing import Pairing, find_pairs
 from lowrank_optax._core.scales import scales
+from lowrank_optax.adapters.name_maps import mapped
 from lowrank_optax.adapters.pairs import compress, plain_pair
 from lowrank_optax.adapters.peft_config import PeftConfig
 from lowrank_optax.adapters.peft_file import PeftAdapter, read_peft, write_peft
 from lowrank_optax.nn.nnx_surgery import lora_layers
 
 Names = Mapping[str, str] | Callable[[str], str] | None
-"""PEFT's module name of a pair's path; for stacked layers with `{}` for the index of each."""
+"""PEFT's module name of a pair's path; for stacked layers with `{}` for the index of each.
+
+A mapping may have wildcards: `{"layers/*/attn/q_proj/w": "model.layers.*.self_attn.q_proj"}`.
+"""
 
 # A framed pair at the end of its run has rank r up to rounding: then r is enough.
 _EXACT = 1e-6
@@ -47,9 +51,10 @@ def save_peft(
         folder: where; it must not exist. Both files are written, or none.
         source: an NNX model with LoRA layers, or a tree of parameters with pairs, such as the
             `'lora'` collection of a Linen model.
-        names: from a pair's path to its module name in the base model, as
-            `"model.layers.{}.self_attn.q_proj"` with `{}` for each of the layers that are stacked
-            in one pair. By default the path with dots.
+        names: from a pair's path to its module name in the base model: a function, or a mapping,
+            perhaps with wildcards, such as those of `adapters.name_maps`. For layers that are
+            stacked in one pair `"model.layers.{}.self_attn.q_proj"`, with `{}` for the index. By
+            default the path with dots.
         scale: of a tree, the forward scales: a number, a callable from a path, or numbers by path.
             An NNX model knows its own.
         specs: of a tree, the layouts of its pairs.
@@ -187,9 +192,7 @@ def _entries(source: Any, specs: Sequence[PairMatcher] | None, scale: Any) -> It
 def _modules(path: str, batch: tuple[int, ...], names: Names) -> list[tuple[str, tuple[int, ...]]]:
     """The module names of a pair, with the index of each in the stack."""
     if isinstance(names, Mapping):
-        if path not in names:
-            raise ValueError(f"`names` has no name for {path!r}; it names {', '.join(names)}")
-        name = names[path]
+        name = mapped(names, path)
     else:
         name = path.replace("/", ".") if names is None else names(path)
     if name.count("{}") != len(batch):

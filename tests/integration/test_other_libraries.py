@@ -16,7 +16,7 @@ import optax
 import pytest
 from flax import linen, nnx
 
-from lowrank_optax import describe, find_pairs, polora, scales_from, specs
+from lowrank_optax import adapters, describe, find_pairs, polora, scales_from, specs
 
 os.environ["KERAS_BACKEND"] = "jax"
 WHY = "needs this library: `make integration` installs it in an environment of its own"
@@ -227,7 +227,7 @@ def test_quax_on_an_equinox_model():
     assert_trains(loss, factors, 1.0)
 
 
-def test_tunix_llama_attention():
+def test_tunix_llama_attention(tmp_path):
     """The tiny Llama 3 of tunix, all of whose projections are einsums."""
     qwix = library("qwix")
     llama = pytest.importorskip("tunix.models.llama3.model", reason=WHY)
@@ -269,3 +269,10 @@ def test_tunix_llama_attention():
     assert widths["o_proj"] == (32, 16)
     assert widths["k_proj"] == widths["v_proj"] == (16, 16)
     assert_trains(loss, factors, ALPHA / RANK, to=0.98)
+    scale, names = ALPHA / RANK, adapters.name_maps.TUNIX_LLAMA3
+    adapters.save_peft(tmp_path / "out", factors, scale=scale, names=names)
+    found = adapters.read_peft(tmp_path / "out").pairs
+    assert {name.split(".")[-1] for name in found} == set(widths)
+    assert {name.split(".")[2] for name in found} == {"0", "1"}
+    loaded = adapters.load_peft(tmp_path / "out", factors, scale=scale, names=names)
+    jax.tree.map(np.testing.assert_array_equal, loaded, factors)

@@ -141,11 +141,10 @@ def polora(
         x = pairs.each(lambda x, m: both(mix, x, m), x, polar)  # msign
         x = pairs.each(whitened, x, whitener, roots)
 
-        grams = pairs.each(lambda *factors: [both(gram, pair) for pair in factors], x, params)
-        norms = pairs.together(spectral_norm, grams)
+        lengths = pairs.together(spectral_norm, pairs.each(lambda x: both(gram, x), x))
+        norms = pairs.together(spectral_norm, pairs.each(lambda pair: both(gram, pair), params))
 
-        def direction(x: LoRAPair, spectral: list[LoRAPair], scale: Any) -> LoRAPair:
-            lengths, norms = spectral
+        def direction(x: LoRAPair, lengths: LoRAPair, norms: LoRAPair, scale: Any) -> LoRAPair:
             rho = _RADII[radius](norms.a + norms.b, pairs.rate / scale)
             unit = lambda side, x, length: x * _ratio(rho, pairs.rate * length)[..., None, None]
             return both(unit, x, lengths)
@@ -154,7 +153,7 @@ def polora(
             squares = g * times_root(side, times_root(side, g, root), root)
             return b2 * d + (1 - b2) * jnp.mean(squares, axis=_RANK_AXIS[side])
 
-        directions = pairs.each(direction, x, norms, pairs.scales)
+        directions = pairs.each(direction, x, lengths, norms, pairs.scales)
         curves = lambda d, g, root: both(curve, d, g, swap(root))
         curvature = pairs.each(curves, state.curvature, grads, roots)
         return pairs.descend(directions, params), PoLoRAState(mu, curvature)

@@ -7,8 +7,8 @@ residual layers and a new classifier on the classes 5-9, for 200 steps of 32 ima
 are chosen on 1,000 training images that were split off, 2,000 test images are only reported.
 
 Cost: `papers` as the study `cifar`, and 600 steps of pretraining: 41 minutes with --jobs 2; `peers`
-an hour beside other work, `rank-32` half an hour, two methods left out. Expect PoLoRA ahead of LoRA+, and LoRA+ ahead
-of AdamW: docs/results/cifar-transfer.md.
+an hour beside other work, `rank-32` half an hour, two methods left out. Expect PoLoRA ahead of
+LoRA+, and LoRA+ ahead of AdamW: docs/results/cifar-transfer.md.
 """
 
 from experiments.peers import peers

@@ -5,10 +5,7 @@ in the adapters, as `nn.gradient_triplets` takes it, and once in the kernels, an
 program for its memory. No number is ever computed.
 """
 
-import json
 import pathlib
-import shlex
-import sys
 from typing import Annotated, Any
 
 import jax
@@ -17,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import environment
+from benchmarks.timing import write_record
 from lowrank_optax import LoRAPair, nn
 
 
@@ -76,14 +73,7 @@ def main(
         )
     console.print(table)
     if out is not None:
-        record = {
-            "command": f"python -m benchmarks.gradient_start {shlex.join(sys.argv[1:])}",
-            **environment(),
-            "rows": rows,
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=2) + "\n")
-        console.print(f"written to {out}")
+        write_record(out, "gradient_start", console, rows=rows)
 
 
 if __name__ == "__main__":

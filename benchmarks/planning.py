@@ -11,12 +11,9 @@ mesh axis "model" as Megatron does and over "data" besides (FSDP); each "data" s
 sequence. Factors, shadows, frames and the optimizer's state follow.
 """
 
-import json
 import math
 import multiprocessing
 import pathlib
-import shlex
-import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -30,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import environment
+from benchmarks.timing import write_record
 from lowrank_optax import LoRAPair, altlora_plus, frame, nn, oplora, sds_lora, shadow, sharding
 from tests import collectives
 
@@ -256,14 +253,7 @@ def main(
                 )
     console.print(table)
     if out is not None:
-        record = {
-            "command": f"python -m benchmarks.planning {shlex.join(sys.argv[1:])}",
-            **environment(),
-            **{"rank": rank, "length": length, "rows": rows},
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=2) + "\n")
-        console.print(f"written to {out}")
+        write_record(out, "planning", console, rank=rank, length=length, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """What the benchmarks share: compiled steps, timed in turn, and a description of the machine."""
 
+import json
+import pathlib
 import platform
+import shlex
 import statistics
+import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -57,6 +61,15 @@ def compare(runner: Runner, base: Runner) -> dict[str, float]:
         "compile_ratio": runner.compile_s / base.compile_s,
         "trace_s": runner.trace_s,
     }
+
+
+def write_record(out: pathlib.Path, benchmark: str, console: Console, **content: Any) -> None:
+    """Writes what a benchmark found as JSON, with its command and where it ran."""
+    command = f"python -m benchmarks.{benchmark} {shlex.join(sys.argv[1:])}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    record = {"command": command, **environment(), **content}
+    out.write_text(json.dumps(record, indent=2) + "\n")
+    console.print(f"written to {out}")
 
 
 def environment() -> dict[str, Any]:

@@ -14,10 +14,7 @@ is checked before anything is measured:
 """
 
 import functools
-import json
 import pathlib
-import shlex
-import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -30,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.timing import WARM_UP, Runner, compare, environment, time_in_turn
+from benchmarks.timing import WARM_UP, Runner, compare, time_in_turn, write_record
 from lowrank_optax import (
     LoRAPair,
     ShadowedPair,
@@ -356,15 +353,14 @@ def main(
             )
         console.print(table)
     if out is not None:
-        record = {
-            "command": f"python -m benchmarks.train_step {shlex.join(sys.argv[1:])}",
-            **environment(),
-            **{"layers": layers, "width": width, "tokens": tokens, "rank": rank, "dtype": dtype},
-            "rows": rows,
+        settings = {
+            "layers": layers,
+            "width": width,
+            "tokens": tokens,
+            "rank": rank,
+            "dtype": dtype,
         }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=2) + "\n")
-        console.print(f"written to {out}")
+        write_record(out, "train_step", console, **settings, rows=rows)
 
 
 if __name__ == "__main__":

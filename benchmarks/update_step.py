@@ -6,10 +6,7 @@ methods are timed in turn, so that drift of the machine's speed falls on all ali
 compares medians. ``--width 1`` is the full size, for an accelerator.
 """
 
-import json
 import pathlib
-import shlex
-import sys
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -22,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.timing import Runner, compare, environment, time_in_turn
+from benchmarks.timing import Runner, compare, time_in_turn, write_record
 from lowrank_optax import (
     LoRAPair,
     altlora,
@@ -187,15 +184,7 @@ def main(
                 )
     console.print(table)
     if out is not None:
-        record = {
-            "command": f"python -m benchmarks.update_step {shlex.join(sys.argv[1:])}",
-            **environment(),
-            "width": width,
-            "rows": rows,
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=2) + "\n")
-        console.print(f"written to {out}")
+        write_record(out, "update_step", console, width=width, rows=rows)
 
 
 if __name__ == "__main__":

@@ -66,7 +66,8 @@ def spectral_norm(matrix: jax.Array) -> jax.Array:
     $$\lambda_{\max} = \lim_{P \to \infty} \operatorname{tr} M^{P+1} / \operatorname{tr} M^P$$
 
     M is squared until its power P is beyond the precision, which leaves a relative error of at most
-    r / (2 e P) in the norm. That is 2 to 3 times as fast as eigh on a CPU at r = 16 and 64.
+    r / (2 e P) in the norm. On a CPU that is 2 to 3 times as fast as eigh at r = 16 and 64, and
+    slower at r = 4, where both are cheap.
 
     Args:
         matrix: M, (n, r, r), symmetric positive semi-definite, float32 or float64.

@@ -1,8 +1,4 @@
-"""Hugging Face PEFT reads what this library writes, and the other way round.
-
-It needs `peft`, `torch` and `transformers`: `make integration` runs it in an environment of its
-own.
-"""
+"""Hugging Face PEFT reads what this library writes, and the other way round."""
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +8,12 @@ import pytest
 from lowrank_optax import LoRAPair
 from lowrank_optax.adapters import read_peft, save_peft
 
-WHY = "needs PEFT and torch: `make integration` installs them in an environment of its own"
+WHY = "`make integration` has an environment with it"
 peft = pytest.importorskip("peft", reason=WHY)
 torch = pytest.importorskip("torch", reason=WHY)
 transformers = pytest.importorskip("transformers", reason=WHY)
+
+pytestmark = pytest.mark.libraries("peft", "torch", "transformers")
 
 TOKENS = torch.tensor([[3, 1, 4, 1, 5, 9, 2, 6]])
 SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}

@@ -50,7 +50,7 @@ def _look_at(
     # Shadows are neither asked for nor minded.
     pair: Any = grads.pair
     start: Any = before.pair
-    full = grads.base.kernel[...]
+    full = grads.kernel[...]
     moved = nn.lora_delta(after.pair, after.scale) - nn.lora_delta(before.pair, before.scale)
     return {
         "rank_a": diagnostics.effective_rank(pair.a),

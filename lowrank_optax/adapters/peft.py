@@ -19,6 +19,7 @@ from lowrank_optax.adapters.name_maps import mapped
 from lowrank_optax.adapters.pairs import compress, plain_pair
 from lowrank_optax.adapters.peft_config import PeftConfig
 from lowrank_optax.adapters.peft_file import PeftAdapter, read_peft, write_peft
+from lowrank_optax.nn.flax_nnx import kernel_name, kernel_of
 from lowrank_optax.nn.nnx_surgery import lora_layers
 
 Names = Mapping[str, str] | Callable[[str], str] | None
@@ -211,11 +212,12 @@ def _change(model: Any, original: nnx.Module, path: str) -> jax.Array:
     layer = lora_layers(model)[path]
     modules = {join_keys(keys): module for keys, module in nnx.iter_graph(original)}
     before: Any = modules.get(path)
-    kernel = getattr(getattr(before, "base", before), "kernel", None)
-    if kernel is None or kernel.shape != layer.base.kernel.shape:
+    base = getattr(before, "base", before)
+    kernel = None if kernel_name(base) is None else kernel_of(base)
+    if kernel is None or kernel.shape != layer.kernel.shape:
         raise ValueError(f"{path}: `original` has no such layer with a kernel of this shape")
     wide = lambda x: layer.axes.to_matrix(x[...].astype(compute_dtype(x[...])))
-    return wide(layer.base.kernel) - wide(kernel)
+    return wide(layer.kernel) - wide(kernel)
 
 
 def _written_pair(

@@ -31,7 +31,7 @@ from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.functional import lora_apply
 
-LinenLayer = nn.Dense | nn.DenseGeneral | nn.Einsum
+_FlaxLayer = nn.Dense | nn.DenseGeneral | nn.Einsum
 
 COLLECTION = "lora"
 _DEFAULT_CONFIG = LoRAConfig(rank=8)
@@ -43,10 +43,12 @@ class LinenAdapter(NamedTuple):
     Attributes:
         axes: the roles of the base kernel's axes.
         scale: the forward scale s.
+        kernel: name of the base kernel among the layer's parameters.
     """
 
     axes: KernelAxes
     scale: float
+    kernel: str = "kernel"
 
 
 class LoRADense(nn.Dense):
@@ -173,7 +175,7 @@ LoRAModule = LoRADense | LoRADenseGeneral | LoRAEinsumDense
 
 
 def adapter_output(
-    layer: LinenLayer,
+    layer: nn.Module,
     config: LoRAConfig,
     contraction: Contraction,
     inputs: jax.Array,
@@ -200,9 +202,7 @@ def adapter_output(
     path = "/".join(layer.path) or type(layer).__name__
     require_config(config)
     require_array(y, path)
-    if not layer.has_variable("params", "kernel"):
-        raise ValueError(f"{path}: has no parameter 'kernel' of its own, which LoRA adapts")
-    kernel_shape = nn.meta.unbox(layer.get_variable("params", "kernel")).shape
+    kernel_shape = nn.meta.unbox(layer.get_variable("params", kernel_name(layer))).shape
     pair = _factors(layer, config, *contraction.kernel_axes.sizes(kernel_shape))
     x = inputs.astype(y.dtype)
     if config.dropout and not deterministic:
@@ -215,9 +215,45 @@ def adapter_output(
     return meshes.reshard_like(contraction.unflatten_output(flat, inputs.shape, kernel_shape), y)
 
 
-def layer_contraction(
-    layer: LinenLayer, inputs: jax.Array, einsum_str: str | None = None
-) -> Contraction:
+def is_adaptable(module: nn.Module) -> bool:
+    """Says whether LoRA can adapt a module: a linear layer of Flax, or one with an `einsum_str`.
+
+    Example:
+        >>> is_adaptable(nn.Dense(3)), is_adaptable(nn.LayerNorm())
+        (True, False)
+    """
+    return isinstance(module, _FlaxLayer) or isinstance(getattr(module, "einsum_str", None), str)
+
+
+def kernel_name(layer: Any) -> str:
+    """Names the parameter of a bound layer that is its kernel.
+
+    Args:
+        layer: one that `is_adaptable`, after its own parameters exist.
+
+    Returns:
+        `"kernel"` of Flax's linear layers; of others the one parameter that has as many axes as the
+        kernel in `einsum_str`.
+
+    Raises:
+        ValueError: it has none, or several.
+    """
+    params = nn.meta.unbox(layer.variables.get("params", {}))
+    if isinstance(layer, _FlaxLayer):
+        names = ["kernel"] if "kernel" in params else []
+    else:
+        axes = len(Contraction.from_einsum(layer.einsum_str).kernel)
+        names = [name for name, x in params.items() if jnp.ndim(x) == axes]
+    if len(names) != 1:
+        path = "/".join(layer.path) or type(layer).__name__
+        raise ValueError(
+            f"{path}: LoRA adapts one kernel, but of its parameters ({', '.join(params) or 'none'})"
+            f" {len(names)} can be that; leave it out of the targets"
+        )
+    return names[0]
+
+
+def layer_contraction(layer: Any, inputs: jax.Array, einsum_str: str | None = None) -> Contraction:
     """Describes how a layer contracts its kernel with an input.
 
     Args:
@@ -244,7 +280,7 @@ def layer_contraction(
 
 
 def _factors(
-    layer: LinenLayer, config: LoRAConfig, batch: tuple[int, ...], n_in: int, n_out: int
+    layer: nn.Module, config: LoRAConfig, batch: tuple[int, ...], n_in: int, n_out: int
 ) -> Any:
     """Reads the node of a layer, creating it first where the collection may be written."""
     path = "/".join(layer.path) or type(layer).__name__
@@ -268,7 +304,7 @@ def _factors(
     return node
 
 
-def _variable(layer: LinenLayer, name: str) -> Any:
+def _variable(layer: nn.Module, name: str) -> Any:
     exists = layer.has_variable(COLLECTION, name)
     return layer.variable(COLLECTION, name).value if exists else None
 

@@ -1,8 +1,9 @@
 """LoRA layers for Flax NNX.
 
-`LoRALayer` wraps an `nnx.Linear`, `nnx.LinearGeneral` or `nnx.Einsum`; `LoRALinear`,
-`LoRALinearGeneral` and `LoRAEinsum` build the layer that they wrap. The base weights stay frozen
-because one trains with respect to `nnx.LoRAParam` only:
+`LoRALayer` wraps an `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, or an einsum layer of another
+library: a module with an attribute `einsum_str` and one kernel. `LoRALinear`, `LoRALinearGeneral`
+and `LoRAEinsum` build the layer that they wrap. The base weights stay frozen because one trains
+with respect to `nnx.LoRAParam` only:
 
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
     grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, batch)
@@ -30,7 +31,7 @@ from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.functional import lora_apply
 
-BaseLayer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
+_FlaxLayer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
 
 
 class LoRALayer(nnx.Module):
@@ -77,13 +78,13 @@ class LoRALayer(nnx.Module):
     lora_b: nnx.LoRAParam
 
     def __init__(
-        self, base: BaseLayer, lora: LoRAConfig, *, rngs: nnx.Rngs, path: str = "LoRALayer"
+        self, base: nnx.Module, lora: LoRAConfig, *, rngs: nnx.Rngs, path: str = "LoRALayer"
     ):
         require_supported(base, path)
         require_config(lora)
         require_rngs(rngs)
         self.axes = _kernel_axes(base)
-        shape = base.kernel.shape
+        shape = kernel_of(base).shape
         batch, n_in, n_out = self.axes.sizes(shape)
         lora.check_rank(n_in, n_out, path)
         pair = lora.init_pair(rngs.params(), batch, n_in, n_out)
@@ -103,6 +104,11 @@ class LoRALayer(nnx.Module):
     def scale(self) -> float:
         """The forward scale s."""
         return self.lora.scale
+
+    @property
+    def kernel(self) -> nnx.Variable[Any]:
+        """The variable that holds the base layer's kernel."""
+        return kernel_of(self.base)
 
     @property
     def pair(self) -> Any:
@@ -148,7 +154,7 @@ class LoRALayer(nnx.Module):
                 self.lora.axis_name,
             ),
             inputs.shape,
-            self.base.kernel.shape,
+            self.kernel.shape,
         )
         return y + meshes.reshard_like(delta, y)
 
@@ -255,7 +261,7 @@ class LoRAEinsum(LoRALayer):
         super().__init__(base, lora, rngs=rngs, path="LoRAEinsum")
 
 
-def require_supported(module: Any, path: str) -> BaseLayer:
+def require_supported(module: Any, path: str) -> nnx.Module:
     """Refuses modules that cannot be given an adapter.
 
     Args:
@@ -266,16 +272,51 @@ def require_supported(module: Any, path: str) -> BaseLayer:
         The module.
 
     Raises:
-        ValueError: if it has an adapter already, or is no Linear, LinearGeneral or Einsum.
+        ValueError: if it has an adapter already, or no kernel that `kernel_name` knows.
     """
     if isinstance(module, LoRALayer | nnx.LoRA | nnx.LoRALinear):
         raise ValueError(f"{path} already has LoRA; remove it first or leave it out of the targets")
-    if not isinstance(module, BaseLayer):
+    if kernel_name(module) is None:
         raise ValueError(
-            f"{path} is a {type(module).__name__}; LoRA adapts nnx.Linear, nnx.LinearGeneral and "
-            "nnx.Einsum: narrow the targets"
+            f"{path} is a {type(module).__name__}; LoRA adapts nnx.Linear, nnx.LinearGeneral,"
+            " nnx.Einsum and modules with an `einsum_str` and one kernel: narrow the targets"
         )
     return module
+
+
+def kernel_name(module: Any) -> str | None:
+    """Names the attribute of a module that holds the kernel to adapt.
+
+    Args:
+        module: any module.
+
+    Returns:
+        `"kernel"` of Flax's linear layers. Of another module with a string `einsum_str` the one
+        parameter that has as many axes as the string's kernel, or more. Else None.
+
+    Example:
+        >>> kernel_name(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
+        'kernel'
+    """
+    if isinstance(module, _FlaxLayer):
+        return "kernel"
+    einsum_str = getattr(module, "einsum_str", None)
+    if not (isinstance(module, nnx.Module) and isinstance(einsum_str, str)):
+        return None
+    axes = len(Contraction.from_einsum(einsum_str).kernel)
+    params = {name: x for name, x in vars(module).items() if isinstance(x, nnx.Param)}
+    large = [name for name, param in params.items() if param.ndim >= axes]
+    return large[0] if len(large) == 1 else None
+
+
+def kernel_of(base: Any) -> nnx.Variable[Any]:
+    """Returns the variable that holds the kernel of a layer; see `kernel_name`.
+
+    Example:
+        >>> kernel_of(nnx.Linear(2, 3, rngs=nnx.Rngs(0))).shape
+        (2, 3)
+    """
+    return getattr(base, kernel_name(base) or "kernel")
 
 
 def require_rngs(rngs: Any) -> nnx.Rngs:
@@ -293,7 +334,7 @@ def require_rngs(rngs: Any) -> nnx.Rngs:
     return rngs
 
 
-def _kernel_axes(base: BaseLayer) -> KernelAxes:
+def _kernel_axes(base: Any) -> KernelAxes:
     if isinstance(base, nnx.Linear):
         return KernelAxes.in_order(0, 1, 1)
     if isinstance(base, nnx.LinearGeneral):
@@ -303,7 +344,7 @@ def _kernel_axes(base: BaseLayer) -> KernelAxes:
     return Contraction.from_einsum(base.einsum_str).kernel_axes
 
 
-def _contraction(base: BaseLayer, ndim: int, einsum_str: str | None) -> Contraction:
+def _contraction(base: Any, ndim: int, einsum_str: str | None) -> Contraction:
     if isinstance(base, nnx.Linear):
         return Contraction.from_dense_general(ndim, (-1,), (), 1)
     if isinstance(base, nnx.LinearGeneral):

@@ -36,9 +36,10 @@ from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.flax_linen import (
     COLLECTION,
     LinenAdapter,
-    LinenLayer,
     LoRAModule,
     adapter_output,
+    is_adaptable,
+    kernel_name,
     layer_contraction,
 )
 from lowrank_optax.nn.functional import merge_kernel
@@ -68,10 +69,11 @@ def lora_interceptor(
 
     Raises:
         TypeError: if `config` is not a `LoRAConfig`.
-        ValueError: if a target is not a `nn.Dense`, `nn.DenseGeneral` or `nn.Einsum` or has
-            LoRA already; if the rank exceeds min(in, out); if the variables hold no adapter for a
-            target, one of another rank, or one for a layer that is no target; at the end of the
-            context, if a target matched nothing while a model was initialized in it.
+        ValueError: if a target is not a `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum` or a module with
+            an `einsum_str` and one kernel, or has LoRA already; if the rank exceeds min(in, out);
+            if the variables hold no adapter for a target, one of another rank, or one for a layer
+            that is no target; at the end of the context, if a target matched nothing while a model
+            was initialized in it.
 
     Example:
         >>> import flax.linen
@@ -99,7 +101,7 @@ def lora_interceptor(
         if context.method_name != "__call__" or module.scope is None:
             return call(*args, **kwargs)
         path = "/".join(module.path)
-        if module.is_initializing() and isinstance(module, LinenLayer):
+        if module.is_initializing() and is_adaptable(module):
             initialized.add(path)
         # A subclass that calls its parent's method is one layer, not two.
         if any(module is outer for outer in running):
@@ -119,7 +121,8 @@ def lora_interceptor(
             running.pop()
         inputs, einsum_str = read_call(context.orig_method, args, kwargs)
         contraction = layer_contraction(layer, inputs, einsum_str)
-        _record(adapters, path, LinenAdapter(contraction.kernel_axes, config.scale))
+        kernel = kernel_name(layer)
+        _record(adapters, path, LinenAdapter(contraction.kernel_axes, config.scale, kernel))
         return y + adapter_output(
             layer, config, contraction, inputs, y, deterministic=deterministic
         )
@@ -150,8 +153,8 @@ def lora_adapters(
         >>> import jax, jax.numpy as jnp
         >>> from lowrank_optax.nn.flax_linen import LoRADense
         >>> model, x = LoRADense(6, lora=LoRAConfig(rank=2)), jnp.ones((1, 4))
-        >>> lora_adapters(model, model.init(jax.random.key(0), x), x)['']
-        LinenAdapter(axes=KernelAxes(batch=(), contracted=(-2,), out=(-1,)), scale=8.0)
+        >>> lora_adapters(model, model.init(jax.random.key(0), x), x)[''].axes
+        KernelAxes(batch=(), contracted=(-2,), out=(-1,))
     """
     adapters: dict[str, LinenAdapter] = {}
 
@@ -235,13 +238,14 @@ def unmerge_lora_variables(
     return _add_deltas(variables, adapters, -1)
 
 
-def _require_supported(module: nn.Module, path: str) -> LinenLayer:
+def _require_supported(module: nn.Module, path: str) -> nn.Module:
     if isinstance(module, LoRAModule):
         raise ValueError(f"{path or 'the model'} already has LoRA; leave it out of the targets")
-    if not isinstance(module, LinenLayer):
+    if not is_adaptable(module):
         raise ValueError(
-            f"{path or 'the model'} is a {type(module).__name__}; LoRA adapts nn.Dense, "
-            "nn.DenseGeneral and nn.Einsum: narrow the targets"
+            f"{path or 'the model'} is a {type(module).__name__}; LoRA adapts nn.Dense,"
+            " nn.DenseGeneral, nn.Einsum and modules with an `einsum_str` and one kernel: narrow"
+            " the targets"
         )
     return module
 
@@ -268,11 +272,11 @@ def _add_deltas(
             )
         leaves = {path[-1]: nn.meta.unbox(x) for path, x in factors.items() if path[:-1] == scope}
         pair = node_of(leaves.get)
-        boxed = params[*scope, "kernel"]
-        axes, scale = adapters[name]
+        axes, scale, kernel_key = adapters[name]
+        boxed = params[*scope, kernel_key]
         try:
             kernel = merge_kernel(nn.meta.unbox(boxed), pair, sign * scale, axes)
         except ValueError as error:
             raise ValueError(f"{name or 'the model'}: {error}") from error
-        params[*scope, "kernel"] = nn.meta.replace_boxed(boxed, kernel)
+        params[*scope, kernel_key] = nn.meta.replace_boxed(boxed, kernel)
     return traverse_util.unflatten_dict(params)

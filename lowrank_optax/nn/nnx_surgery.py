@@ -8,7 +8,7 @@ from flax import nnx
 
 from lowrank_optax._core.names import join_keys
 from lowrank_optax.nn.config import LoRAConfig, require_config
-from lowrank_optax.nn.flax_nnx import BaseLayer, LoRALayer, require_rngs, require_supported
+from lowrank_optax.nn.flax_nnx import LoRALayer, kernel_name, require_rngs, require_supported
 from lowrank_optax.nn.functional import merge_kernel, why_not_mergeable
 from lowrank_optax.nn.targets import TargetMatcher, Targets
 
@@ -48,9 +48,8 @@ def add_lora(
 
     Raises:
         TypeError: if `config` is not a `LoRAConfig`, or `rngs` not `nnx.Rngs`.
-        ValueError: if a target matches nothing, or matches a module that is not an `nnx.Linear`,
-            `nnx.LinearGeneral` or `nnx.Einsum` or has LoRA already; if the rank exceeds
-            min(in, out) of a targeted kernel.
+        ValueError: if a target matches nothing, or matches a module that `LoRALayer` cannot wrap
+            or that has LoRA already; if the rank exceeds min(in, out) of a targeted kernel.
 
     Example:
         >>> from flax import nnx
@@ -68,7 +67,7 @@ def add_lora(
     matcher = TargetMatcher(targets)
     edges = list(_edges(model))
     names = _names(model)
-    matched: dict[int, tuple[str, BaseLayer]] = {}
+    matched: dict[int, tuple[str, nnx.Module]] = {}
     for edge in edges:
         spellings = {edge.path, join_keys([edge.path])}  # keys with dots, as in the model or a name
         if any(matcher(path, edge.module) for path in sorted(spellings)):
@@ -76,7 +75,7 @@ def add_lora(
             adapted = isinstance(edge.parent, LoRALayer | nnx.LoRA)
             layer = require_supported(edge.parent if adapted else edge.module, edge.path)
             matched.setdefault(id(layer), (names[id(layer)], layer))
-    matcher.require_all_used(edge.path for edge in edges if isinstance(edge.module, BaseLayer))
+    matcher.require_all_used(edge.path for edge in edges if kernel_name(edge.module))
     # Every wrapper is built before the first one is installed: an error leaves the model alone.
     wrappers = {
         key: LoRALayer(layer, config, rngs=rngs, path=path)
@@ -117,7 +116,7 @@ def merge_lora(model: nnx.Module) -> list[str]:
     layers = {path: layer for path, layer in lora_layers(model).items() if not layer.merged}
     _refuse_shared_kernels(model, layers)
     for path, layer in layers.items():
-        if reason := why_not_mergeable(layer.base.kernel[...].dtype):
+        if reason := why_not_mergeable(layer.kernel[...].dtype):
             raise ValueError(f"{path or 'the layer'}: {reason}")
     for path, layer in layers.items():
         if type(layer.base).__call__ not in _PLAIN_CALLS:
@@ -333,7 +332,7 @@ def lora_layers(model: nnx.Module) -> dict[str, LoRALayer]:
 
 
 def _add_to_kernel(layer: LoRALayer, sign: int) -> None:
-    kernel = layer.base.kernel
+    kernel = layer.kernel
     kernel[...] = merge_kernel(kernel[...], layer.pair, sign * layer.scale, layer.axes)
     layer.merged = not layer.merged
 
@@ -346,7 +345,7 @@ def _refuse_shared_kernels(model: nnx.Module, layers: dict[str, LoRALayer]) -> N
                 if isinstance(value, nnx.Variable):
                     owners.setdefault(id(value), []).append(join_keys(keys))
     for path, layer in layers.items():
-        holders = owners[id(layer.base.kernel)]
+        holders = owners[id(layer.kernel)]
         if len(holders) > 1:
             raise ValueError(
                 f"{path}: its kernel is shared by {', '.join(holders)}; merging changes them all"

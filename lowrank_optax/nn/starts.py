@@ -252,7 +252,7 @@ def _checked(
 def _require_startable(path: str, layer: LoRALayer, method: str, keep_function: bool) -> None:
     if layer.merged:
         raise ValueError(f"{path}: is merged; call unmerge_lora first")
-    kernel = layer.base.kernel[...]
+    kernel = layer.kernel[...]
     if keep_function and why_not_mergeable(kernel.dtype):
         raise ValueError(
             f"{path}: its kernel of {kernel.dtype} cannot be corrected for the start; give"
@@ -307,5 +307,5 @@ def _start(
         variable = getattr(layer, name)
         variable[...] = value.astype(variable[...].dtype)
     if keep_function:
-        kernel = layer.base.kernel
+        kernel = layer.kernel
         kernel[...] = merge_kernel(kernel[...], layer.pair, -layer.scale, layer.axes)

@@ -1,0 +1,139 @@
+"""Einsum layers of other libraries: an `einsum_str` and one kernel are all that LoRA needs."""
+
+from typing import Any
+
+import flax.linen
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from lowrank_optax import nn
+from lowrank_optax.adapters import read_peft, save_peft
+
+CONFIG = nn.LoRAConfig(rank=2, alpha=6.0, b_init=jax.nn.initializers.normal(0.5))
+STRINGS = {  # as of attention: a projection to heads, back, and keys and values in one kernel
+    "btd,dnh->btnh": (4, 3, 2),
+    "btnh,nhd->btd": (3, 2, 4),
+    "btd,ckdh->cbtkh": (2, 3, 4, 2),
+}
+
+
+class Einsum(nnx.Module):
+    """A layer with names of its own, a bias among them."""
+
+    def __init__(self, einsum_str, shape, rngs):
+        self.einsum_str, self.shape = einsum_str, shape
+        self.w = nnx.Param(jax.random.normal(rngs.params(), shape))
+        self.offset = nnx.Param(jnp.ones(()))
+
+    def __call__(self, x):
+        return jnp.einsum(self.einsum_str, x, self.w[...]) + self.offset[...]
+
+
+class Model(nnx.Module):
+    def __init__(self, einsum_str, shape):
+        self.layer = Einsum(einsum_str, shape, nnx.Rngs(0))
+
+    def __call__(self, x):
+        return self.layer(x)
+
+
+class LinenEinsum(flax.linen.Module):
+    einsum_str: str
+    shape: Any
+
+    @flax.linen.compact
+    def __call__(self, x):
+        w = self.param("w", flax.linen.initializers.normal(), self.shape)
+        return jnp.einsum(self.einsum_str, x, w) + self.param("offset", flax.linen.initializers.ones, ())
+
+
+def input_of(einsum_str, shape):
+    x, kernel = einsum_str.split("->")[0].split(",")
+    sizes = {"b": 2, "t": 5, **dict(zip(kernel, shape, strict=True))}
+    return jax.random.normal(jax.random.key(1), [sizes[label] for label in x])
+
+
+each_string = pytest.mark.parametrize(("einsum_str", "shape"), STRINGS.items())
+
+
+@each_string
+def test_nnx_layers_are_adapted_merged_and_removed(einsum_str, shape):
+    model, x = Model(einsum_str, shape), input_of(einsum_str, shape)
+    plain = model(x)
+    assert nn.add_lora(model, "layer", CONFIG, rngs=nnx.Rngs(2)) == ["layer"]
+    layer: Any = model.layer
+    delta = layer.axes.from_matrix(nn.lora_delta(layer.pair, layer.scale), shape)
+    adapted = model(x)
+    np.testing.assert_allclose(adapted, plain + jnp.einsum(einsum_str, x, delta), rtol=1e-4)
+    with pytest.warns(UserWarning, match="Einsum has its own __call__"):
+        assert nn.merge_lora(model) == ["layer"]
+    np.testing.assert_allclose(model(x), adapted, rtol=1e-4, atol=1e-5)
+    nn.unmerge_lora(model)
+    assert nn.remove_lora(model) == ["layer"]
+    np.testing.assert_allclose(model(x), plain, rtol=1e-4, atol=1e-5)
+
+
+@each_string
+def test_linen_layers_are_adapted_and_merged(einsum_str, shape):
+    model, x = LinenEinsum(einsum_str, shape), input_of(einsum_str, shape)
+    with nn.lora_interceptor(".*", CONFIG) as adapters:
+        adapted, variables = model.init_with_output(jax.random.key(0), x)
+    assert adapters[""].kernel == "w"
+    assert not np.allclose(adapted, model.apply({"params": variables["params"]}, x))
+    merged = nn.merge_lora_variables(variables, adapters)
+    np.testing.assert_allclose(model.apply({"params": merged}, x), adapted, rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_are_those_of_the_kernel_projected():
+    """Of s aᵀ G and s G bᵀ, with G the gradient in the kernel."""
+    einsum_str, shape = "btd,dnh->btnh", (4, 3, 2)
+    model, x = Model(einsum_str, shape), input_of(einsum_str, shape)
+    nn.add_lora(model, "layer", CONFIG, rngs=nnx.Rngs(2))
+    grads: Any = nnx.grad(lambda model: jnp.sum(model(x) ** 3))(model)
+    full, layer = grads["layer"]["base"]["w"][...].reshape(4, 6), model.layer
+    a, b = layer.lora_a[...], layer.lora_b[...]
+    np.testing.assert_allclose(grads["layer"]["lora_a"][...], 3.0 * full @ b.T, rtol=1e-4)
+    np.testing.assert_allclose(grads["layer"]["lora_b"][...], 3.0 * a.T @ full, rtol=1e-4)
+
+
+def test_gradient_starts_and_exports_of_changed_kernels(tmp_path):
+    """What starts and PEFT files ask of a kernel they ask of one by another name too."""
+    model, x = Model("btd,dnh->btnh", (4, 3, 2)), input_of("btd,dnh->btnh", (4, 3, 2))
+    nn.add_lora(model, "layer", CONFIG, rngs=nnx.Rngs(2))
+    original, before = nnx.clone(model), model.layer.base.w[...]
+    loss = lambda model, x: jnp.sum(model(x) ** 2)
+    nn.gradient_start(model, loss, [x], method="lora_one", keep_function=True)
+    changed = model.layer.base.w[...] - before
+    assert jnp.max(jnp.abs(changed)) > 0
+    save_peft(tmp_path / "out", model, original=original)
+    pair = read_peft(tmp_path / "out").pairs["layer"]
+    # The kernel gave up what the pair stands for: together they are nothing.
+    np.testing.assert_allclose(pair.a @ pair.b, np.zeros((4, 6)), atol=1e-5)
+
+
+def test_kernels_that_cannot_be_told_are_refused():
+    class TwoKernels(Einsum):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.other = nnx.Param(self.w[...])
+
+    model = nnx.List([TwoKernels("btd,dnh->btnh", (4, 3, 2), nnx.Rngs(0))])
+    with pytest.raises(ValueError, match="0 is a TwoKernels; LoRA adapts"):
+        nn.add_lora(model, "0", CONFIG, rngs=nnx.Rngs(1))
+
+    class TwoLinenKernels(LinenEinsum):
+        @flax.linen.compact
+        def __call__(self, x):
+            other = self.param("other", flax.linen.initializers.normal(), self.shape)
+            w = self.param("w", flax.linen.initializers.normal(), self.shape)
+            return jnp.einsum(self.einsum_str, x, w + other)
+
+    linen_model = TwoLinenKernels("btd,dnh->btnh", (4, 3, 2))
+    with (
+        pytest.raises(ValueError, match=r"parameters \(other, w\) 2 can be that"),
+        nn.lora_interceptor(".*", CONFIG),
+    ):
+        linen_model.init(jax.random.key(0), jnp.ones((2, 5, 4)))

@@ -169,7 +169,8 @@ _VARIABLE = "lora_{}"
 DEFAULT_SPECS: tuple[PairMatcher, ...] = (
     # Flax, EasyDeL, openpi, this library's modules
     PairSpec("lora_a", "lora_b", auxiliary=_VARIABLE, leading_batch=True),
-    PairSpec("*_lora_a", "*_lora_b"),  # qwix: beside the weight it adapts
+    # qwix: beside the weight they adapt
+    PairSpec("*_lora_a", "*_lora_b", auxiliary="*_" + _VARIABLE),
     PairSpec("lora_a/kernel", "lora_b/kernel"),  # MaxText
     PairSpec("lora_A", "lora_B", **_PEFT_AXES),  # Hugging Face PEFT and its ports
     PairSpec("lora_A/weight", "lora_B/weight", **_PEFT_AXES),

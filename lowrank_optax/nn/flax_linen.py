@@ -29,7 +29,7 @@ from lowrank_optax._core.layouts import node_of, variables_of
 from lowrank_optax.nn.calls import require_array
 from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
-from lowrank_optax.nn.functional import lora_apply
+from lowrank_optax.nn.functional import add_adapter
 
 _FlaxLayer = nn.Dense | nn.DenseGeneral | nn.Einsum
 
@@ -88,7 +88,7 @@ class LoRADense(nn.Dense):
         """
         y = super().__call__(inputs)
         contraction = layer_contraction(self, inputs)
-        return y + adapter_output(
+        return adapted_output(
             self, self.lora, contraction, inputs, y, deterministic=self.deterministic
         )
 
@@ -126,7 +126,7 @@ class LoRADenseGeneral(nn.DenseGeneral):
         """
         y = super().__call__(inputs)
         contraction = layer_contraction(self, inputs)
-        return y + adapter_output(
+        return adapted_output(
             self, self.lora, contraction, inputs, y, deterministic=self.deterministic
         )
 
@@ -166,7 +166,7 @@ class LoRAEinsumDense(nn.Einsum):
         """
         y = super().__call__(inputs, einsum_str)
         contraction = layer_contraction(self, inputs, einsum_str)
-        return y + adapter_output(
+        return adapted_output(
             self, self.lora, contraction, inputs, y, deterministic=self.deterministic
         )
 
@@ -174,7 +174,7 @@ class LoRAEinsumDense(nn.Einsum):
 LoRAModule = LoRADense | LoRADenseGeneral | LoRAEinsumDense
 
 
-def adapter_output(
+def adapted_output(
     layer: nn.Module,
     config: LoRAConfig,
     contraction: Contraction,
@@ -183,7 +183,7 @@ def adapter_output(
     *,
     deterministic: bool = False,
 ) -> jax.Array:
-    """Computes what the adapter of a bound layer adds to the layer's output.
+    """Adds what the adapter of a bound layer makes of its input to the layer's output.
 
     Args:
         layer: the layer, while it is being called, after its own parameters exist.
@@ -194,7 +194,7 @@ def adapter_output(
         deterministic: if True, no dropout.
 
     Returns:
-        The addition, in the shape and dtype of `y`, and sharded like it on an Explicit mesh.
+        The sum, in the shape and dtype of `y`, and sharded like it on an Explicit mesh.
 
     Raises:
         ValueError: if the rank exceeds min(in, out) or the variables hold no adapter.
@@ -209,10 +209,7 @@ def adapter_output(
         keep = jax.random.bernoulli(layer.make_rng("dropout"), 1 - config.dropout, x.shape)
         keep = meshes.reshard_like(keep, x)
         x = jnp.where(keep, x / (1 - config.dropout), jnp.zeros_like(x))
-    flat = lora_apply(
-        contraction.flatten_input(x), pair, config.scale, config.dtype, config.axis_name
-    )
-    return meshes.reshard_like(contraction.unflatten_output(flat, inputs.shape, kernel_shape), y)
+    return add_adapter(y, x, pair, config, contraction, kernel_shape)
 
 
 def is_adaptable(module: nn.Module) -> bool:

@@ -24,12 +24,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from lowrank_optax._core import meshes
 from lowrank_optax._core.layouts import node_of, variables_of
 from lowrank_optax.nn.calls import read_call, require_array
 from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
-from lowrank_optax.nn.functional import lora_apply
+from lowrank_optax.nn.functional import add_adapter
 
 _FlaxLayer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
 
@@ -145,18 +144,7 @@ class LoRALayer(nnx.Module):
         x = inputs.astype(y.dtype)
         if self.dropout is not None:
             x = self.dropout(x)
-        delta = contraction.unflatten_output(
-            lora_apply(
-                contraction.flatten_input(x),
-                self.pair,
-                self.scale,
-                self.lora.dtype,
-                self.lora.axis_name,
-            ),
-            inputs.shape,
-            self.kernel.shape,
-        )
-        return y + meshes.reshard_like(delta, y)
+        return add_adapter(y, x, self.pair, self.lora, contraction, self.kernel.shape)
 
 
 class LoRALinear(LoRALayer):

@@ -1,13 +1,16 @@
 """The one place where an input meets LoRA factors, and the dense update that they stand for."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lowrank_optax._core import meshes
 from lowrank_optax._core.nodes import AxisName
-from lowrank_optax.nn.contraction import KernelAxes
+from lowrank_optax.nn.config import LoRAConfig
+from lowrank_optax.nn.contraction import Contraction, KernelAxes
 
 
 def lora_apply(
@@ -55,6 +58,43 @@ def lora_apply(
         x = x.astype(pair.a.dtype)  # casting the factors to an integer dtype would zero them
     operand = x.dtype if dtype is None else jnp.dtype(dtype)
     return pair.apply(x.astype(operand), scale, axis_name).astype(x.dtype)
+
+
+def add_adapter(
+    y: jax.Array,
+    x: jax.Array,
+    pair: Any,
+    config: LoRAConfig,
+    contraction: Contraction,
+    kernel_shape: Sequence[int],
+) -> jax.Array:
+    """Adds what an adapter makes of a layer's input to the layer's output.
+
+    Args:
+        y: the layer's output.
+        x: its input, after the adapter's dropout.
+        pair: the flat factors.
+        config: the adapter's settings.
+        contraction: how the layer contracts its kernel with the input.
+        kernel_shape: shape of the kernel.
+
+    Returns:
+        The sum, in the shape and dtype of `y`, and sharded like it on an Explicit mesh.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lowrank_optax import LoRAPair
+        >>> pair = LoRAPair(jnp.ones((3, 1)), jnp.ones((1, 4)))
+        >>> by_heads = Contraction.from_einsum("td,dnh->tnh")
+        >>> x, y, config = jnp.ones((5, 3)), jnp.zeros((5, 2, 2)), LoRAConfig(rank=1, alpha=2.0)
+        >>> add_adapter(y, x, pair, config, by_heads, (3, 2, 2))[0]
+        Array([[6., 6.],
+               [6., 6.]], dtype=float32)
+    """
+    flat = contraction.flatten_input(x.astype(y.dtype))
+    flat = lora_apply(flat, pair, config.scale, config.dtype, config.axis_name)
+    delta = contraction.unflatten_output(flat, x.shape, kernel_shape)
+    return y + meshes.reshard_like(delta, y)
 
 
 def lora_delta(pair: Any, scale: float = 1.0) -> jax.Array:

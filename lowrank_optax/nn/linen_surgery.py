@@ -37,7 +37,7 @@ from lowrank_optax.nn.flax_linen import (
     COLLECTION,
     LinenAdapter,
     LoRAModule,
-    adapter_output,
+    adapted_output,
     is_adaptable,
     kernel_name,
     layer_contraction,
@@ -123,9 +123,7 @@ def lora_interceptor(
         contraction = layer_contraction(layer, inputs, einsum_str)
         kernel = kernel_name(layer)
         _record(adapters, path, LinenAdapter(contraction.kernel_axes, config.scale, kernel))
-        return y + adapter_output(
-            layer, config, contraction, inputs, y, deterministic=deterministic
-        )
+        return adapted_output(layer, config, contraction, inputs, y, deterministic=deterministic)
 
     with nn.intercept_methods(intercept):
         yield adapters

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import optax
 
-from lowrank_optax import find_pairs, polora
+from lowrank_optax import altlora, find_pairs, polora
 
 RANK, ALPHA = 4, 6.0
 
@@ -25,7 +25,9 @@ def randomized(tree):
 
 
 def assert_read_rightly(factors, grads, weight_grads, scale):
-    """Compares the gradients of all pairs with those of the weights they adapt.
+    """Compares the gradients of all pairs, and a first step, with those of the weights they adapt.
+
+    AltLoRA's step is -η/s G b⁺ for a and -η/s a⁺ G for b, here in NumPy.
 
     Args:
         factors: a tree with the pairs.
@@ -41,11 +43,20 @@ def assert_read_rightly(factors, grads, weight_grads, scale):
         )
         np.testing.assert_allclose(grad.a, scale * full @ pair.b.T, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(grad.b, scale * pair.a.T @ full, rtol=1e-3, atol=1e-4)
+    tx = altlora(scale, b1=0.0, scale=scale)
+    updates, _ = tx.update(grads, tx.init(factors), factors)
+    for at, pair, update in zip(found.pairs, found.take(factors), found.take(updates), strict=True):
+        full = np.asarray(weight_grads(at.path), np.float64).reshape(
+            pair.a.shape[-2], pair.b.shape[-1]
+        )
+        inverse = {side: np.linalg.pinv(getattr(pair, side)) for side in ("a", "b")}
+        for ours, dense in ((update.a, -full @ inverse["b"]), (update.b, -inverse["a"] @ full)):
+            assert np.linalg.norm(ours - dense) < 1e-3 * np.linalg.norm(dense)
 
 
-def assert_trains(loss, factors, scale, steps=30, to=0.9):
-    """PoLoRA lowers the loss to this part of it, in one trace."""
-    tx, traces = polora(0.1, scale=scale), []
+def assert_trains(loss, factors, scale, steps=30, to=0.9, tx=None):
+    """PoLoRA, or another transformation, lowers the loss to this part of it, in one trace."""
+    tx, traces = tx or polora(0.1, scale=scale), []
     state = tx.init(factors)
 
     @jax.jit

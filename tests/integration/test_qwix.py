@@ -1,11 +1,24 @@
 """qwix, on NNX and Linen."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen, nnx
 
-from lowrank_optax import find_pairs, specs
+from lowrank_optax import (
+    altlora_plus,
+    describe,
+    find_pairs,
+    integrations,
+    nn,
+    oplora,
+    polora,
+    sds_lora,
+    specs,
+)
 from tests.integration.checks import (
     ALPHA,
     RANK,
@@ -105,3 +118,125 @@ def test_qwix_linen_dense():
     of = lambda path: by_weights[path.split("/")[0]]["kernel"]
     assert_read_rightly(factors, by_factors, of, ALPHA / RANK)
     assert_trains(lambda factors: loss(factors, weights), factors, ALPHA / RANK)
+
+
+EXTRAS = {"plain": None, "shadows": nn.Shadows(), "frames": nn.Frames(warmup=False)}
+
+
+def with_our_provider(extra, **rule):
+    config = nn.LoRAConfig(RANK, alpha=ALPHA, extra=extra)
+    provider = integrations.qwix.LoRAProvider([integrations.qwix.LoRARule(config=config, **rule)])
+    import qwix
+
+    model = qwix.apply_lora_to_model(Attention(nnx.Rngs(0)), provider, X, rngs=nnx.Rngs(1))
+    return model, provider
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_our_provider_for_qwix_is_our_layers(extra):
+    """Our provider for qwix: plain pairs, shadows and frames, as those of this library's layers."""
+    model, _ = with_our_provider(EXTRAS[extra])
+    ours = Attention(nnx.Rngs(0))
+    nn.add_lora(ours, ".*", nn.LoRAConfig(RANK, alpha=ALPHA, extra=EXTRAS[extra]), rngs=nnx.Rngs(1))
+    for path in ("dense", "query", "out"):
+        layer, theirs = getattr(ours, path), getattr(model, path)
+        for name, variable in nnx.to_pure_dict(nnx.state(layer, nnx.LoRAParam)).items():
+            value = normal(len(name), *variable.shape) / 4
+            getattr(layer, name)[...] = value
+            getattr(theirs, f"kernel_{name}")[...] = value
+
+    def loss(model):
+        return jnp.sum(model(X) ** 2)
+
+    wanted: dict = nnx.to_pure_dict(nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(ours))
+    found: dict = nnx.to_pure_dict(nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model))
+    np.testing.assert_allclose(model(X), ours(X), rtol=1e-4, atol=1e-4)
+    assert set(wanted) == set(found)
+    for path, leaves in wanted.items():
+        assert {f"kernel_{name}" for name in leaves} == set(found[path])
+        for name, leaf in leaves.items():
+            size = 1e-4 * np.abs(leaf).max() + 1e-6
+            np.testing.assert_allclose(found[path][f"kernel_{name}"], leaf, atol=size)
+
+
+METHODS = {
+    "polora": (polora, None, 0.1),
+    "altlora_plus": (altlora_plus, None, 0.03),
+    "oplora": (oplora, nn.Shadows(), 0.3),
+    "sds_lora": (
+        functools.partial(sds_lora, total_steps=40, warmup_steps=0),
+        nn.Frames(warmup=False),
+        0.03,
+    ),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("quantized", [False, True])
+def test_our_provider_for_qwix_trains(method, quantized):
+    """Our provider for qwix: training by four methods, on float32 and on int8 weights."""
+    make, extra, rate = METHODS[method]
+    rule = {"weight_qtype": "int8"} if quantized else {}
+    model, provider = with_our_provider(extra, **rule)
+    graph, factors, rest = nnx.split(model, nnx.LoRAParam, ...)
+    target = normal(5, *X.shape)
+    loss = lambda factors: jnp.mean((nnx.merge(graph, factors, rest)(X) - target) ** 2)
+    scale = integrations.qwix.scales_of(provider)
+    summary = describe(factors, scale=scale)
+    own = nn.LoRAConfig(RANK, alpha=ALPHA, extra=extra).scale
+    assert {row.path: row.scale for row in summary.rows} == dict.fromkeys(
+        ("dense/kernel", "query/kernel", "out/kernel"), own
+    )
+    assert not summary.fallback
+    assert_trains(loss, factors, scale, tx=make(rate, scale=scale))
+
+
+def test_our_provider_for_qwix_on_linen():
+    """Our provider for qwix on Linen: shadows beside the factors, in the collection `params`."""
+    import qwix
+
+    config = nn.LoRAConfig(RANK, alpha=ALPHA, extra=nn.Shadows())
+    rules = [
+        qwix.QuantizationRule(module_path="down"),
+        integrations.qwix.LoRARule(config=config),
+    ]
+    provider = integrations.qwix.LoRAProvider(rules)
+
+    class Model(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return linen.Dense(16, name="down")(jnp.tanh(linen.Dense(12, name="up")(x)))
+
+    model = qwix.apply_lora_to_model(Model(), provider)
+    params = model.init(jax.random.key(0), X)["params"]
+    factors = {"up": {name: x for name, x in params["up"].items() if "lora" in name}}
+    others = {"up": {name: x for name, x in params["up"].items() if "lora" not in name}}
+    [pair] = find_pairs(factors).take(factors)
+    assert type(pair).__name__ == "ShadowedPair"
+    assert set(params["down"]) == {"kernel", "bias"}  # the first rule that fits has no adapter
+
+    def loss(factors):
+        both = {"up": {**others["up"], **factors["up"]}, "down": params["down"]}
+        return jnp.mean((model.apply({"params": both}, X) - normal(5, *X.shape)) ** 2)
+
+    scale = integrations.qwix.scales_of(provider)
+    assert_trains(loss, factors, scale, tx=oplora(0.3, scale=scale), to=0.98)
+
+
+def test_mistakes_with_our_provider_for_qwix():
+    """Our provider for qwix: a rank that is too large, scales of another provider."""
+    import qwix
+
+    config = nn.LoRAConfig(rank=17)
+    provider = integrations.qwix.LoRAProvider([integrations.qwix.LoRARule(config=config)])
+    with pytest.raises(ValueError, match="dense/kernel: rank 17 exceeds min"):
+        qwix.apply_lora_to_model(Attention(nnx.Rngs(0)), provider, X, rngs=nnx.Rngs(1))
+    with pytest.raises(TypeError, match="settings of adapters are a LoRAConfig"):
+        integrations.qwix.LoRARule(config=8)
+    with pytest.raises(TypeError, match="takes a LoRAProvider"):
+        integrations.qwix.scales_of(qwix.PtqProvider([qwix.QuantizationRule()]))
+    only = qwix.LoraProvider(module_path="attn/.*", rank=4, alpha=8.0)
+    scale = integrations.qwix.scales_of(only)
+    assert scale.of("attn/q/w") == 2.0
+    with pytest.raises(ValueError, match="mlp/up/kernel: no rule"):
+        scale.of("mlp/up/kernel")

@@ -47,7 +47,8 @@ class LinenEinsum(flax.linen.Module):
     @flax.linen.compact
     def __call__(self, x):
         w = self.param("w", flax.linen.initializers.normal(), self.shape)
-        return jnp.einsum(self.einsum_str, x, w) + self.param("offset", flax.linen.initializers.ones, ())
+        offset = self.param("offset", flax.linen.initializers.ones, ())
+        return jnp.einsum(self.einsum_str, x, w) + offset
 
 
 def input_of(einsum_str, shape):

@@ -117,6 +117,46 @@ def test_names_with_wildcards(tmp_path):
         save_peft(tmp_path / "new", {"x": {"q": pair()}}, scale=1.0, names=names)
 
 
+@pytest.mark.parametrize("stack", [(), (3,)])
+def test_modules_side_by_side_share_a_and_have_their_part_of_b(tmp_path, stack):
+    """As keys and values of Gemma, whose kernels are one: ΔK of each is its columns of a b."""
+    shape = lambda *of: jax.random.normal(jax.random.key(len(of)), (*stack, *of))
+    kv = LoRAPair(shape(6, 2), shape(2, 8))
+    layer = "{}." if stack else ""
+    names = {"kv": (f"{layer}k", f"{layer}v")}
+    save_peft(tmp_path / "out", {"kv": kv}, scale=1.0, names=names)
+    found = read_peft(tmp_path / "out").pairs
+    last = "2." if stack else ""
+    product = (kv.a @ kv.b)[-1] if stack else kv.a @ kv.b
+    np.testing.assert_allclose(found[f"{last}k"].a @ found[f"{last}k"].b, product[:, :4], rtol=1e-5)
+    np.testing.assert_allclose(found[f"{last}v"].a @ found[f"{last}v"].b, product[:, 4:], rtol=1e-5)
+    zeros = jax.tree.map(jnp.zeros_like, {"kv": kv})
+    back = load_peft(tmp_path / "out", zeros, scale=1.0, names=names)
+    jax.tree.map(np.testing.assert_array_equal, back, {"kv": kv})
+
+
+def test_modules_side_by_side_with_factors_of_their_own_are_refused(tmp_path):
+    two = {"k": pair(0), "v": pair(1)}
+    save_peft(tmp_path / "out", two, scale=1.0)
+    width = 2 * pair(0).b.shape[-1]
+    kv = {"kv": LoRAPair(pair(0).a, jnp.zeros((pair(0).b.shape[0], width)))}
+    with pytest.raises(ValueError, match="kv: its modules share one factor a here, but not in"):
+        load_peft(tmp_path / "out", kv, scale=1.0, names={"kv": ("k", "v")})
+    with pytest.raises(ValueError, match="kv: its 8 outputs have no 3 equal parts, for k, v, w"):
+        save_peft(tmp_path / "new", kv, scale=1.0, names={"kv": ("k", "v", "w")})
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_name_fits_the_pair_and_its_module(tmp_path):
+    """As of qwix, which names the weight, and of `nn.add_lora`, which names the layer."""
+    of = lambda tree, folder: save_peft(
+        tmp_path / folder, {"layers": [tree]}, scale=1.0, names=name_maps.TUNIX_GEMMA
+    )
+    by_qwix = of({"attn": {"q_einsum": {"w": pair()}}}, "qwix")
+    by_surgery = of({"attn": {"q_einsum": pair()}}, "surgery")
+    assert list(by_qwix) == list(by_surgery) == ["model.layers.0.self_attn.q_proj"]
+
+
 def test_a_linen_collection_goes_out_and_comes_back(tmp_path):
     model, config = linen.Dense(4, name="q"), nn.LoRAConfig(rank=2, alpha=8.0)
     with nn.lora_interceptor("", config):

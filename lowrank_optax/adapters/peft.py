@@ -1,12 +1,11 @@
 """PEFT import and export of models and parameter trees."""
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from lowrank_optax._core.layouts import PairMatcher, variables_of
@@ -15,18 +14,12 @@ from lowrank_optax._core.names import join_keys
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.pairing import Pairing, find_pairs
 from lowrank_optax._core.scales import scales
-from lowrank_optax.adapters.name_maps import mapped
+from lowrank_optax.adapters.name_maps import Module, Names, joined, modules_of
 from lowrank_optax.adapters.pairs import compress, plain_pair
 from lowrank_optax.adapters.peft_config import PeftConfig
 from lowrank_optax.adapters.peft_file import PeftAdapter, read_peft, write_peft
 from lowrank_optax.nn.flax_nnx import kernel_name, kernel_of
 from lowrank_optax.nn.nnx_surgery import lora_layers
-
-Names = Mapping[str, str] | Callable[[str], str] | None
-"""PEFT's module name of a pair's path; for stacked layers with `{}` for the index of each.
-
-A mapping may have wildcards: `{"layers/*/attn/q_proj/w": "model.layers.*.self_attn.q_proj"}`.
-"""
 
 # A framed pair at the end of its run has rank r up to rounding: then r is enough.
 _EXACT = 1e-6
@@ -54,8 +47,9 @@ def save_peft(
             `'lora'` collection of a Linen model.
         names: from a pair's path to its module name in the base model: a function, or a mapping,
             perhaps with wildcards, such as those of `adapters.name_maps`. For layers that are
-            stacked in one pair `"model.layers.{}.self_attn.q_proj"`, with `{}` for the index. By
-            default the path with dots.
+            stacked in one pair `"model.layers.{}.self_attn.q_proj"`, with `{}` for the index; for
+            modules whose kernels lie side by side in one a tuple of their names. By default the
+            path with dots.
         scale: of a tree, the forward scales: a number, a callable from a path, or numbers by path.
             An NNX model knows its own.
         specs: of a tree, the layouts of its pairs.
@@ -94,12 +88,13 @@ def save_peft(
     for entry in _entries(source, specs, scale):
         change = None if original is None else _change(source, original, entry.path)
         pair, error = _written_pair(entry, rank, change)
-        for name, index in _modules(entry.path, pair.a.shape[:-2], names):
+        for module in modules_of(entry.path, pair, names):
+            name = module.name
             if name in pairs:
                 raise ValueError(f"{entry.path}: {name!r} is also the name of another pair")
-            one = jax.tree.map(lambda x, index=index: x[index].astype(dtype or x.dtype), pair)
-            pairs[name], found_scales[name] = one, float(entry.scale)
-            errors[name] = float(error[index])
+            pairs[name] = jax.tree.map(lambda x: x.astype(dtype or x.dtype), module.of(pair))
+            found_scales[name] = float(entry.scale)
+            errors[name] = float(error[module.at])
     others = dict(modules_to_save or {})
     config = PeftConfig.of(
         {name: pair.a.shape[-1] for name, pair in pairs.items()},
@@ -150,10 +145,10 @@ def load_peft(
     """
     adapter = read_peft(folder)
     entries = list(_entries(target, specs, scale))
-    modules = [_modules(entry.path, entry.node.a.shape[:-2], names) for entry in entries]
-    wanted = {name for each in modules for name, _ in each}
+    modules = [modules_of(entry.path, entry.node, names) for entry in entries]
+    wanted = {module.name for each in modules for module in each}
     _require_same_names(folder, wanted, set(adapter.pairs))
-    loaded = [_joined(entry, each, adapter) for entry, each in zip(entries, modules, strict=True)]
+    loaded = [_loaded(entry, each, adapter) for entry, each in zip(entries, modules, strict=True)]
     if isinstance(target, nnx.Module):
         layers = lora_layers(target)
         for entry, pair in zip(entries, loaded, strict=True):
@@ -188,21 +183,6 @@ def _entries(source: Any, specs: Sequence[PairMatcher] | None, scale: Any) -> It
         )
     for at, node, value in zip(found.pairs, found.take(source), scales(found, scale), strict=True):
         yield _Entry(at.path, node, value)
-
-
-def _modules(path: str, batch: tuple[int, ...], names: Names) -> list[tuple[str, tuple[int, ...]]]:
-    """The module names of a pair, with the index of each in the stack."""
-    if isinstance(names, Mapping):
-        name = mapped(names, path)
-    else:
-        name = path.replace("/", ".") if names is None else names(path)
-    if name.count("{}") != len(batch):
-        raise ValueError(
-            f"{path}: has {len(batch)} batch axes {batch}, so its name needs as many `{{}}`, got"
-            f" {name!r}; give `names`"
-        )
-    indices = [()] if not batch else list(np.ndindex(*batch))
-    return [(name.format(*index), tuple(index)) for index in indices]
 
 
 def _change(model: Any, original: nnx.Module, path: str) -> jax.Array:
@@ -245,29 +225,26 @@ def _written_pair(
     return plain, jnp.zeros(plain.a.shape[:-2])
 
 
-def _joined(
-    entry: _Entry, modules: Sequence[tuple[str, tuple[int, ...]]], adapter: PeftAdapter
-) -> LoRAPair:
+def _loaded(entry: _Entry, modules: Sequence[Module], adapter: PeftAdapter) -> LoRAPair:
     """The pair of an entry from those of its modules, which must fit."""
-    for name, _ in modules:
+    node = entry.node
+    for module in modules:
+        name, found = module.name, adapter.pairs[module.name]
         theirs, own = adapter.config.scale(name), float(entry.scale)
         if abs(theirs - own) > 1e-6 * own:
             raise ValueError(
                 f"{entry.path}: has the scale {own:g}, but {name} in the file {theirs:g}; make the"
                 " adapter with the file's alpha and rank"
             )
-        for side in SIDES:
-            ours = tuple(getattr(entry.node, side).shape[-2:])
-            shape = tuple(getattr(adapter.pairs[name], side).shape)
-            if ours != shape:
+        for side, x, y in zip(SIDES, module.of(node), found, strict=True):
+            if x.shape != y.shape:
                 raise ValueError(
-                    f"{entry.path}: its factor {side} is {ours}, but that of {name} in the file"
-                    f" {shape}"
+                    f"{entry.path}: its factor {side} is {tuple(x.shape)}, but that of {name} in"
+                    f" the file {tuple(y.shape)}"
                 )
-    batch = entry.node.a.shape[:-2]
-    stack = lambda *xs: jnp.stack(xs).reshape(*batch, *xs[0].shape)
-    pair = jax.tree.map(stack, *(adapter.pairs[name] for name, _ in modules))
-    return jax.tree.map(lambda x, y: x.astype(y.dtype), pair, LoRAPair(entry.node.a, entry.node.b))
+    pairs = [adapter.pairs[module.name] for module in modules]
+    pair = joined(entry.path, pairs, node.a.shape[:-2], modules[0].parts)
+    return jax.tree.map(lambda x, y: x.astype(y.dtype), pair, LoRAPair(node.a, node.b))
 
 
 def _put_into(layer: Any, pair: LoRAPair) -> None:

@@ -1,7 +1,9 @@
 """Settings and fixtures of all tests and doctests."""
 
+import importlib.util
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import jax
 import pytest
@@ -12,6 +14,15 @@ jax.config.update("jax_num_cpu_devices", 8)
 if jax.__version_info__ < (0, 11):
     flags = os.environ.get("XLA_FLAGS", "")
     os.environ["XLA_FLAGS"] = f"{flags} --xla_cpu_use_fusion_emitters=false"
+
+# Before Keras is imported, which otherwise runs on TensorFlow. Each module of `integrations` bears
+# the name of the library that it imports, so its examples run where that library is installed.
+os.environ.setdefault("KERAS_BACKEND", "jax")
+collect_ignore = [
+    str(file)
+    for file in Path(__file__).parent.glob("lowrank_optax/integrations/[!_]*.py")
+    if importlib.util.find_spec(file.stem) is None
+]
 
 
 @pytest.fixture(autouse=True, scope="session")

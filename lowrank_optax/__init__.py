@@ -1,6 +1,6 @@
 """LoRA-aware optimizers for JAX: optax gradient transformations over (a, b) factor pairs."""
 
-from lowrank_optax import adapters, diagnostics, engine, nn, sharding, specs
+from lowrank_optax import adapters, diagnostics, engine, integrations, nn, sharding, specs
 from lowrank_optax._core.frames import FramedPair, frame
 from lowrank_optax._core.gradient_scaling import clip_by_global_norm, scale_gradients
 from lowrank_optax._core.layouts import DEFAULT_SPECS, Member, PairSpec, Unpaired
@@ -57,6 +57,7 @@ __all__ = [
     "engine",
     "find_pairs",
     "frame",
+    "integrations",
     "lora_muon",
     "lora_plus",
     "lora_rite",

@@ -15,7 +15,16 @@ import lowrank_optax
 
 ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "lowrank_optax"
-PUBLIC_MODULES = {"adapters", "diagnostics", "engine", "methods", "nn", "sharding", "specs"}
+PUBLIC_MODULES = {
+    "adapters",
+    "diagnostics",
+    "engine",
+    "integrations",
+    "methods",
+    "nn",
+    "sharding",
+    "specs",
+}
 
 # What each part may import of this package. Files of `_core` stand in order, each may import the
 # ones before it.
@@ -55,6 +64,7 @@ ALLOWED = {
     "diagnostics": {"_core"},
     "adapters": {"_core", "adapters", "nn"},
     "specs": {"_core"},
+    "integrations": {"_core", "engine", "nn", "integrations", "specs"},
     "_command_line": {"adapters"},
     "__main__": {"_command_line"},
 }
@@ -63,6 +73,7 @@ OF_PART = {
     "nn": {"flax", "rich"},
     "adapters": {"flax"},
     "specs": {"flax"},
+    "integrations": {"flax", "keras", "qwix"},
     "_command_line": {"matplotlib", "rich", "safetensors", "typer"},
 }
 

@@ -186,7 +186,7 @@ def load_encoder(model_dir: Path) -> Encoder:
         ExperimentError: A file is missing, damaged, or of another architecture.
     """
     shape = read_shape(model_dir, EncoderShape)
-    names = dict(_encoder_names(shape))
+    names = dict(tensor_names(shape))
     return fill(lambda: Encoder(shape, rngs=nnx.Rngs(0)), open_encoder(model_dir, shape), names)
 
 
@@ -203,7 +203,7 @@ def load_pooler(model_dir: Path, shape: EncoderShape) -> nnx.Linear:
     )
 
 
-def _encoder_names(shape: EncoderShape) -> Iterator[tuple[str, str]]:
+def tensor_names(shape: EncoderShape) -> Iterator[tuple[str, str]]:
     """Yields (path in the module, Hugging Face tensor name) for every parameter."""
     yield "word/embedding", "embeddings.word_embeddings.weight"
     yield "position/embedding", "embeddings.position_embeddings.weight"

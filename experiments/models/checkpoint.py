@@ -1,7 +1,7 @@
 """Pretrained weights of the Hugging Face form (`config.json`, safetensors) for NNX modules."""
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -190,3 +190,25 @@ def layer_norm_names(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
     """Yields (path in the module, tensor name) for the scale and the bias of a layer norm."""
     yield f"{ours}/scale", f"{theirs}.weight"
     yield f"{ours}/bias", f"{theirs}.bias"
+
+
+def layer_names(
+    tensors: Iterable[tuple[str, str]], ours: str = "", theirs: str = ""
+) -> dict[str, str]:
+    """Makes the names with which an adapter's file fits a Hugging Face model.
+
+    Args:
+        tensors: (path in the module, tensor name) for every parameter, as `tensor_names` of a
+            model yields them.
+        ours: What stands before the paths, as `"encoder/"` in a classifier.
+        theirs: What stands before the tensors' names, as `"roberta."` in a classifier.
+
+    Returns:
+        The module name of each linear layer by its path, for `adapters.save_peft` and `load_peft`.
+    """
+    kernel = "/kernel"
+    return {
+        f"{ours}{path.removesuffix(kernel)}": f"{theirs}{name.removesuffix('.weight')}"
+        for path, name in tensors
+        if path.endswith(kernel)
+    }

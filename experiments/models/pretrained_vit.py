@@ -138,7 +138,7 @@ def load_image_encoder(model_dir: Path) -> ImageEncoder:
     """
     shape = read_shape(model_dir, ViTShape)
     checkpoint = open_safetensors(model_dir).rename(lambda name: name.removeprefix(PREFIX))
-    names = dict(_encoder_names(shape))
+    names = dict(tensor_names(shape))
     return fill(lambda: ImageEncoder(shape, rngs=nnx.Rngs(0)), checkpoint, names)
 
 
@@ -158,7 +158,7 @@ def load_normalization(model_dir: Path) -> Normalization:
         ) from error
 
 
-def _encoder_names(shape: ViTShape) -> Iterator[tuple[str, str]]:
+def tensor_names(shape: ViTShape) -> Iterator[tuple[str, str]]:
     """Yields (path in the module, Hugging Face tensor name) for every parameter."""
     yield "class_token", "embeddings.cls_token"
     yield "position", "embeddings.position_embeddings"

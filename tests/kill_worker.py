@@ -1,19 +1,19 @@
-"""A training run that may be killed at any time: `python -m tests.kill_worker FOLDER`.
+"""A training run that may be killed at any time: `python -m tests.kill_worker FOLDER [LINE TOUCH]`.
 
 It trains every method for a few steps, saves parameters and state after each, and goes on from the
 last whole checkpoint. It says what it is about to do, one line each, so that a test can kill it
-there.
+there. After the line LINE it kills itself, when it touches files in the folder for the time TOUCH.
 """
 
+import os
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import optax
-import orbax.checkpoint as ocp
 
-from lowrank_optax import LoRAPair, nn
+from lowrank_optax import LoRAPair, checkpoints, nn
 from tests.conformance.methods import METHODS
 
 STEPS = 3
@@ -32,18 +32,34 @@ def loss_of(params):
 
 def say(text):
     print(text, flush=True)
+    said.append(text)
 
 
-def train(method, folder: Path, checkpointer) -> None:
+said: list[str] = []
+
+
+def kill_at(folder: Path, line: int, touch: int) -> None:
+    """Arranges that this process is killed in the middle of a save."""
+    touched = []
+
+    def hook(event, arguments):
+        paths = [x for x in arguments if isinstance(x, str | os.PathLike)]
+        if len(said) >= line and any(str(x).startswith(str(folder)) for x in paths):
+            touched.append(event)
+            if len(touched) == touch:
+                print(f"touch {event} {said[-1].split()[-1]}", flush=True)
+                os.kill(os.getpid(), 9)
+
+    sys.addaudithook(hook)
+
+
+def train(method, folder: Path) -> None:
     """Trains one method to the end, from where it was."""
-    folder.mkdir(parents=True, exist_ok=True)
     tx, params = method(), make_params(method)
     state = jax.jit(tx.init)(params)
-    done = max((int(path.name) for path in folder.iterdir() if path.name.isdigit()), default=0)
+    done = max(checkpoints.steps(folder), default=0)
     if done:
-        target = {"params": params, "state": state}
-        restored = checkpointer.restore(folder / str(done), target)
-        params, state = restored["params"], restored["state"]
+        _, params, state, _ = checkpoints.restore(folder, params=params, opt_state=state)
 
     @jax.jit
     def step(params, state):
@@ -54,17 +70,18 @@ def train(method, folder: Path, checkpointer) -> None:
         say(f"step {number} {method.name}")
         params, state = step(params, state)
         say(f"save {number} {method.name}")
-        checkpointer.save(folder / str(number), {"params": params, "state": state})
-        checkpointer.wait_until_finished()
+        checkpoints.save(folder, number, params=params, opt_state=state, keep=2)
 
 
 def main(folder: Path) -> None:
-    checkpointer = ocp.StandardCheckpointer()
     for method in METHODS:
-        if not (folder / method.name / str(STEPS)).exists():
-            train(method, folder / method.name, checkpointer)
+        if STEPS not in checkpoints.steps(folder / method.name):
+            train(method, folder / method.name)
     say("done")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]).absolute())
+    where, *when = sys.argv[1:]
+    if when:
+        kill_at(Path(where).absolute(), *map(int, when))
+    main(Path(where).absolute())

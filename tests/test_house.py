@@ -17,6 +17,7 @@ ROOT = pathlib.Path(__file__).parent.parent
 PACKAGE = ROOT / "lowrank_optax"
 PUBLIC_MODULES = {
     "adapters",
+    "checkpoints",
     "diagnostics",
     "engine",
     "integrations",
@@ -61,6 +62,7 @@ ALLOWED = {
     "methods": {"_core", "engine"},
     "nn": {"_core", "nn"},
     "sharding": {"_core", "sharding"},
+    "checkpoints": {"_core", "checkpoints"},
     "diagnostics": {"_core"},
     "adapters": {"_core", "adapters", "nn"},
     "specs": {"_core"},
@@ -72,6 +74,7 @@ THIRD_PARTY = {"jax", "optax", "numpy"}
 OF_PART = {
     "nn": {"flax", "rich"},
     "adapters": {"flax"},
+    "checkpoints": {"orbax"},
     "specs": {"flax"},
     "integrations": {"flax", "keras", "qwix"},
     "_command_line": {"matplotlib", "rich", "safetensors", "typer"},

@@ -7,22 +7,29 @@ from pathlib import Path
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 
+from lowrank_optax import checkpoints
 from tests.conformance.methods import METHODS
 from tests.kill_worker import STEPS
 
 ROOT = Path(__file__).parents[1]
 
 
-def run(folder: Path, kill_at: int | None) -> list[str]:
-    """Runs the worker, and kills it after so many lines; returns what it said."""
+def run(folder: Path, kill_at: int | None = None, touch: int | None = None) -> list[str]:
+    """Runs the worker; returns what it said.
+
+    Args:
+        folder: of the worker.
+        kill_at: after so many lines it is killed.
+        touch: and not before it has touched files so many times after that.
+    """
     command = [sys.executable, "-m", "tests.kill_worker", str(folder)]
+    command += [] if touch is None else [str(kill_at), str(touch)]
     said = []
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as worker:
         for line in worker.stdout or ():
             said.append(line.strip())
-            if len(said) == kill_at:
+            if touch is None and len(said) == kill_at:
                 os.kill(worker.pid, 9)
                 break
     assert kill_at is not None or said[-1] == "done"
@@ -30,18 +37,27 @@ def run(folder: Path, kill_at: int | None) -> list[str]:
 
 
 def results(folder: Path):
-    checkpointer = ocp.StandardCheckpointer()
-    return {m.name: checkpointer.restore(folder / m.name / str(STEPS)) for m in METHODS}
+    return {m.name: checkpoints.read(folder / m.name, STEPS) for m in METHODS}
 
 
 def test_a_killed_run_goes_on_bit_by_bit(tmp_path):
-    run(tmp_path / "whole", None)
+    """Every second time it is killed in a save, which touches files 30 times, or 35 with removals.
+
+    A method has 2 STEPS lines, so that no run gets past a whole one.
+    """
+    run(tmp_path / "whole")
     killed = []
-    # A method has 2 STEPS lines, so that no run gets past a whole one.
-    while (said := run(tmp_path / "killed", 2 * STEPS - 1 + len(killed) % 2))[-1] != "done":
+    while True:
+        count = len(killed)
+        in_save = {"touch": 1 + 5 * (count // 2) % 34} if count % 2 else {}
+        said = run(tmp_path / "killed", 2 * STEPS - 1 + count % 2, **in_save)
+        if said[-1] == "done":
+            break
         killed.append(said[-1].split())
         assert len(killed) < 2 * STEPS * len(METHODS)
-    assert {"step", "save"} == {what for what, *_ in killed}
+    assert {"step", "touch"} == {what for what, *_ in killed}
+    assert {"open", "os.mkdir", "os.rename"} <= {how for _, how, _ in killed}
     assert {method.name for method in METHODS} == {name for *_, name in killed}
     ours, whole = results(tmp_path / "killed"), results(tmp_path / "whole")
+    assert {checkpoint.step for checkpoint in ours.values()} == {STEPS}
     jax.tree.map(np.testing.assert_array_equal, ours, whole)

@@ -1,0 +1,185 @@
+"""The folder of a run, a folder in it for each step; all that is known of orbax.
+
+The folder of a step has two items of orbax: `arrays`, a flat dict of arrays by path, and
+`manifest`, a JSON file of what each of them is. No types of trees are written, so that a checkpoint
+can be read without the code that wrote it.
+"""
+
+import contextlib
+import importlib
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lowrank_optax.checkpoints.leaves import Kind, loaded_form
+
+_MANY = 8  # names that a message lists
+
+
+def write(
+    folder: str | os.PathLike[str],
+    step: int,
+    stored: Mapping[str, Any],
+    kinds: Mapping[str, Kind],
+    keep: int | None,
+) -> Path:
+    """Writes a step, and removes older ones; see `checkpoints.save`.
+
+    Args:
+        folder: of the run.
+        step: which.
+        stored: the arrays by path, but for empty ones.
+        kinds: of all leaves by path.
+        keep: how many steps up to this one stay.
+
+    Returns:
+        The folder of the step.
+
+    Raises:
+        FileExistsError: the step is there.
+        ImportError: orbax is not installed.
+    """
+    ocp, folder = _orbax(), Path(folder).absolute()
+    with _manager(folder, writes=True) as manager:
+        if step in manager.all_steps():
+            raise FileExistsError(
+                f"{folder / str(step)} exists and is not overwritten; save another step, give"
+                " another folder, or remove it."
+            )
+        args = ocp.args.Composite(
+            arrays=ocp.args.PyTreeSave(dict(stored)),
+            manifest=ocp.args.JsonSave({name: kind._asdict() for name, kind in kinds.items()}),
+        )
+        manager.save(step, args=args, force=True)  # else orbax skips steps before the last one
+        if keep is not None:
+            earlier = sorted(found for found in manager.all_steps() if found < step)
+            for old in earlier[: max(0, len(earlier) + 1 - keep)]:
+                manager.delete(old)
+    return folder / str(step)
+
+
+def whole_steps(folder: str | os.PathLike[str]) -> list[int]:
+    """Lists the steps that are whole; see `checkpoints.steps`."""
+    folder = Path(folder).absolute()
+    if not folder.is_dir():
+        return []
+    with _manager(folder, writes=False) as manager:
+        return sorted(manager.all_steps())
+
+
+@contextlib.contextmanager
+def opened(folder: str | os.PathLike[str], step: int | None) -> Iterator["Step"]:
+    """Opens a step, or the last one.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: its manifest cannot be read.
+        ImportError: orbax is not installed.
+    """
+    folder = Path(folder).absolute()
+    if not (found := whole_steps(folder)):
+        raise FileNotFoundError(f"{folder} has no checkpoint; `checkpoints.save` writes one.")
+    if step is not None and step not in found:
+        raise FileNotFoundError(
+            f"{folder} has no checkpoint of step {step}; there are {listed(map(str, found))}."
+        )
+    with _manager(folder, writes=False) as manager:
+        yield Step(manager, found[-1] if step is None else int(step))
+
+
+class Step:
+    """A step that is open.
+
+    Args:
+        manager: of orbax.
+        step: which.
+
+    Attributes:
+        step: which.
+        path: its folder.
+        kinds: what it holds by path.
+    """
+
+    def __init__(self, manager: Any, step: int) -> None:
+        self.step = step
+        self.path = Path(manager.directory) / str(step)
+        self._manager = manager
+        args = _orbax().args
+        with self._explained():
+            item = args.Composite(manifest=args.JsonRestore())
+            manifest = manager.restore(step, args=item)["manifest"]
+            self.kinds = {
+                name: Kind(kind["dtype"], tuple(kind["shape"]), kind["impl"])
+                for name, kind in manifest.items()
+            }
+
+    def values(self, shardings: Mapping[str, Any]) -> dict[str, Any]:
+        """Reads all leaves.
+
+        Args:
+            shardings: of those that are to be arrays of JAX, of which each process reads its part;
+                the others are arrays of NumPy. Not of typed keys, which are keys.
+
+        Returns:
+            The leaves by path.
+
+        Raises:
+            ValueError: they cannot be read.
+        """
+        ocp = _orbax()
+        plain = ocp.RestoreArgs(restore_type=np.ndarray)
+        like = {
+            name: ocp.ArrayRestoreArgs(sharding=shardings[name]) if name in shardings else plain
+            for name, kind in self.kinds.items()
+            if kind.size
+        }
+        arrays = ocp.args.PyTreeRestore(item=dict.fromkeys(like, 0), restore_args=like)
+        with self._explained():
+            item = ocp.args.Composite(arrays=arrays)
+            stored = self._manager.restore(self.step, args=item)["arrays"]
+            return {name: loaded_form(kind, stored.get(name)) for name, kind in self.kinds.items()}
+
+    @contextlib.contextmanager
+    def _explained(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # orbax and tensorstore raise many kinds
+            others = [str(step) for step in self._manager.all_steps() if step != self.step]
+            raise ValueError(
+                f"{self.path} cannot be read: a file of it is damaged or missing, something else"
+                " than `checkpoints.save` wrote it, or a sharding does not fit. Nothing was"
+                f" restored. Other steps there: {listed(others) or 'none'}."
+            ) from error
+
+
+def listed(names: Iterable[str]) -> str:
+    """Writes names into a message, the first of many.
+
+    Example:
+        >>> listed("abcdefghij")
+        'a, b, c, d, e, f, g, h, and 2 more'
+    """
+    names = list(names)
+    more = [f"and {len(names) - _MANY} more"] if len(names) > _MANY else []
+    return ", ".join(names[:_MANY] + more)
+
+
+def _manager(folder: Path, *, writes: bool) -> Any:
+    """Opens a folder; one that writes makes it, and removes what killed saves have left."""
+    ocp = _orbax()
+    options = ocp.CheckpointManagerOptions(
+        create=writes, cleanup_tmp_directories=writes, enable_async_checkpointing=False
+    )
+    return ocp.CheckpointManager(folder, options=options)
+
+
+def _orbax() -> Any:
+    try:
+        return importlib.import_module("orbax.checkpoint")
+    except ImportError as error:
+        raise ImportError(
+            "checkpoints need orbax: pip install 'lowrank-optax[checkpoints]'"
+        ) from error

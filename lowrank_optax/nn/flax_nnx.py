@@ -114,6 +114,17 @@ class LoRALayer(nnx.Module):
         """The factors as a value, a node with what they carry."""
         return node_of(lambda name: getattr(self, name)[...] if hasattr(self, name) else None)
 
+    def __getattr__(self, name: str) -> Any:
+        """Returns what the base layer has of that name, such as `in_features`, for models that ask.
+
+        Raises:
+            AttributeError: it has none.
+        """
+        base = vars(self).get("base")
+        if base is None or name.startswith("_"):
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+        return getattr(base, name)
+
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Applies the base layer and its adapter.
 

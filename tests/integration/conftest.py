@@ -42,6 +42,7 @@ def pytest_runtest_makereport(item, call):
     records = item.config.stash.setdefault(RECORDS, {})
     if report.when == "call" or not report.passed:
         records[item.name] = {
+            "test": item.originalname,
             "file": item.path.name,
             "what": (item.obj.__doc__ or "").strip().split("\n")[0],
             "libraries": {name: version(name) for name in needed(item)},

@@ -100,6 +100,20 @@ def test_gradients_are_those_of_the_kernel_projected():
     np.testing.assert_allclose(grads["layer"]["lora_b"][...], 3.0 * a.T @ full, rtol=1e-4)
 
 
+def test_a_model_may_ask_its_layers_for_what_they_are():
+    """As tunix's attention does, which reads its head size from the shape of a layer."""
+    model = Model("btd,dnh->btnh", (4, 3, 2))
+    nn.add_lora(model, "layer", CONFIG, rngs=nnx.Rngs(2))
+    layer: Any = model.layer
+    assert layer.shape == (4, 3, 2)
+    assert layer.w is layer.base.w
+    with pytest.raises(AttributeError, match="'Einsum' object has no attribute 'head_dim'"):
+        _ = layer.head_dim
+    with pytest.raises(AttributeError, match="'LoRALayer' object has no attribute '_private'"):
+        _ = layer._private
+    assert not hasattr(nnx.clone(model).layer, "lora_m_a")
+
+
 def test_gradient_starts_and_exports_of_changed_kernels(tmp_path):
     """What starts and PEFT files ask of a kernel they ask of one by another name too."""
     model, x = Model("btd,dnh->btnh", (4, 3, 2)), input_of("btd,dnh->btnh", (4, 3, 2))

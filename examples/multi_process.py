@@ -23,11 +23,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import orbax.checkpoint as ocp
 import typer
 from jax.sharding import AxisType, NamedSharding
 
-from lowrank_optax import LoRAPair, altlora_plus, frame, nn, oplora, sds_lora, shadow, sharding
+from lowrank_optax import (
+    LoRAPair,
+    altlora_plus,
+    checkpoints,
+    frame,
+    nn,
+    oplora,
+    sds_lora,
+    shadow,
+    sharding,
+)
 
 N_IN, N_HIDDEN, N_OUT, RANK = 24, 48, 12, 4
 BATCH = 48  # of all processes together, so that their number changes nothing
@@ -125,29 +134,6 @@ def load_batch(step: int, lies: NamedSharding) -> Any:
     return jax.tree.map(put, local)
 
 
-def restore(
-    manager: ocp.CheckpointManager, step: int, tx: optax.GradientTransformation, pairs: Any
-) -> tuple[Any, Any]:
-    """Reads a checkpoint, each process what its own devices hold.
-
-    Args:
-        manager: the checkpoints.
-        step: which.
-        tx: the optimizer.
-        pairs: the pairs, placed. How they lie now counts, not how they lay when written.
-
-    Returns:
-        Pairs and state.
-    """
-    like = lambda x, lies: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=lies)
-    state = jax.eval_shape(tx.init, pairs)
-    abstract = (
-        jax.tree.map(lambda x: like(x, x.sharding), pairs),
-        jax.tree.map(like, state, sharding.state_shardings(tx, pairs)),
-    )
-    return manager.restore(step, args=ocp.args.StandardRestore(abstract))
-
-
 def main(
     method: Annotated[str, typer.Option(help=f"{', '.join(METHODS)}.")] = "altlora_plus",
     recipe: Annotated[str, typer.Option(help=f"{', '.join(RECIPES)}.")] = "data_parallel",
@@ -182,18 +168,15 @@ def main(
     batches = NamedSharding(mesh, jax.P("data"))
     train_step = sharding.train_step(loss, tx, pairs)
 
-    options = ocp.CheckpointManagerOptions(max_to_keep=2)
-    with ocp.CheckpointManager(checkpoint_dir.absolute(), options=options) as manager:
-        done = manager.latest_step() or 0
-        if done:
-            pairs, state = restore(manager, done, tx, pairs)
-        else:
-            state = sharding.shard_state(tx, pairs)
-        for step in range(done, steps):
-            pairs, state, value = train_step(pairs, state, kernels, load_batch(step, batches))
-            report(step + 1, float(value), losses_out)
-            if (step + 1) % every == 0 or step + 1 == steps:
-                manager.save(step + 1, args=ocp.args.StandardSave((pairs, state)))
+    state = sharding.shard_state(tx, pairs)
+    done = max(checkpoints.steps(checkpoint_dir), default=0)
+    if done:  # each process reads what its own devices hold; how pairs and state lie now counts
+        _, pairs, state, _ = checkpoints.restore(checkpoint_dir, params=pairs, opt_state=state)
+    for step in range(done, steps):
+        pairs, state, value = train_step(pairs, state, kernels, load_batch(step, batches))
+        report(step + 1, float(value), losses_out)
+        if (step + 1) % every == 0 or step + 1 == steps:
+            checkpoints.save(checkpoint_dir, step + 1, params=pairs, opt_state=state, keep=2)
 
 
 def report(step: int, value: float, out: pathlib.Path | None) -> None:

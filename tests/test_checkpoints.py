@@ -4,8 +4,10 @@ That each method goes on from one is in the table of methods, `tests/conformance
 processes killed, in `test_kill.py`.
 """
 
+import contextlib
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -72,8 +74,10 @@ def other(tree):
 
 
 def pair_of(seed, n_in=8, rank=2, n_out=16):
+    """A pair of random numbers that any compiler computes exactly."""
+    draw = lambda key, *shape: jax.random.randint(key, shape, -512, 512) / 256
     a, b = jax.random.split(jax.random.key(seed))
-    return LoRAPair(jax.random.normal(a, (n_in, rank)), jax.random.normal(b, (rank, n_out)))
+    return LoRAPair(draw(a, n_in, rank), draw(b, rank, n_out))
 
 
 def saved(folder, step=1, **trees):
@@ -286,8 +290,8 @@ def run_on(sizes, recipe, seed, kind=AxisType.Auto):
     pairs = {"q": pair_of(seed), "o": shadow(pair_of(seed + 1), jax.random.key(seed))}
     params = sharding.shard_model(pairs, mesh, RECIPES[recipe])
     state = sharding.shard_state(altlora_plus(0.1), {"q": params["q"]})
-    keys = jax.random.split(jax.random.key(seed), 8)
-    rngs = jax.device_put(keys, NamedSharding(mesh, jax.P("data")))
+    split = lambda: jax.random.split(jax.random.key(seed), 8)
+    rngs = jax.jit(split, out_shardings=NamedSharding(mesh, jax.P("data")))()
     return {"params": params, "opt_state": state, "rngs": rngs}
 
 
@@ -378,6 +382,62 @@ def test_another_number_of_devices(on_eight, tmp_path, sizes, recipe):
     found = checkpoints.restore(folder, **targets)
     assert found.step == count + 1
     assert_like(found, trees, targets)
+
+
+PROCESS = """
+import sys
+import jax
+process, port, folder = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.config.update("jax_num_cpu_devices", 2)
+jax.distributed.initialize(f"localhost:{port}", 2, process)
+from tests import test_checkpoints as t
+trees = t.run_on((2, 2), "fsdp", seed=0)
+own = t.of_one_process()
+trees["rngs"] = {"own": own, "global": trees["rngs"]}
+t.checkpoints.save(folder, 1, **trees)
+targets = t.run_on((2, 2), "tensor_parallel", seed=5)
+targets["rngs"] = {"own": t.other(own), "global": targets["rngs"]}
+found = t.checkpoints.restore(folder, **targets)
+t.assert_same(found.rngs["own"], own)
+assert t.shardings(found.params) == t.shardings(targets["params"])
+try:
+    t.checkpoints.save(folder, 2, params=trees["params"], opt_state={"of": {"me": process}})
+except ValueError as error:
+    assert str(error).startswith("opt_state/of/me: each process has another value"), error
+else:
+    raise AssertionError("each process has another value, and it was saved")
+"""
+
+
+def of_one_process():
+    there = jax.device_put(jnp.ones(3), jax.local_devices()[1])
+    return {"key": jax.random.key(7), "anywhere": jnp.ones(3), "there": there, "python": 0.5}
+
+
+def test_many_processes(tmp_path):
+    """Two of two devices each write one checkpoint, also of what each has for itself."""
+    with contextlib.closing(socket.socket()) as found:
+        found.bind(("localhost", 0))
+        port = str(found.getsockname()[1])
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", PROCESS]
+    processes = [
+        subprocess.Popen([*command, str(i), port, str(tmp_path)], cwd=ROOT, env=environment)
+        for i in range(2)
+    ]
+    try:
+        assert [process.wait(120) for process in processes] == [0, 0]
+    finally:
+        for process in processes:
+            process.kill()
+    assert checkpoints.steps(tmp_path) == [1]
+    trees, targets = run_on((2, 2), "fsdp", seed=0), run_on(SIZES, "fsdp", seed=5)
+    own = of_one_process()
+    trees["rngs"] = {"own": own, "global": trees["rngs"]}
+    targets["rngs"] = {"own": other(own), "global": targets["rngs"]}
+    found = checkpoints.restore(tmp_path, **targets)
+    assert_same(found._asdict(), {"step": 1, **trees})
 
 
 # Steps

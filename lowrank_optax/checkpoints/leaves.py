@@ -1,6 +1,8 @@
 """Leaves of trees as a checkpoint sees them: by path, of a kind, and where they belong."""
 
+import functools
 import math
+import zlib
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -113,15 +115,25 @@ def stored_form(leaf: Any) -> Any:
 
 
 def require_equal_in_all_processes(stored: Mapping[str, Any]) -> None:
-    """Raises if an array that each process has for itself is not the same in all.
+    """Raises, in all processes, if an array that each of them has for itself differs.
+
+    Args:
+        stored: arrays by path, of `stored_form`.
 
     Raises:
-        ValueError: so it is, in the processes that differ from process 0.
+        ValueError: so it is; the message names the paths.
     """
-    if jax.process_count() == 1:
-        return
     own = {name: leaf for name, leaf in stored.items() if isinstance(leaf, np.ndarray)}
-    multihost_utils.assert_equal(own, "Arrays that each process has for itself must be the same")
+    if jax.process_count() == 1 or not own:
+        return
+    sums = np.array([zlib.crc32(leaf.tobytes()) for leaf in own.values()], np.uint32)
+    of_all = multihost_utils.process_allgather(sums)
+    differ = [name for name, column in zip(own, of_all.T, strict=True) if len(set(column)) > 1]
+    if differ:
+        raise ValueError(
+            f"{', '.join(differ)}: each process has another value, of which a checkpoint would keep"
+            " one; make a global array of them (`jax.make_array_from_process_local_data`)."
+        )
 
 
 def loaded_form(kind: Kind, stored: Any) -> Any:
@@ -173,4 +185,9 @@ def place(value: Any, target: Any, sharding: Any) -> Any:
         zero = value.dtype.type(0).item()
         weaken = lambda x: jnp.full(x.shape, zero).at[...].set(x)
         return jax.jit(weaken, out_shardings=sharding)(value)
-    return jnp.asarray(value) if sharding is None else jax.device_put(value, sharding)
+    if sharding is None:
+        return jnp.asarray(value)
+    if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):  # which `device_put` keeps in a process
+        wrap = functools.partial(jax.random.wrap_key_data, impl=jax.random.key_impl(value))
+        return jax.jit(wrap, out_shardings=sharding)(np.asarray(jax.random.key_data(value)))
+    return jax.device_put(value, sharding)

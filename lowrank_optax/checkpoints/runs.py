@@ -68,7 +68,8 @@ def save(
 
     Raises:
         FileExistsError: the step was saved before.
-        ValueError: there is nothing to save, or two leaves have the same path.
+        ValueError: there is nothing to save, two leaves have the same path, or an array differs
+            between processes.
         TypeError: a leaf is no array and no number, or is traced.
         ImportError: orbax is not installed.
 

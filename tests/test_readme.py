@@ -10,7 +10,8 @@ from flax import linen, nnx
 
 from lowrank_optax import ShadowedPair
 
-README = pathlib.Path(__file__).parent.parent / "README.md"
+ROOT = pathlib.Path(__file__).parent.parent
+README, CHECKPOINTS = ROOT / "README.md", ROOT / "docs" / "checkpoints.md"
 
 
 class LinenModel(linen.Module):
@@ -19,8 +20,8 @@ class LinenModel(linen.Module):
         return linen.Dense(16, name="query")(x) * linen.Dense(16, name="value")(x)
 
 
-def blocks():
-    return re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
+def blocks(page=README):
+    return re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)
 
 
 def losses(scope, steps=20):
@@ -54,3 +55,14 @@ def test_readme_examples_train(capsys):
     updates, _ = tx.update(scope["grads"], tx.init(lora), lora)
     after = scope["loss"](optax.apply_updates(lora, updates))
     assert after < scope["loss"](lora)
+
+
+def test_the_page_of_checkpoints_runs(capsys):
+    """One block after the other; the first compares a run that went on with a whole one."""
+    scope = {}
+    for block in blocks(CHECKPOINTS):
+        exec(block, scope)
+    assert scope["its_loss"] == scope["loss"]
+    assert "layers_0" in capsys.readouterr().out
+    lies = scope["lora"]["layers_0"]["lora_a"].sharding
+    assert len(lies.device_set) == 8

@@ -259,3 +259,15 @@ def test_a_pair_that_is_too_small_can_be_left_to_the_fallback():
     tx = altlora(0.1, specs=layouts, fallback=optax.sgd(1.0))
     updates, _ = tx.update(tree, tx.init(tree), tree)
     np.testing.assert_array_equal(updates["router"]["lora_a"], -a)
+
+
+def test_a_stack_along_a_middle_axis_is_not_taken_for_one_layer():
+    """Of Flax's names too: only a stack along leading axes is taken for granted."""
+    tree = {"lora_a": jnp.ones((16, 3, 4)), "lora_b": jnp.ones((4, 3, 16))}
+    with pytest.raises(ValueError, match="can be read in 2 ways") as caught:
+        find_pairs(tree)
+    assert "48 → 48:" in str(caught.value)
+    assert "16 → 16, 3 of them:" in str(caught.value)
+    leading = {"lora_a": jnp.ones((3, 16, 4)), "lora_b": jnp.ones((3, 4, 16))}
+    [pair] = find_pairs(leading).take(leading)
+    assert pair.a.shape == (3, 16, 4)

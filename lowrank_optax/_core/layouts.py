@@ -67,8 +67,8 @@ class PairSpec:
         a_rank: rank axis of `a`.
         b_rank: rank axis of `b`.
         b_out: axes of `b` that make the layer's output.
-        leading_batch: whether, of several readings, that with the most leading batch axes is taken;
-            an error by default.
+        leading_batch: whether, of several readings, that with the most leading batch axes is taken,
+            if one has any; an error by default.
 
     Example:
         >>> import jax.numpy as jnp

@@ -40,7 +40,7 @@ def resolve(
         found = fitting or found
     if not found:
         return Layout()
-    if len(found) == 1 or spec.leading_batch:
+    if len(found) == 1 or (spec.leading_batch and found[0].a_in[0] > 0):
         return found[0]
     shown = "".join(f"\n  {_described(each, shapes)}: {_written(spec, each)}" for each in found)
     raise ValueError(

@@ -1,6 +1,15 @@
 """LoRA-aware optimizers for JAX: optax gradient transformations over (a, b) factor pairs."""
 
-from lowrank_optax import adapters, checkpoints, diagnostics, engine, integrations, nn, sharding, specs
+from lowrank_optax import (
+    adapters,
+    checkpoints,
+    diagnostics,
+    engine,
+    integrations,
+    nn,
+    sharding,
+    specs,
+)
 from lowrank_optax._core.frames import FramedPair, frame
 from lowrank_optax._core.gradient_scaling import clip_by_global_norm, scale_gradients
 from lowrank_optax._core.layouts import DEFAULT_SPECS, Member, PairSpec, Unpaired

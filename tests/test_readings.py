@@ -266,7 +266,7 @@ def test_a_stack_along_a_middle_axis_is_not_taken_for_one_layer():
     tree = {"lora_a": jnp.ones((16, 3, 4)), "lora_b": jnp.ones((4, 3, 16))}
     with pytest.raises(ValueError, match="can be read in 2 ways") as caught:
         find_pairs(tree)
-    assert "48 → 48:" in str(caught.value)
+    assert "16 × 3 → 3 × 16:" in str(caught.value)
     assert "16 → 16, 3 of them:" in str(caught.value)
     leading = {"lora_a": jnp.ones((3, 16, 4)), "lora_b": jnp.ones((3, 4, 16))}
     [pair] = find_pairs(leading).take(leading)

@@ -3,6 +3,9 @@
 import json
 import random
 import struct
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -438,3 +441,35 @@ def test_a_key_of_the_header_twice_is_refused(good):
     (good / WEIGHTS).write_bytes(struct.pack("<Q", len(doubled)) + doubled + data[8 + size :])
     with pytest.raises(ValueError, match="a key twice"):
         read_peft(good)
+
+
+SAVES = """
+import sys, jax.numpy as jnp
+from lowrank_optax import LoRAPair
+from lowrank_optax.adapters import save_peft
+for number in range(10_000):
+    full = lambda *shape: jnp.full(shape, float(number))
+    pair = LoRAPair(full(64000, 16), full(16, 64000))
+    save_peft(f"{sys.argv[1]}/{number}", {"q": {"k": pair}}, scale=1.0)
+    print(number, flush=True)
+"""
+
+
+def test_a_killed_save_leaves_whole_adapters_alone(tmp_path):
+    """kill −9 at 6 moments within a save of 8 MB: a folder that is there can be read."""
+    begun = lambda folder: [path for path in folder.glob(".*") if path.is_dir()]
+    for attempt in range(6):
+        folder = tmp_path / str(attempt)
+        command = [sys.executable, "-c", SAVES, str(folder)]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as worker:
+            assert worker.stdout.readline() == "0\n"
+            while not begun(folder):
+                time.sleep(0.0005)
+            time.sleep(0.002 * attempt)
+            worker.kill()
+        whole = [path for path in folder.iterdir() if not path.name.startswith(".")]
+        assert whole
+        assert begun(folder) or len(whole) > 1
+        for path in whole:
+            found = read_peft(path).pairs["q.k"]
+            assert float(found.a[0, 0]) == float(found.b[-1, -1]) == int(path.name)

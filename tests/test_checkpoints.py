@@ -32,6 +32,7 @@ from lowrank_optax import (
     shadow,
     sharding,
 )
+from lowrank_optax.checkpoints import runs
 
 ROOT = Path(__file__).parents[1]
 
@@ -333,6 +334,19 @@ def test_another_sharding(on_eight, sizes, recipe, kind):
     assert_like(checkpoints.restore(folder, **abstract), trees, targets)
 
 
+def test_sharded_leaves_are_not_read_whole(on_eight, monkeypatch):
+    """Orbax gives them in parts, each for the device that it belongs to."""
+    folder, _ = on_eight
+    targets, place = run_on(SIZES, "tensor_parallel", seed=5), runs.place
+
+    def checked(value, target, sharding):
+        assert is_key(value) or value.sharding == sharding
+        return place(value, target, sharding)
+
+    monkeypatch.setattr(runs, "place", checked)
+    checkpoints.restore(folder, **targets)
+
+
 def test_targets_on_one_device(on_eight):
     folder, trees = on_eight
     targets = jax.device_put(run_on((1, 1), "fsdp", seed=5), jax.devices()[3])
@@ -453,7 +467,7 @@ def test_steps_are_kept_listed_and_never_overwritten(tmp_path):
         saved(folder, 20, params=jnp.full(2, -1))
     saved(folder, 25, params=jnp.full(2, 25), keep=2)  # a run that went on from 20
     assert checkpoints.steps(folder) == [20, 25, 30]
-    saved(folder, 40, params=jnp.full(2, 40), keep=9)
+    saved(folder, 40, params=jnp.full(2, 40), keep=5)  # there are fewer
     assert checkpoints.steps(folder) == [20, 25, 30, 40]
     for step in (None, 20, np.int64(25), 30):
         target = {"params": jnp.zeros(2, int), "opt_state": ()}

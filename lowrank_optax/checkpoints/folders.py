@@ -171,7 +171,7 @@ def _manager(folder: Path, *, writes: bool) -> Any:
     """Opens a folder; one that writes makes it, and removes what killed saves have left."""
     ocp = _orbax()
     options = ocp.CheckpointManagerOptions(
-        create=writes, cleanup_tmp_directories=writes, enable_async_checkpointing=False
+        cleanup_tmp_directories=writes, enable_async_checkpointing=False
     )
     return ocp.CheckpointManager(folder, options=options)
 

@@ -41,7 +41,7 @@ def pytest_runtest_makereport(item, call):
     report = yield
     records = item.config.stash.setdefault(RECORDS, {})
     if report.when == "call" or not report.passed:
-        records[item.name] = {
+        records[f"{item.path.name}::{item.name}"] = {
             "test": item.originalname,
             "file": item.path.name,
             "what": (item.obj.__doc__ or "").strip().split("\n")[0],

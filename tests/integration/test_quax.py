@@ -11,7 +11,7 @@ pytestmark = pytest.mark.libraries("quax", "equinox")
 
 
 def test_quax_on_an_equinox_model():
-    """Its a makes the output: the kernel of an Equinox layer is (out, in)."""
+    """An MLP of Equinox by `loraify`, whose a makes the output."""
     import equinox
     import quax
     from quax.examples import lora

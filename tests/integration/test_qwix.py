@@ -47,7 +47,7 @@ X = normal(3, 2, 5, 16)
 
 
 def test_qwix_nnx_dense_and_einsum():
-    """As many heads as the rank, which is where shapes alone could mislead."""
+    """NNX: dense and einsum layers, with as many heads as the rank."""
     import qwix
 
     provider = qwix.LoraProvider(module_path=".*", rank=RANK, alpha=ALPHA)
@@ -73,7 +73,7 @@ def test_qwix_nnx_dense_and_einsum():
 
 
 def test_qwix_says_the_layout_of_an_ambiguous_einsum():
-    """Four by six axes in, four by eight out, at rank four: shapes alone have two readings."""
+    """An einsum whose shapes have two readings: an error, and `specs.from_qwix`."""
     import qwix
 
     model = nnx.Sequential(nnx.Einsum("btxy,xykl->btkl", (4, 6, 4, 8), rngs=nnx.Rngs(0)))
@@ -89,6 +89,7 @@ def test_qwix_says_the_layout_of_an_ambiguous_einsum():
 
 
 def test_qwix_linen_dense():
+    """Linen: dense layers."""
     import qwix
 
     class Model(linen.Module):

@@ -72,7 +72,7 @@ def to_torch(x):
 @pytest.mark.parametrize("rslora", [False, True])
 @pytest.mark.parametrize("name", MODELS)
 def test_peft_reads_what_we_write(name, rslora, tmp_path):
-    """Outputs of the adapted model, unmerged and merged, are those of kernels changed by hand."""
+    """PEFT loads our files into BERT, Llama, T5 and ViT: equal outputs, merged and not."""
     torch.manual_seed(0)
     model, forward = MODELS[name]()
     model.eval()
@@ -98,7 +98,7 @@ def test_peft_reads_what_we_write(name, rslora, tmp_path):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_we_read_what_peft_writes(name, tmp_path):
-    """Each ΔW that PEFT computes is s a b, transposed."""
+    """We read what PEFT writes of BERT, Llama, T5 and ViT."""
     torch.manual_seed(0)
     model, _ = MODELS[name]()
     names = list(linear_maps(model))
@@ -127,6 +127,7 @@ def test_we_read_what_peft_writes(name, tmp_path):
 
 
 def test_dora_is_refused_by_name(tmp_path):
+    """DoRA, which we do not read, is refused by its name."""
     model, _ = bert()
     config = peft.LoraConfig(r=2, target_modules=["query"], use_dora=True)
     peft.get_peft_model(model, config).save_pretrained(tmp_path)
@@ -135,6 +136,7 @@ def test_dora_is_refused_by_name(tmp_path):
 
 
 def test_a_saved_classifier_comes_along(tmp_path):
+    """A classifier in `modules_to_save` comes along."""
     config = transformers.BertConfig(**SIZES, intermediate_size=48, vocab_size=50)
     model = transformers.BertForSequenceClassification(config)
     settings = peft.LoraConfig(r=2, target_modules=["query"], modules_to_save=["classifier"])

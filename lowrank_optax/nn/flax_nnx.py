@@ -273,8 +273,16 @@ def require_supported(module: Any, path: str) -> nnx.Module:
     Raises:
         ValueError: if it has an adapter already, or no kernel that `kernel_name` knows.
     """
-    if isinstance(module, LoRALayer | nnx.LoRA | nnx.LoRALinear):
-        raise ValueError(f"{path} already has LoRA; remove it first or leave it out of the targets")
+    if isinstance(module, LoRALayer):
+        raise ValueError(
+            f"{path} already has LoRA; nn.remove_lora(model) takes all adapters off, or leave this"
+            " layer out of the targets"
+        )
+    if isinstance(module, nnx.LoRA | nnx.LoRALinear):
+        raise ValueError(
+            f"{path} already has LoRA, Flax's own; put the plain layer in its place, or leave it"
+            " out of the targets"
+        )
     if kernel_name(module) is None:
         raise ValueError(
             f"{path} is a {type(module).__name__}; LoRA adapts nnx.Linear, nnx.LinearGeneral,"

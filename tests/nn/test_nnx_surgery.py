@@ -287,9 +287,17 @@ def test_a_second_adapter_is_refused_and_others_can_be_added(encoder):
     assert len(nn.lora_scales(model)) == 4
 
 
+def test_the_error_of_a_second_adapter_names_what_takes_the_first_off(encoder):
+    model, paths = adapted(encoder, "query")
+    with pytest.raises(ValueError, match=r"query already has LoRA; nn\.remove_lora\(model\) takes"):
+        nn.add_lora(model, "query", nn.LoRAConfig(rank=2), rngs=nnx.Rngs(0))
+    nn.remove_lora(model)
+    assert nn.add_lora(model, "query", nn.LoRAConfig(rank=2), rngs=nnx.Rngs(0)) == paths
+
+
 def test_flax_lora_layers_are_refused():
     model = nnx.Dict(q=nnx.LoRALinear(4, 4, lora_rank=2, rngs=nnx.Rngs(0)))
-    with pytest.raises(ValueError, match="q already has LoRA"):
+    with pytest.raises(ValueError, match="q already has LoRA, Flax's own; put the plain layer"):
         nn.add_lora(model, "q", nn.LoRAConfig(rank=2), rngs=nnx.Rngs(0))
 
 

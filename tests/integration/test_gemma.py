@@ -38,21 +38,19 @@ def tiny_gemma(kv_heads, transposed):
     return gm.nn.LoRA(rank=RANK, model=model, dtype=jnp.float32)
 
 
-def weight_of(tree, path, in_axes):
-    """The leaf beside a pair, with the axes of its input first."""
-    *above, name = path.split("/")
+def weight_of(tree, path, input_axes):
+    """The weight that a pair adapts, with the axis of its input first."""
+    *above, wrapper = path.split("/")
     for key in above:
         tree = tree[key]
-    name = name.removeprefix("_LoRAEinsum_")
-    leaf = tree[name] if name in tree else tree["w"]
-    axis = in_axes[name if name in tree else above[-1]]
-    return leaf if axis is None else jnp.moveaxis(leaf, axis, 0)
+    name = wrapper.removeprefix("_LoRAEinsum_")  # a number, but for the two einsums of an MLP
+    leaf, name = (tree[name], name) if name in tree else (tree["w"], above[-1])
+    return jnp.moveaxis(leaf, input_axes[name], 0)
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, HEADS])
-@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize(("kv_heads", "transposed"), [(1, True), (2, False), (HEADS, True)])
 def test_gemma_lora(kv_heads, transposed):
-    """All einsums of a tiny Gemma 3, keys and values stacked, gates stacked, by `gm.nn.LoRA`."""
+    """Linen: a tiny Gemma 3's einsums by `gm.nn.LoRA`; trained by `kd.optim.partial_updates`."""
     from gemma import peft
     from kauldron import kd
 
@@ -82,12 +80,12 @@ def test_gemma_lora(kv_heads, transposed):
         f"layer_{n}/{name}": (*size, 1.0) for n in (0, 1) for name, size in expected.items()
     }
 
-    in_axes = dict.fromkeys(("q_einsum", "kv_einsum", "qkv_einsum"), -2)
-    in_axes |= {"gating_einsum": -1 if transposed else -2, "linear": None, "attn_vec_einsum": None}
+    axes = dict.fromkeys(("q_einsum", "kv_einsum", "qkv_einsum"), -2)
+    axes |= {"attn_vec_einsum": 0, "linear": 0, "gating_einsum": -1 if transposed else -2}
     params = peft.merge_params(weights, factors)
     by_weights, by_factors = peft.split_params(jax.grad(loss)(params))
     assert_read_rightly(
-        factors, by_factors, lambda path: weight_of(by_weights, path, in_axes), scale=1.0
+        factors, by_factors, lambda path: weight_of(by_weights, path, axes), scale=1.0
     )
 
     tx = kd.optim.partial_updates(polora(0.1), mask=kd.optim.select("lora"))

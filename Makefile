@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: setup test integration demo lint format bench clean
+.PHONY: setup test integration docs docs-serve demo lint format bench clean
 
 setup: $(READY)
 
@@ -36,6 +36,26 @@ $(OTHERS)/jax/.ready: REQUIRED = $(JAXEN)
 $(OTHERS)/%/.ready: pyproject.toml
 	$(PYTHON) -m venv $(@D)
 	$(@D)/bin/python -m pip install --quiet --editable . 'pytest>=8.3' $(REQUIRED)
+	@touch $@
+
+# The documentation, in an environment of its own. Equations are set by KaTeX, taken from npm.
+DOCS  := build/docs
+KATEX := 0.16.22
+
+docs: $(DOCS)/venv/.ready $(DOCS)/katex/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/venv/bin/mkdocs build --strict
+
+docs-serve: $(DOCS)/venv/.ready $(DOCS)/katex/.ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/venv/bin/mkdocs serve
+
+$(DOCS)/venv/.ready: pyproject.toml
+	$(PYTHON) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet 'mkdocs-material>=9.5' 'mkdocstrings[python]>=0.27' ruff
+	@touch $@
+
+$(DOCS)/katex/.ready:
+	mkdir -p $(@D)
+	cd $(@D) && npm pack --silent katex@$(KATEX) && tar -xzf katex-$(KATEX).tgz --strip-components=2 package/dist
 	@touch $@
 
 demo: $(READY)

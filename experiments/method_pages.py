@@ -5,6 +5,7 @@ one step of each method on a small problem, computed here, and loss curves of a 
 """
 
 import argparse
+import dataclasses
 import json
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -167,7 +168,7 @@ def cost_table(page: Page) -> str:
     if not page.costs:
         return "The benchmarks have no row for this."
     steps = _rows("train_step_cpu.json") | _rows("train_step_peers_cpu.json")
-    updates = {}
+    updates: dict[str, Any] = {}
     for file in ("update_step_polora.json", "update_step_r16_run1.json"):
         updates |= _rows(file)
     rows = []
@@ -317,8 +318,9 @@ def one_step(method: str, *, usual: bool) -> tuple[list[float], float]:
     x = jax.random.normal(next(keys), (256, n_in))
     row = METHODS["adamw" if method == "full gradient" else method]
     model = nnx.Sequential(nnx.Linear(n_in, n_out, use_bias=False, rngs=nnx.Rngs(0)))
-    inits = {} if usual else {"a_init": spread_factor, "b_init": spread_factor}
-    config = nn.LoRAConfig(rank=rank, alpha=2.0 * rank, **inits)
+    config = nn.LoRAConfig(rank=rank, alpha=2.0 * rank)
+    if not usual:
+        config = dataclasses.replace(config, a_init=spread_factor, b_init=spread_factor)
     row.adapters.add_to(model, "layers/0", config, rngs=nnx.Rngs(1))
     loss_of = lambda model, batch: jnp.mean((model(batch) - batch @ target) ** 2)
     options = {key: value for key, value in row.options.items() if key != "start"}

@@ -21,21 +21,33 @@ $(READY): pyproject.toml
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist loadgroup
 
-# Other libraries, in two environments of their own; CI runs none of these.
-OTHERS := build/integration
-PEFT   := 'torch==2.13.0' 'peft==0.21.2' 'transformers==5.12.1' 'safetensors==0.8.0'
-JAXEN  := 'qwix==0.1.8' 'google-tunix==0.1.7' 'keras==3.15.1' 'equinox==0.13.8' 'quax==0.4.6' \
-	'safetensors==0.8.0'
+# Other libraries, each set in an environment of its own; CI runs `integration-jax`. This package goes
+# in without its requirements, for EasyDeL holds JAX and Flax below them.
+OTHERS         := build/integration
+RECORDS        := tests/integration/records
+LIBRARIES      := peft jax gemma easydel
+PYTHON_gemma   := $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) python3.12)
+PACKAGES_peft  := 'torch==2.13.0' 'peft==0.21.2' 'transformers==5.12.1' 'safetensors==0.8.0'
+PACKAGES_jax   := 'qwix==0.1.8' 'google-tunix==0.1.7' 'keras==3.15.1' 'equinox==0.13.8' 'quax==0.4.6' safetensors
+PACKAGES_gemma := 'gemma==4.0.1' 'sentencepiece==0.2.2' safetensors
+PACKAGES_easydel := 'easydel==0.3.0' 'torch==2.13.0' 'pillow==13.0.0'
+TESTS_peft     := test_torch_peft.py
+TESTS_jax      := test_equinox.py test_flax.py test_keras.py test_quax.py test_qwix.py test_tunix.py
+TESTS_gemma    := test_gemma.py
+TESTS_easydel  := test_easydel.py
 
-integration: $(OTHERS)/peft/.ready $(OTHERS)/jax/.ready
-	$(OTHERS)/peft/bin/python -m pytest tests/integration/test_torch_peft.py
-	$(OTHERS)/jax/bin/python -m pytest tests/integration/test_other_libraries.py
+integration: $(LIBRARIES:%=integration-%) $(READY)
+	$(PY) -m tests.integration.table
 
-$(OTHERS)/peft/.ready: REQUIRED = $(PEFT)
-$(OTHERS)/jax/.ready: REQUIRED = $(JAXEN)
+integration-%: $(OTHERS)/%/.ready
+	$(OTHERS)/$*/bin/python -m pytest $(TESTS_$*:%=tests/integration/%) --record $(RECORDS)/$*.json
+
+.PRECIOUS: $(OTHERS)/%/.ready
 $(OTHERS)/%/.ready: pyproject.toml
-	$(PYTHON) -m venv $(@D)
-	$(@D)/bin/python -m pip install --quiet --editable . 'pytest>=8.3' $(REQUIRED)
+	$(or $(PYTHON_$*),$(PYTHON)) -m venv $(@D)
+	$(@D)/bin/python -m pip install --quiet --upgrade pip
+	$(@D)/bin/python -m pip install --quiet jax optax flax rich 'pytest>=8.3' $(PACKAGES_$*)
+	$(@D)/bin/python -m pip install --quiet --no-deps --editable .
 	@touch $@
 
 # The documentation, in an environment of its own. Equations are set by KaTeX, taken from npm.

@@ -36,7 +36,7 @@ def test_what_failed_is_said():
     tests["test_x[2]"] |= {"outcome": "failed", "why": ""}
     record = {"python": "3", "versions": dict.fromkeys(table.ENVIRONMENT, "1"), "tests": tests}
     [row] = table.rows(record)
-    assert "1 of 2 passed" in row
+    assert "1 of 2: failed" in row
     tests["test_x[2]"] |= {"outcome": "skipped", "why": "needs y"}
     [row] = table.rows(record)
-    assert "1 of 2 passed: needs y" in row
+    assert "1 of 2: needs y" in row

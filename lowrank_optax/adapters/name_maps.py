@@ -59,6 +59,27 @@ TUNIX_GEMMA3 = TUNIX_GEMMA
 """tunix's Gemma 3 to `Gemma3ForCausalLM`."""
 
 
+GEMMA: Mapping[str, Name] = {
+    "layer_*/attn/q_einsum": "model.layers.*.self_attn.q_proj",
+    "layer_*/attn/kv_einsum": (
+        "model.layers.*.self_attn.k_proj",
+        "model.layers.*.self_attn.v_proj",
+    ),
+    "layer_*/attn/qkv_einsum": (
+        "model.layers.*.self_attn.q_proj",
+        "model.layers.*.self_attn.k_proj",
+        "model.layers.*.self_attn.v_proj",
+    ),
+    "layer_*/attn/attn_vec_einsum": "model.layers.*.self_attn.o_proj",
+    "layer_*/mlp/_LoRAEinsum_gating_einsum": (
+        "model.layers.*.mlp.gate_proj",
+        "model.layers.*.mlp.up_proj",
+    ),
+    "layer_*/mlp/_LoRAEinsum_linear": "model.layers.*.mlp.down_proj",
+}
+"""gemma's Gemma 2 and 3 by `gm.nn.LoRA`, at the scale 1, to Hugging Face's for text."""
+
+
 def mapped(names: Mapping[str, Name], path: str) -> Name:
     """Returns the name that a mapping has for a path.
 

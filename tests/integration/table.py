@@ -12,27 +12,30 @@ ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "integrations.md"
 RECORDS = Path(__file__).parent / "records"
 MARKS = ("<!-- table -->", "<!-- end of table -->")
-HEAD = "| library | with | what was run | outcome |\n|---|---|---|---|"
+HEAD = "| library | what was run | tests passed |\n|---|---|---|"
 ENVIRONMENT = ("jax", "flax", "optax")
 
 
 def rows(record: dict[str, Any]) -> Iterator[str]:
-    """Yields the lines of one environment, one a test function."""
-    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    """Yields the lines of one environment, one a file of tests."""
+    files: dict[str, list[dict[str, Any]]] = {}
     for test in record["tests"].values():
-        found.setdefault((test["file"], test["test"]), []).append(test)
+        files.setdefault(test["file"], []).append(test)
     versions = record["versions"]
     environment = ", ".join(f"{name} {versions[name]}" for name in ENVIRONMENT)
-    for (file, _), tests in found.items():
+    for file, tests in files.items():
         libraries = ", ".join(f"{name} {of}" for name, of in tests[0]["libraries"].items())
+        what = "<br>".join(dict.fromkeys(test["what"] for test in tests))
         passed = sum(test["outcome"] == "passed" for test in tests)
-        why = "; ".join(sorted({test["why"] for test in tests if test["why"]}))
-        outcome = f"{passed} of {len(tests)} passed" if len(tests) > 1 else tests[0]["outcome"]
+        why = sorted({test["why"] or test["outcome"] for test in tests} - {"passed"})
         yield (
-            f"| {libraries} | Python {record['python']}, {environment} |"
-            f" {tests[0]['what'].rstrip('.')} ([test](../tests/integration/{file})) |"
-            f" {outcome}{f': {why}' if why else ''} |"
+            f"| [{libraries}](../tests/integration/{file})<br>Python {record['python']},"
+            f" {environment} | {what} | {passed} of {len(tests)}{_listed(why)} |"
         )
+
+
+def _listed(why: list[str]) -> str:
+    return f": {'; '.join(why)}" if why else ""
 
 
 def table() -> str:

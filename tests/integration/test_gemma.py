@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from lowrank_optax import describe, polora
+from lowrank_optax import adapters, describe, polora
 from tests.integration.checks import RANK, assert_read_rightly, randomized
 
 pytestmark = pytest.mark.libraries("gemma", "kauldron")
@@ -49,8 +49,8 @@ def weight_of(tree, path, input_axes):
 
 
 @pytest.mark.parametrize(("kv_heads", "transposed"), [(1, True), (2, False), (HEADS, True)])
-def test_gemma_lora(kv_heads, transposed):
-    """Linen: a tiny Gemma 3's einsums by `gm.nn.LoRA`; trained by `kd.optim.partial_updates`."""
+def test_gemma_lora(kv_heads, transposed, tmp_path):
+    """Linen: Gemma 3's einsums by `gm.nn.LoRA`, in `kd.optim.partial_updates`, and to PEFT."""
     from gemma import peft
     from kauldron import kd
 
@@ -104,3 +104,16 @@ def test_gemma_lora(kv_heads, transposed):
     frozen, trained = peft.split_params(params)
     jax.tree.map(np.testing.assert_array_equal, frozen, weights)
     assert all(jax.tree.leaves(jax.tree.map(lambda x, y: bool((x != y).any()), trained, factors)))
+
+    names = adapters.name_maps.GEMMA
+    adapters.save_peft(tmp_path / "out", trained, scale=1.0, names=names)
+    found = adapters.read_peft(tmp_path / "out").pairs
+    assert {name.split(".")[-1] for name in found} == {
+        *("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    }
+    gating = trained["layer_1"]["mlp"]["_LoRAEinsum_gating_einsum"]["lora"]
+    up = found["model.layers.1.mlp.up_proj"]
+    np.testing.assert_allclose(up.a @ up.b, gating["a"] @ gating["b"][:, 1], rtol=1e-5)
+    zeros = jax.tree.map(jnp.zeros_like, trained)
+    loaded = adapters.load_peft(tmp_path / "out", zeros, scale=1.0, names=names)
+    jax.tree.map(np.testing.assert_array_equal, loaded, trained)

@@ -63,6 +63,9 @@ def on_page_markdown(markdown: str, *, page: Any, **_: Any) -> str:
         target = _resolve(origin, match[1])
         return posixpath.relpath(_uri(target), posixpath.dirname(uri) or ".")
 
+    if uri.startswith("results/"):
+        page.meta["hide"] = ["toc"]  # the tables are wide
+    markdown = markdown.replace(" ± ", "\u00a0±\u00a0")
     return NEEDS.sub(r'\1 title="Needs \2"', _outside_code(LINK, moved, markdown))
 
 

@@ -22,6 +22,7 @@ from experiments.tables import NOTHING, markdown
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "methods"
 COLORS = ("#0f9d8a", "#e07b00", "#4c8eda", "#c2549c", "#a08000")
+NO_BREAK = "\u00a0"
 OTHER_QUESTIONS = {"conditioning", "mechanism", "mechanism-glue"}
 RESULTS = ROOT / "experiments" / "results"
 BENCHMARKS = ROOT / "benchmarks" / "results"
@@ -33,7 +34,8 @@ class Page:
 
     Attributes:
         methods: Columns of the table of learning rates, as in `experiments.methods`.
-        costs: Rows of the table of costs, as the benchmarks name them, by what the page calls them.
+        costs: Rows of the table of costs, as the benchmarks name them, by what the page calls them;
+            a page without any has no table.
         steps: Methods of the figure's left panel.
         curves: Study and variant of the right panel, and its methods.
         gradient_start: Whether the left panel begins at a usual start, not at trained factors.
@@ -157,16 +159,14 @@ def _cell(summary: MethodSummary | None, baseline: MethodSummary) -> str:
     rate = f"{summary.best[0].config.learning_rate:g}" + r"\*" * summary.at_edge
     loss = f"{statistics.mean(summary.losses(split)):.3g}"
     if summary is baseline:
-        return f"{rate}: {loss}"
+        return f"{rate}: {loss}".replace(" ", NO_BREAK)
     verdict = difference(summary.losses(split), baseline.losses(split))
     sign = (" +" if verdict.value < 0 else " –") if verdict.claimed else ""
-    return f"{rate}: {loss}{sign}"
+    return f"{rate}: {loss}{sign}".replace(" ", NO_BREAK)
 
 
 def cost_table(page: Page) -> str:
     """Writes what the benchmarks measured of the page's methods, in Markdown."""
-    if not page.costs:
-        return "The benchmarks have no row for this."
     steps = _rows("train_step_cpu.json") | _rows("train_step_peers_cpu.json")
     updates: dict[str, Any] = {}
     for file in ("update_step_polora.json", "update_step_r16_run1.json"):
@@ -202,7 +202,9 @@ def make_pages(variants: Sequence[tuple[str, Variant]]) -> dict[Path, str]:
     for name, page in PAGE_OF.items():
         path = PAGES / f"{name}.md"
         text = replace_block(path.read_text(), rate_table(page, variants), str(path), "rates")
-        pages[path] = replace_block(text, cost_table(page), str(path), "costs")
+        pages[path] = (
+            replace_block(text, cost_table(page), str(path), "costs") if page.costs else text
+        )
     return pages
 
 
@@ -221,13 +223,9 @@ def draw(page: Page, variants: Sequence[tuple[str, Variant]], path: Path) -> Non
     grey = "#808080"
     colors = dict(zip(_shown(page), COLORS, strict=False))
     colors["adamw"] = grey
-    look = {
-        "text.color": grey,
-        "axes.labelcolor": grey,
-        "axes.edgecolor": grey,
-        "xtick.color": grey,
-    }
-    look |= {"ytick.color": grey, "svg.fonttype": "none", "svg.hashsalt": path.name, "font.size": 9}
+    parts = ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color")
+    look: dict[str, Any] = dict.fromkeys(parts, grey)
+    look.update({"svg.fonttype": "none", "svg.hashsalt": path.name, "font.size": 9})
     with mpl.rc_context(look):
         figure = Figure(figsize=(9.0 if page.curves else 4.8, 3.2), layout="constrained")
         panels = figure.subplots(1, 2 if page.curves else 1, squeeze=False)[0]

@@ -41,6 +41,7 @@ integration: $(LIBRARIES:%=integration-%) $(READY)
 
 integration-%: $(OTHERS)/%/.ready
 	$(OTHERS)/$*/bin/python -m pytest $(TESTS_$*:%=tests/integration/%) --record $(RECORDS)/$*.json
+	$(OTHERS)/$*/bin/python -m pytest tests/test_docs.py lowrank_optax/integrations -k 'integrations or qwix_tunix'
 
 .PRECIOUS: $(OTHERS)/%/.ready
 $(OTHERS)/%/.ready: pyproject.toml

@@ -69,7 +69,7 @@ def claim(comparisons: Sequence[Comparison]) -> str:
         f"started from the gradient reaches the best validation loss of tuned LoRA AdamW in "
         f"{reached[0]:.1f} to {reached[-1]:.1f} times fewer steps (median "
         f"{statistics.median(reached):.1f}): at least 1.5 times fewer on {at_least(1.5)}, "
-        f"at least half on {at_least(2.0)}"
+        f"at least 2 times on {at_least(2.0)}"
     )
     if missed:
         sentence += f"; on {missed} some seeds do not reach it"
@@ -90,7 +90,7 @@ def headline_table(comparisons: Sequence[Comparison]) -> str:
         best = comparison.baseline
         rate = f"{best.best[0].config.learning_rate:g}"
         loss = f"{spread(best.losses(best.reported_split))} ({best.method}, {rate})"
-        page = f"[{comparison.label}](docs/results/{comparison.study}.md)"
+        page = f"[{comparison.label}]({comparison.study}.md)"
         rows.append([page, loss, *shown, verdict(comparison.loss)])
     headings = ["comparison", "AdamW's loss", *SHOWN, f"loss of {RECOMMENDED} – AdamW's"]
     return markdown(headings, rows)

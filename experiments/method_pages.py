@@ -186,8 +186,8 @@ def cost_table(page: Page) -> str:
         )
     headings = ["", "training step", "its memory", "leaves, MB", "state, MB", "update alone"]
     return (
-        "Against LoRA AdamW in the same process, on two CPU cores, r = 16; the README says [how it "
-        "was measured](../../README.md#cost-of-an-update).\n\n" + markdown(headings, rows)
+        "Against LoRA AdamW in the same process, on two CPU cores, r = 16; [how it was "
+        "measured](../cost.md).\n\n" + markdown(headings, rows)
     )
 
 

@@ -1,4 +1,4 @@
-"""Pages of the documentation and the README's block, made from the stored results alone.
+"""Pages of the documentation and the README's claim, made from the stored results alone.
 
 Everything between the markers of a file is generated; what stands around them is kept.
 """
@@ -169,17 +169,14 @@ def index_block(studies: Mapping[str, Sequence[Variant]]) -> str:
     return f"{text}\n\n{markdown(headings, rows)}"
 
 
-def readme_block(comparisons: Sequence[Comparison]) -> str:
-    """Writes the README's table of the peers, with its figure."""
+def headline_block(comparisons: Sequence[Comparison]) -> str:
+    """Writes the table of the peers."""
     text = (
         f"Fewer steps than tuned AdamW's to its best validation loss, mean ± standard deviation "
         f"over seeds, and the difference of the final losses. The last of {len(SHOWN)} methods "
         f"trains all weights."
     )
-    if not comparisons:
-        return text
-    figure = f"![Fewer steps than AdamW's](docs/results/{SPEEDUPS})"
-    return f"{text}\n\n{headline_table(comparisons)}\n\n{figure}"
+    return f"{text}\n\n{headline_table(comparisons)}" if comparisons else text
 
 
 def _comparisons(studies: Mapping[str, Sequence[Variant]]) -> list[Comparison]:
@@ -257,11 +254,12 @@ def make_pages(results: Path, docs: Path, readme: Path) -> dict[Path, str]:
         text = path.read_text() if path.exists() else _empty_page("Hunt")
         pages[path] = replace_block(text, hunted, str(path))
     index = docs / "README.md"
-    text = index.read_text() if index.exists() else _empty_page("Results")
+    comparisons = _comparisons(studies)
+    text = index.read_text() if index.exists() else _empty_page("Results", "headline", "results")
+    text = replace_block(text, headline_block(comparisons), str(index), "headline")
     pages[index] = replace_block(text, index_block(studies), str(index))
     if readme.exists():
-        comparisons = _comparisons(studies)
-        text = replace_block(readme.read_text(), readme_block(comparisons), str(readme))
+        text = readme.read_text()
         pages[readme] = replace_block(text, claim(comparisons), str(readme), "claim")
     return pages
 
@@ -275,9 +273,9 @@ def _studies(results: Path) -> Iterator[tuple[StudyFile, list[Variant]]]:
                 yield file, variants
 
 
-def _empty_page(title: str) -> str:
-    begin, end = (mark.format("results") for mark in MARKERS)
-    return f"# {title}\n\n{begin}\n{end}\n"
+def _empty_page(title: str, *markers: str) -> str:
+    blocks = ["\n".join(mark.format(name) for mark in MARKERS) for name in markers or ("results",)]
+    return "\n\n".join([f"# {title}", *blocks]) + "\n"
 
 
 def write_pages(pages: Mapping[Path, str]) -> list[Path]:

@@ -272,7 +272,7 @@ def _draw_curves(
         medians = [statistics.median(column) for column in zip(*losses, strict=True)]
         is_base = summary is baseline
         label = f"tuned AdamW ({summary.method})" if is_base else summary.method
-        color = "#808080" if is_base else colors.get(summary.method, "#808080")
+        color = colors.get(summary.method, "#808080")
         axes.plot(steps, medians, label=label, color=color, lw=1.6)
         last += medians[len(medians) // 6 :]
     axes.set(yscale="log", xlabel="step", ylim=(0.93 * min(last), 1.07 * max(last)))

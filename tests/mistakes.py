@@ -56,6 +56,7 @@ MISTAKES = {
         "nn.merge_lora(model)",
         "nn.gradient_start(model, loss_fn, [jnp.ones((2, 6))])",
         "nn.gradient_start(adapted, loss_fn, [])",
+        "nn.gradient_start(adapted, loss_fn, jnp.ones((2, 6)))",
         "nn.gradient_start(adapted, lambda model, x: 0.0 * loss_fn(model, x), [jnp.ones((2, 6))])",
         "nn.gradient_start(adapted, loss_fn, [jnp.ones((2, 6))], gamma=0)",
         'nn.gradient_start(adapted, loss_fn, [jnp.ones((2, 6))], method="pissa")',

@@ -187,6 +187,7 @@ def merge_lora_variables(
         Parameters for the plain model; `variables` is left as it is.
 
     Raises:
+        TypeError: if `adapters` is something else.
         ValueError: if `variables` has no adapters, or one that `adapters` does not describe or
             that does not fit its kernel.
 
@@ -256,6 +257,11 @@ def _record(adapters: dict[str, LinenAdapter], path: str, adapter: LinenAdapter)
 def _add_deltas(
     variables: Mapping[str, Any], adapters: Mapping[str, LinenAdapter], sign: int
 ) -> dict[str, Any]:
+    if not isinstance(adapters, Mapping):
+        raise TypeError(
+            f"adapters must be what lora_interceptor yielded or lora_adapters returned, got"
+            f" {adapters!r}"
+        )
     params = traverse_util.flatten_dict(flax.core.unfreeze(variables["params"]))
     factors = traverse_util.flatten_dict(flax.core.unfreeze(variables.get(COLLECTION, {})))
     if not factors:

@@ -71,6 +71,7 @@ def gradient_start(
         The singular values that were found, by path of the layer.
 
     Raises:
+        TypeError: batches that are no list, such as one array.
         ValueError: no LoRA layer, a merged one, an argument out of range, no batches; a layer whose
             gradient is zero, not finite, or of a lower rank than its adapter; a kernel that is not
             floating and would have to be corrected; frames for adapters without, or another
@@ -151,6 +152,7 @@ def gradient_triplets(
         The triplets by path of the pair.
 
     Raises:
+        TypeError: batches that are no list, such as one array.
         ValueError: no batches, no pairs, or a gradient that is not finite.
 
     Example:
@@ -167,8 +169,7 @@ def gradient_triplets(
     pairing = find_pairs(params)
     if not pairing.pairs:
         raise ValueError("the parameters hold no LoRA pairs: there is no gradient to start from")
-    if not batches:
-        raise ValueError("a gradient start needs at least one batch")
+    _require_batches(batches)
     pairs = pairing.take(params, LoRAPair)
     factors = scales(pairing, scale)
     others = pairing.rest(params)
@@ -244,9 +245,18 @@ def _checked(
     check_integer("iterations", iterations, least=0)
     gamma = _GAMMA[method] if gamma is None else gamma
     check_positive("gamma", gamma)
+    _require_batches(batches)
+    return gamma, _KEEPS_FUNCTION[method] if keep_function is None else keep_function
+
+
+def _require_batches(batches: Any) -> None:
+    if hasattr(batches, "shape") or not hasattr(batches, "__len__"):
+        raise TypeError(
+            f"batches must be a list of what the loss takes, got a {type(batches).__name__}; write"
+            " [batch] for one batch"
+        )
     if not batches:
         raise ValueError("a gradient start needs at least one batch")
-    return gamma, _KEEPS_FUNCTION[method] if keep_function is None else keep_function
 
 
 def _require_startable(path: str, layer: LoRALayer, method: str, keep_function: bool) -> None:

@@ -71,6 +71,18 @@ $(DOCS)/katex/.ready:
 	cd $(@D) && npm pack --silent katex@$(KATEX) && tar -xzf katex-$(KATEX).tgz --strip-components=2 package/dist
 	@touch $@
 
+# The notebooks from scratch. The first writes them with outputs; 03 checks its export in PyTorch where
+# torch, transformers and peft are installed: `make notebooks NOTEBOOKS_PYTHON=...`. The second runs
+# every cell twice and tests what the conclusions say.
+.PHONY: notebooks notebooks-check
+NOTEBOOKS_PYTHON ?= $(PY)
+
+notebooks: $(READY)
+	$(NOTEBOOKS_PYTHON) -m tests.notebooks.runner
+
+notebooks-check: $(READY)
+	$(PY) -m pytest -m notebooks tests/notebooks
+
 demo: $(READY)
 	$(PY) -m experiments demo
 

@@ -1,0 +1,129 @@
+"""The notebooks: both files of each in step, outputs fit to be shown, and what each concludes."""
+
+import base64
+import re
+
+import nbformat
+import pytest
+
+from tests.notebooks import runner
+
+PICTURES = 2  # of each notebook, at least
+LARGEST_PICTURE = 100_000  # bytes
+NOT_FOR_READERS = re.compile(r"/(?:work|tmp|root|home|usr)/|site-packages|127\.0\.0\.1|localhost")
+
+each_notebook = pytest.mark.parametrize("source", runner.SOURCES, ids=lambda path: path.stem)
+
+
+def committed(source):
+    return nbformat.read(source.with_suffix(".ipynb"), as_version=4)
+
+
+def outputs_of(notebook):
+    return [x for cell in notebook.cells if cell.cell_type == "code" for x in cell.outputs]
+
+
+def test_there_are_five():
+    names = [source.stem for source in runner.SOURCES]
+    assert [name[:2] for name in names] == ["01", "02", "03", "04", "05"]
+    assert sorted(CLAIMS) == names
+
+
+@each_notebook
+def test_both_files_have_the_same_cells(source):
+    shown = committed(source)
+    assert runner.sources_of(shown) == runner.sources_of(runner.read(source))
+    assert all(cell.execution_count for cell in shown.cells if cell.cell_type == "code")
+
+
+@each_notebook
+def test_outputs_are_fit_to_be_shown(source):
+    outputs = outputs_of(committed(source))
+    assert not [output for output in outputs if output.output_type == "error"]
+    pictures = [x.data["image/png"] for x in outputs if "image/png" in x.get("data", {})]
+    assert len(pictures) >= PICTURES
+    assert max(len(base64.b64decode(picture)) for picture in pictures) <= LARGEST_PICTURE
+    for output in outputs:
+        data = {kind: x for kind, x in output.get("data", {}).items() if kind != "image/png"}
+        for text in [output.get("text", ""), *data.values()]:
+            assert not NOT_FOR_READERS.search(text), text
+
+
+def test_the_shown_adapter_was_checked_in_pytorch():
+    [source] = [source for source in runner.SOURCES if source.stem == "03_finetune_minilm"]
+    texts = [output.get("text", "") for output in outputs_of(committed(source))]
+    assert any("largest difference of embeddings" in text for text in texts)
+    assert not any("SKIPPED" in text for text in texts)
+
+
+@each_notebook
+def test_it_says_what_it_is_and_installs_what_it_needs(source):
+    cells = runner.read(source).cells
+    assert cells[0].source.startswith("# ")
+    assert "lowrank-optax[notebooks]" in cells[1].source
+    assert "numbers = {" in cells[-1].source
+
+
+def of_quickstart(found):
+    assert found["reached"] is not None
+    assert found["reached"] < found["steps"]
+    assert found["last"]["PoLoRA"] < found["last"]["AdamW"]
+    assert found["inside"] == {"AdamW": True, "PoLoRA": True}  # no best rate at an end
+    assert found["frozen"]
+
+
+def of_how_it_works(found):
+    assert found["effective_rank"] < 16  # of 256
+    assert found["energy_of_rank"] > 0.95
+    assert found["dependence"]["AltLoRA"] < 0.01
+    assert found["dependence"]["AdamW"] > 1
+    best = found["alignment"]["frames of the gradient"]
+    assert best > 0.95
+    assert best == max(found["alignment"].values())
+    assert found["excess"]["OPLoRA, k = 1"] < 0.1 * found["excess"]["no step"]
+    assert found["excess"]["OPLoRA, k = 2"] < 0.01 * found["excess"]["no step"]
+    assert found["polora_largest"] <= found["polora_bound"] * 1.0001
+    assert found["polora_largest"] > 0.9 * found["polora_bound"]  # the bound is nearly reached
+    assert found["cosines"]["OPLoRA"] > found["cosines"]["AdamW"]
+    assert found["cosines"]["AltLoRA"] > found["cosines"]["AdamW"]
+    assert found["memory"]["PoLoRA"] < 1.5 < found["memory"]["AdamW"] < 2.1
+
+
+def of_minilm(found):
+    assert found["test_losses"]["PoLoRA"] < found["test_losses"]["probe"] - 0.02
+    assert found["reached"]["PoLoRA"] > found["probe"] + 0.02
+    assert found["test_losses"]["AdamW"] < found["test_losses"]["probe"]
+    assert found["torch_error"] is None or found["torch_error"] < 1e-4
+
+
+def of_many_devices(found):
+    assert found["devices"] == 8
+    whole, fsdp, both = (found["total"][name] for name in found["total"])
+    assert both < fsdp < whole / 3
+    assert max(found["worst"].values()) < 1e-3
+    assert found["last_loss"] < 0.1 * found["first_loss"]
+
+
+def of_linen(found):
+    assert found["base_moved"] == 0
+    assert found["kept"] == found["pretrained"] > 0.97
+    assert found["before"] < 0.3
+    assert found["reached"] > 0.95
+    assert found["merged_difference"] < 1e-5
+    assert max(found["last"].values()) < 0.2
+
+
+CLAIMS = {
+    "01_quickstart": of_quickstart,
+    "02_how_it_works": of_how_it_works,
+    "03_finetune_minilm": of_minilm,
+    "04_many_devices": of_many_devices,
+    "05_linen": of_linen,
+}
+
+
+@pytest.mark.notebooks
+@each_notebook
+def test_its_claims_hold_and_every_cell_can_be_run_again(source, tmp_path, monkeypatch):
+    monkeypatch.delenv("XLA_FLAGS", raising=False)  # those of the tests, not of a reader
+    CLAIMS[source.stem](runner.numbers_of(runner.read(source), tmp_path))

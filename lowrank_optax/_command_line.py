@@ -1,5 +1,6 @@
 """The command line: what is in an adapter file, and what can be made of it."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -154,7 +155,10 @@ def combine(
         scaled = [w * each.config.scale(name) for w, each in zip(weights, found, strict=True)]
         nodes = [each.pairs[name] for each in found]
         pairs[name], errors[name] = adapters.combine(nodes, scaled, rank)
-    _write(out, pairs, dict.fromkeys(pairs, 1.0), found[0].others, found[0].config)
+    first = found[0]
+    transposed = any(each.config.fan_in_fan_out for each in found)
+    config = dataclasses.replace(first.config, fan_in_fan_out=transposed)
+    _write(out, pairs, dict.fromkeys(pairs, 1.0), first.others, config)
     _tell(out, pairs, errors)
 
 
@@ -178,6 +182,11 @@ def merge(
             raise ValueError(
                 f"{adapter} holds whole weights too ({', '.join(source.others)}), which `merge`"
                 " does not place; merge it with PEFT"
+            )
+        if source.config.fan_in_fan_out:
+            raise ValueError(
+                f"{adapter} has fan_in_fan_out=True: its base model may keep weights as (in, out),"
+                " to which `merge` would add ΔK transposed; merge it with PEFT"
             )
         left = set(source.modules)
         temporary.mkdir(parents=True)
@@ -300,6 +309,7 @@ def _write(
         use_rslora=use_rslora,
         base_model=config.base_model,
         modules_to_save=list(config.modules_to_save),
+        fan_in_fan_out=config.fan_in_fan_out,
     )
     adapters.write_peft(out, new, pairs, others)
 

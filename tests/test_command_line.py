@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 from lowrank_optax import LoRAPair
 from lowrank_optax._command_line import app
 from lowrank_optax.adapters import read_peft, save_peft
+from lowrank_optax.adapters.peft_file import CONFIG
 
 
 def pair(seed, n_in=12, rank=3, n_out=8):
@@ -128,12 +129,12 @@ def test_combine_is_the_weighted_sum(adapter, tmp_path):
     np.testing.assert_allclose(delta(tmp_path / "out", "v"), total, atol=1e-4)
 
 
-def base_model(folder, dtype=np.float32):
+def base_model(folder, dtype=np.float32, n_in=12):
     folder.mkdir()
     normal = np.random.default_rng(0).normal
-    first = {"q.weight": normal(size=(8, 12)).astype(dtype), "q.bias": np.ones(8, dtype)}
+    first = {"q.weight": normal(size=(8, n_in)).astype(dtype), "q.bias": np.ones(8, dtype)}
     save_file(first, folder / "model-1.safetensors")
-    save_file({"v.weight": normal(size=(8, 12)).astype(dtype)}, folder / "model-2.safetensors")
+    save_file({"v.weight": normal(size=(8, n_in)).astype(dtype)}, folder / "model-2.safetensors")
     return folder
 
 
@@ -146,6 +147,22 @@ def test_merge_adds_to_the_weights_and_touches_nothing_else(adapter, tmp_path):
         expected = before[f"{name}.weight"] + delta(adapter, name).T
         np.testing.assert_allclose(after[f"{name}.weight"], expected, rtol=1e-5, atol=1e-5)
     np.testing.assert_array_equal(load_file(tmp_path / "out/model-1.safetensors")["q.bias"], 1)
+
+
+def test_weights_kept_transposed_are_not_merged_and_stay_marked(tmp_path):
+    """GPT-2's Conv1D keeps (in, out): on a square weight nothing but the setting tells."""
+    save_peft(tmp_path / "one", {"q": pair(0, 8), "v": pair(1, 8)}, scale=1.0)
+    config = json.loads((tmp_path / "one" / CONFIG).read_text())
+    (tmp_path / "one" / CONFIG).write_text(json.dumps({**config, "fan_in_fan_out": True}))
+    base = base_model(tmp_path / "base", n_in=8)
+    code, output = run("merge", tmp_path / "one", base, tmp_path / "out")
+    assert code == 2
+    assert "has fan_in_fan_out=True" in " ".join(output.split())
+    run("convert", tmp_path / "one", tmp_path / "converted")
+    save_peft(tmp_path / "two", {"q": pair(2, 8), "v": pair(3, 8)}, scale=1.0)
+    run("combine", tmp_path / "sum", tmp_path / "two", tmp_path / "one", "--rank", 2)
+    for folder in ("converted", "sum"):
+        assert json.loads((tmp_path / folder / CONFIG).read_text())["fan_in_fan_out"] is True
 
 
 @pytest.mark.parametrize("kind", ["missing weight", "int8", "shape"])

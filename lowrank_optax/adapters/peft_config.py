@@ -39,6 +39,8 @@ class PeftConfig:
         base_model: name of the base model.
         target_modules: names of the adapted modules.
         modules_to_save: names of modules that are stored whole.
+        fan_in_fan_out: whether the base model keeps its weights as (in, out), as GPT-2's Conv1D
+            does. The factors are the same.
 
     Example:
         >>> config = PeftConfig(r=8, alpha=16.0, rank_pattern={"layers.0.q": 4})
@@ -56,6 +58,7 @@ class PeftConfig:
     base_model: str = ""
     target_modules: Sequence[str] = ()
     modules_to_save: Sequence[str] = ()
+    fan_in_fan_out: bool = False
 
     def rank(self, module: str) -> int:
         """Returns the rank of a module."""
@@ -76,7 +79,7 @@ class PeftConfig:
         Args:
             ranks: by module name.
             scales: by module name.
-            others: `use_rslora`, `base_model`, `modules_to_save`.
+            others: `use_rslora`, `base_model`, `modules_to_save`, `fan_in_fan_out`.
         """
         root = math.sqrt if others.get("use_rslora") else float
         alphas = {name: _tidy(scales[name] * root(rank)) for name, rank in ranks.items()}
@@ -128,6 +131,7 @@ class PeftConfig:
             base_model=str(values.get("base_model_name_or_path") or ""),
             target_modules=_names(values, "target_modules"),
             modules_to_save=_names(values, "modules_to_save"),
+            fan_in_fan_out=values.get("fan_in_fan_out") is True,
         )
 
     def text(self) -> str:
@@ -146,7 +150,7 @@ class PeftConfig:
             "modules_to_save": list(self.modules_to_save) or None,
             "lora_dropout": 0.0,
             "bias": "none",
-            "fan_in_fan_out": False,
+            "fan_in_fan_out": self.fan_in_fan_out,
             "init_lora_weights": True,
         }
         return json.dumps(values, indent=2) + "\n"

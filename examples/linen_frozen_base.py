@@ -48,7 +48,7 @@ def load(first: int) -> tuple[Examples, Examples]:
     return (x[:cut], y[:cut]), (x[cut:], y[cut:])
 
 
-def cross_entropy(logits: jax.Array, labels: Any) -> jax.Array:
+def cross_entropy(logits: Any, labels: Any) -> jax.Array:
     """Mean cross-entropy."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 

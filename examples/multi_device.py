@@ -69,7 +69,8 @@ def main(
     # The model in three parts: what it is, what is trained, what is frozen.
     model = Network(nnx.Rngs(0))
     nn.add_lora(model, "up|down", nn.LoRAConfig(rank, alpha=2.0 * rank), rngs=nnx.Rngs(1))
-    graph, lora, frozen = nnx.split(model, nnx.LoRAParam, ...)
+    parts: Any = nnx.split(model, nnx.LoRAParam, ...)
+    graph, lora, frozen = parts
     scales = nn.lora_scales(model)
 
     def loss_fn(lora: Any, frozen: Any, batch: Any) -> jax.Array:

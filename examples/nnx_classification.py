@@ -90,7 +90,7 @@ def main(
         raise typer.BadParameter(f"{out} exists. --overwrite replaces it if it is an adapter.")
 
     # A base model. Yours comes from a checkpoint.
-    model = Network(nnx.Rngs(0))
+    model: Any = Network(nnx.Rngs(0))
     train(model, optax.adam(1e-3), nnx.Param, load(0)[0], 200, "digits 0-4")
 
     # Adapters beside three kernels, started from the gradient of eight batches.

@@ -36,8 +36,9 @@ class LanguageModel(nnx.Module):
     def __init__(self, rngs: nnx.Rngs) -> None:
         self.embeddings = nnx.List([nnx.Embed(n, WIDTH, rngs=rngs) for n in (128, LENGTH)])
         make = lambda: nnx.Dict(
-            norms=nnx.List([nnx.LayerNorm(WIDTH, rngs=rngs) for _ in range(2)]),
+            norm=nnx.LayerNorm(WIDTH, rngs=rngs),
             attention=nnx.MultiHeadAttention(4, WIDTH, decode=False, rngs=rngs),
+            next_norm=nnx.LayerNorm(WIDTH, rngs=rngs),
             up=nnx.Linear(WIDTH, 4 * WIDTH, rngs=rngs),
             down=nnx.Linear(4 * WIDTH, WIDTH, rngs=rngs),
         )
@@ -47,8 +48,8 @@ class LanguageModel(nnx.Module):
         """Gives the logits of each next character."""
         x = self.embeddings[0](tokens) + self.embeddings[1](jnp.arange(tokens.shape[1]))
         for block in self.blocks:
-            x += block.attention(block.norms[0](x), mask=nnx.make_causal_mask(tokens))
-            x += block.down(nnx.gelu(block.up(block.norms[1](x))))
+            x += block.attention(block.norm(x), mask=nnx.make_causal_mask(tokens))
+            x += block.down(nnx.gelu(block.up(block.next_norm(x))))
         return self.head(x)
 
 
@@ -110,11 +111,13 @@ def main(
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
 
     # What a run needs to go on: a gradient that is half accumulated is in the state too.
-    trees = lambda: {"params": nnx.state(model, nnx.LoRAParam), "opt_state": nnx.state(optimizer)}
+    parts = {"params": (model, nnx.LoRAParam), "opt_state": (optimizer,)}
+    trees: Any = lambda: {name: nnx.state(*part) for name, part in parts.items()}
     done = max(checkpoints.steps(run), default=0)
     if done:
         found = checkpoints.restore(run, **trees())
-        nnx.update((model, optimizer), (found.params, found.opt_state))
+        nnx.update(model, found.params)
+        nnx.update(optimizer, found.opt_state)
         print(f"goes on after {done} of {steps} batches")
     else:
         batches = [draw(source, (2, number)) for number in range(8)]

@@ -247,6 +247,10 @@ PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
         ({"bias": "all"}, "bias='all'"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
+        ({"init_lora_weights": "lora_ga"}, "'lora_ga', which changes the base model"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora=.*, which is not supported"),
+        ({"kasa_config": {}}, "kasa_config"),
+        ({"monteclora_config": {}}, "monteclora_config"),
         ({"r": 0}, "r=0, which is no positive integer"),
         ({"r": 4.0}, "r=4.0, which is no positive integer"),
         ({"lora_alpha": "16"}, "lora_alpha='16', which is no positive number"),
@@ -278,6 +282,28 @@ def test_patterns_match_the_tail_of_a_name_as_in_peft():
     config = PeftConfig(8, 16.0, {"layers.0.q": 4, r".*\.v": 2}, {"q": 8.0}, use_rslora=True)
     assert [config.rank(name) for name in ("m.layers.0.q", "layers.1.q", "m.x.v")] == [4, 8, 2]
     assert config.scale("m.layers.0.q") == 4.0
+
+
+def test_a_name_that_another_one_ends_with_has_its_own_rank_and_scale(tmp_path):
+    tree = {"proj": pair(0, rank=3), "enc.proj": pair(1), "dec.proj": pair(2), "x.dec.proj": pair()}
+    scale = {"proj": 4.0, "enc.proj": 1.0, "dec.proj": 1.0, "x.dec.proj": 0.5}
+    save_peft(tmp_path / "out", tree, scale=lambda path: scale[path.replace("/", ".")])
+    found = read_peft(tmp_path / "out")
+    assert found.scales == scale
+    assert found.config.rank_pattern == {"^proj": 3}
+    with pytest.raises(ValueError, match=r"'q\\n': PEFT's patterns give it the rank or scale of"):
+        PeftConfig.of(dict.fromkeys(["q", "q\n", "v"], 2), {"q": 4.0, "q\n": 1.0, "v": 1.0})
+
+
+def test_every_scale_comes_back_to_the_rounding_of_float64(tmp_path):
+    """Alphas of six digits gave scales that `load_peft` then refused."""
+    for rank, scale in ((3, 1.23456789), (7, 1 / 3), (64, 1e-3 / 7), (2, 0.3)):
+        for rslora in (False, True):
+            config = PeftConfig.of({"q": rank}, {"q": scale}, use_rslora=rslora)
+            assert config.scale("q") == pytest.approx(scale, rel=1e-12)
+    save_peft(tmp_path / "out", {"q": pair()}, scale=1.23456789)
+    load_peft(tmp_path / "out", {"q": pair(5)}, scale=1.23456789)
+    assert PeftConfig.of({"q": 3}, {"q": 2 / 3}).alpha == 2
 
 
 # Files

@@ -19,9 +19,12 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "trainable_token_indices": (None,),
     "arrow_config": (None,),
+    "use_bdlora": (None, False),
+    "kasa_config": (None,),
+    "monteclora_config": (None,),
 }
 # Starts that change the base model's weights, by which the factors alone are not the adapter.
-_CHANGES_BASE = ("pissa", "olora", "corda", "loftq")
+_CHANGES_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
 
 
 @dataclass(frozen=True)
@@ -80,15 +83,20 @@ class PeftConfig:
             ranks: by module name.
             scales: by module name.
             others: `use_rslora`, `base_model`, `modules_to_save`, `fan_in_fan_out`.
+
+        Raises:
+            ValueError: a name that no pattern of PEFT tells from the others.
         """
         root = math.sqrt if others.get("use_rslora") else float
-        alphas = {name: _tidy(scales[name] * root(rank)) for name, rank in ranks.items()}
+        alphas = {name: _alpha(scales[name], root(rank)) for name, rank in ranks.items()}
         [(r, _)] = Counter(ranks.values()).most_common(1)
         [(alpha, _)] = Counter(alphas.values()).most_common(1)
+        tails = {tail for name in ranks for tail in _tails(name)}
+        anchored = lambda name: ("^" if name in tails else "") + re.escape(name)
         differing = lambda values, common: {
-            re.escape(name): value for name, value in values.items() if value != common
+            anchored(name): value for name, value in values.items() if value != common
         }
-        return cls(
+        config = cls(
             r=r,
             alpha=alpha,
             rank_pattern=differing(ranks, r),
@@ -96,6 +104,14 @@ class PeftConfig:
             target_modules=sorted(ranks),
             **others,
         )
+        for name, rank in ranks.items():
+            same_scale = math.isclose(config.scale(name), scales[name], rel_tol=1e-12)
+            if config.rank(name) != rank or not same_scale:
+                raise ValueError(
+                    f"{name!r}: PEFT's patterns give it the rank or scale of another module; give"
+                    " it another name"
+                )
+        return config
 
     @classmethod
     def parse(cls, text: str) -> "PeftConfig":
@@ -171,9 +187,17 @@ def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _tidy(alpha: float) -> float | int:
-    """An alpha without the rounding of the scale that it comes from."""
-    rounded = float(f"{alpha:.6g}")
+def _tails(name: str) -> list[str]:
+    """What stands behind each dot of a name."""
+    parts = name.split(".")
+    return [".".join(parts[start:]) for start in range(1, len(parts))]
+
+
+def _alpha(scale: float, root: float) -> float | int:
+    """The alpha of a scale, with few digits where these give the scale back."""
+    rounded = float(f"{scale * root:.6g}")
+    if not math.isclose(rounded / root, scale, rel_tol=1e-12):
+        return scale * root
     return int(rounded) if rounded.is_integer() else rounded
 
 

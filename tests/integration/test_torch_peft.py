@@ -126,6 +126,30 @@ def test_we_read_what_peft_writes(name, tmp_path):
         np.testing.assert_allclose(ours.T, deltas[path].detach().numpy(), atol=1e-5)
 
 
+def test_peft_tells_a_name_from_one_that_ends_with_it(tmp_path):
+    """Scales of a module whose name is the tail of another's are right in PEFT."""
+    torch.manual_seed(0)
+    maps = {name: torch.nn.Linear(8, 8, bias=False) for name in ("proj", "enc", "dec")}
+    model = torch.nn.ModuleDict(
+        {
+            "proj": maps["proj"],
+            "enc": torch.nn.ModuleDict({"proj": maps["enc"]}),
+            "dec": torch.nn.ModuleDict({"proj": maps["dec"]}),
+        }
+    )
+    scales = {"proj": 4.0, "enc.proj": 1.0, "dec.proj": 0.5}
+    ranks = {"proj": 3, "enc.proj": 2, "dec.proj": 2}
+    pairs = {
+        name: LoRAPair(jnp.full((8, rank), 0.1 * rank), jnp.ones((rank, 8)))
+        for name, rank in ranks.items()
+    }
+    save_peft(tmp_path / "out", pairs, scale=lambda path: scales[path.replace("/", ".")])
+    loaded = peft.PeftModel.from_pretrained(model, tmp_path / "out")
+    for name, pair in pairs.items():
+        delta = loaded.get_submodule(f"base_model.model.{name}").get_delta_weight("default")
+        np.testing.assert_allclose(delta.detach(), scales[name] * (pair.a @ pair.b).T, rtol=1e-6)
+
+
 def test_dora_is_refused_by_name(tmp_path):
     """DoRA, which we do not read, is refused by its name."""
     model, _ = bert()

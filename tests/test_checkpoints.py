@@ -484,7 +484,9 @@ def test_steps_are_kept_listed_and_never_overwritten(tmp_path):
         ({"step": -1}, ValueError, "`step` must be at least 0"),
         ({"step": 1.0}, TypeError, "`step` must be an integer"),
         ({"keep": 0}, ValueError, "`keep` must be at least 1"),
-        ({"keep": "all"}, TypeError, "`keep` must be an integer"),
+        ({"keep": "all"}, TypeError, r"`keep` must be an integer, got 'all'\.$"),
+        ({"step": True}, TypeError, r"`step` must be an integer, got True\.$"),
+        ({"keep": True}, TypeError, r"`keep` must be an integer, got True\.$"),
     ],
 )
 def test_arguments(tmp_path, arguments, error, match):
@@ -511,9 +513,53 @@ def test_older_steps_go_only_after_the_new_one_is_there(tmp_path, monkeypatch):
     assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "4"}
 
 
+def test_folders_that_save_did_not_write_are_left_alone(tmp_path):
+    """Neither deleted, nor listed, nor counted, nor overwritten, though their names are numbers."""
+    precious = tmp_path / "0" / "data" / "precious.txt"
+    precious.parent.mkdir(parents=True)
+    precious.write_text("of somebody else")
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(7, args=ocp.args.StandardSave({"q": jnp.ones(2)}))
+    assert checkpoints.steps(tmp_path) == []
+    with pytest.raises(FileNotFoundError, match=r"has no checkpoint that .* wrote; give"):
+        checkpoints.read(tmp_path)
+    for step in (10, 20, 30):
+        saved(tmp_path, step, keep=2)
+    assert checkpoints.steps(tmp_path) == [20, 30]
+    assert {path.name for path in tmp_path.iterdir()} == {"0", "7", "20", "30"}
+    assert precious.read_text() == "of somebody else"
+    with pytest.raises(FileNotFoundError, match="no checkpoint of step 7; there are 20, 30"):
+        checkpoints.read(tmp_path, 7)
+    with pytest.raises(FileExistsError, match="7 exists and is not overwritten"):
+        saved(tmp_path, 7)
+
+
+def test_a_file_in_place_of_the_folder_is_an_error(tmp_path):
+    file = tmp_path / "run.ckpt"
+    file.write_text("")
+    for use in (saved, checkpoints.steps, checkpoints.read):
+        with pytest.raises(NotADirectoryError, match=r"run\.ckpt is a file; give the folder"):
+            use(file)
+    with pytest.raises(NotADirectoryError, match=r"run\.ckpt is a file; give the folder"):
+        checkpoints.restore(file, params=pair_of(0), opt_state=())
+
+
+def test_a_tilde_is_the_home_of_the_user(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    saved("~/run", 3)
+    assert (tmp_path / "run" / "3").is_dir()
+    assert checkpoints.steps("~/run") == [checkpoints.read("~/run").step] == [3]
+
+
+def test_a_boolean_is_no_step(tmp_path):
+    saved(tmp_path, 1)
+    with pytest.raises(TypeError, match=r"`step` must be an integer, got True\.$"):
+        checkpoints.read(tmp_path, True)
+
+
 def test_no_checkpoint(tmp_path):
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(FileNotFoundError, match=r"has no checkpoint; `checkpoints.save`"):
+        with pytest.raises(FileNotFoundError, match=r"has no checkpoint that .* wrote; give"):
             checkpoints.read(folder)
     assert not (tmp_path / "missing").exists()
     saved(tmp_path, 3)
@@ -602,13 +648,6 @@ def test_a_damaged_checkpoint_is_an_error_or_whole(tmp_path):
             assert_same(before.params, params)
             shutil.rmtree(bad)
     assert refused == {"missing", "empty", "cut"}
-
-
-def test_what_something_else_wrote_is_refused(tmp_path):
-    with ocp.CheckpointManager(tmp_path) as manager:
-        manager.save(1, args=ocp.args.StandardSave({"q": jnp.ones(2)}))
-    with pytest.raises(ValueError, match=r"something else than `checkpoints.save` wrote it"):
-        checkpoints.read(tmp_path)
 
 
 def test_without_orbax(tmp_path, monkeypatch):

@@ -58,26 +58,27 @@ def check_schedule(name: str, value: Any, ok: Callable[[Any], bool], remedy: str
     check(name, value, ok, remedy)
 
 
-def check_integer(name: str, value: Any, least: int) -> None:
+_STATIC = "; under `optax.inject_hyperparams` name it in `static_args`"
+
+
+def check_integer(name: str, value: Any, least: int, hint: str = _STATIC) -> None:
     """Raises unless a value is an integer that is large enough; shapes and loops depend on it.
 
     Args:
         name: the argument's name.
         value: its value.
         least: the smallest value that is allowed.
+        hint: what to say besides of what is not an integer.
 
     Raises:
-        TypeError: it is not an integer.
+        TypeError: it is not an integer. A boolean is none.
         ValueError: it is too small.
 
     Example:
         >>> check_integer("iterations", 1, least=0)
     """
-    if not isinstance(value, int | np.integer):
-        raise TypeError(
-            f"`{name}` must be an integer, got {value!r}; under `optax.inject_hyperparams` name it"
-            " in `static_args`."
-        )
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"`{name}` must be an integer, got {value!r}{hint}.")
     if value < least:
         raise ValueError(f"`{name}` must be at least {least}, got {value}.")
 

@@ -14,8 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from lowrank_optax._core.arguments import check_integer
 from lowrank_optax.checkpoints.leaves import Kind, loaded_form
 
+_MANIFEST = "manifest"  # the item of orbax that tells a step of ours from any other folder
 _MANY = 8  # names that a message lists
 
 
@@ -40,22 +42,23 @@ def write(
 
     Raises:
         FileExistsError: the step is there.
+        NotADirectoryError: the folder is a file.
         ImportError: orbax is not installed.
     """
-    ocp, folder = _orbax(), Path(folder).absolute()
+    ocp, folder = _orbax(), _absolute(folder)
     with _manager(folder, writes=True) as manager:
-        if step in manager.all_steps():
+        if (folder / str(step)).exists():
             raise FileExistsError(
                 f"{folder / str(step)} exists and is not overwritten; save another step, give"
                 " another folder, or remove it."
             )
+        manifest = {name: kind._asdict() for name, kind in kinds.items()}
         args = ocp.args.Composite(
-            arrays=ocp.args.PyTreeSave(dict(stored)),
-            manifest=ocp.args.JsonSave({name: kind._asdict() for name, kind in kinds.items()}),
+            arrays=ocp.args.PyTreeSave(dict(stored)), **{_MANIFEST: ocp.args.JsonSave(manifest)}
         )
         manager.save(step, args=args, force=True)  # else orbax skips steps before the last one
         if keep is not None:
-            earlier = sorted(found for found in manager.all_steps() if found < step)
+            earlier = [found for found in _own_steps(manager) if found < step]
             for old in earlier[: max(0, len(earlier) + 1 - keep)]:
                 manager.delete(old)
     return folder / str(step)
@@ -63,11 +66,11 @@ def write(
 
 def whole_steps(folder: str | os.PathLike[str]) -> list[int]:
     """Lists the steps that are whole; see `checkpoints.steps`."""
-    folder = Path(folder).absolute()
+    folder = _absolute(folder)
     if not folder.is_dir():
         return []
     with _manager(folder, writes=False) as manager:
-        return sorted(manager.all_steps())
+        return _own_steps(manager)
 
 
 @contextlib.contextmanager
@@ -76,12 +79,19 @@ def opened(folder: str | os.PathLike[str], step: int | None) -> Iterator["Step"]
 
     Raises:
         FileNotFoundError: there is none.
+        NotADirectoryError: the folder is a file.
+        TypeError: the step is no integer.
         ValueError: its manifest cannot be read.
         ImportError: orbax is not installed.
     """
-    folder = Path(folder).absolute()
+    folder = _absolute(folder)
+    if step is not None:
+        check_integer("step", step, least=0, hint="")
     if not (found := whole_steps(folder)):
-        raise FileNotFoundError(f"{folder} has no checkpoint; `checkpoints.save` writes one.")
+        raise FileNotFoundError(
+            f"{folder} has no checkpoint that `checkpoints.save` wrote; give the folder that it"
+            " was given."
+        )
     if step is not None and step not in found:
         raise FileNotFoundError(
             f"{folder} has no checkpoint of step {step}; there are {listed(map(str, found))}."
@@ -109,8 +119,8 @@ class Step:
         self._manager = manager
         args = _orbax().args
         with self._explained():
-            item = args.Composite(manifest=args.JsonRestore())
-            manifest = manager.restore(step, args=item)["manifest"]
+            item = args.Composite(**{_MANIFEST: args.JsonRestore()})
+            manifest = manager.restore(step, args=item)[_MANIFEST]
             self.kinds = {
                 name: Kind(kind["dtype"], tuple(kind["shape"]), kind["impl"])
                 for name, kind in manifest.items()
@@ -147,11 +157,11 @@ class Step:
         try:
             yield
         except Exception as error:  # orbax and tensorstore raise many kinds
-            others = [str(step) for step in self._manager.all_steps() if step != self.step]
+            others = [str(step) for step in _own_steps(self._manager) if step != self.step]
             raise ValueError(
-                f"{self.path} cannot be read: a file of it is damaged or missing, something else"
-                " than `checkpoints.save` wrote it, or a sharding does not fit. Nothing was"
-                f" restored. Other steps there: {listed(others) or 'none'}."
+                f"{self.path} cannot be read: a file of it is damaged or missing, or a sharding"
+                " does not fit. Nothing was restored. Other steps there:"
+                f" {listed(others) or 'none'}."
             ) from error
 
 
@@ -165,6 +175,19 @@ def listed(names: Iterable[str]) -> str:
     names = list(names)
     more = [f"and {len(names) - _MANY} more"] if len(names) > _MANY else []
     return ", ".join(names[:_MANY] + more)
+
+
+def _absolute(folder: str | os.PathLike[str]) -> Path:
+    path = Path(folder).expanduser().absolute()
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"{path} is a file; give the folder of the run.")
+    return path
+
+
+def _own_steps(manager: Any) -> list[int]:
+    """The steps that `write` wrote, ascending; to orbax each folder named by a number is one."""
+    folder = Path(manager.directory)
+    return sorted(step for step in manager.all_steps() if (folder / f"{step}/{_MANIFEST}").is_dir())
 
 
 def _manager(folder: Path, *, writes: bool) -> Any:

@@ -52,7 +52,7 @@ def save(
 
     Args:
         folder: of the run, which all processes see; it is made if needed. Each step is a folder
-            in it.
+            in it. Other folders in it stay as they are.
         step: how many steps are done, not negative.
         params: the trained leaves, pairs with their auxiliary leaves: `nnx.state(model,
             nnx.LoRAParam)`, Linen's `'lora'` collection, or any other tree of arrays and numbers of
@@ -67,10 +67,11 @@ def save(
         The folder of the step.
 
     Raises:
-        FileExistsError: the step was saved before.
+        FileExistsError: the step was saved before, or a folder of its name is there.
+        NotADirectoryError: the folder is a file.
         ValueError: there is nothing to save, two leaves have the same path, or an array differs
             between processes.
-        TypeError: a leaf is no array and no number, or is traced.
+        TypeError: a leaf is no array and no number, or is traced; a step that is no integer.
         ImportError: orbax is not installed.
 
     Example:
@@ -83,9 +84,9 @@ def save(
         >>> path.name, steps(folder)
         ('30', [20, 30])
     """
-    check_integer("step", step, least=0)
+    check_integer("step", step, least=0, hint="")
     if keep is not None:
-        check_integer("keep", keep, least=1)
+        check_integer("keep", keep, least=1, hint="")
     leaves = named({"params": params, "opt_state": opt_state, "rngs": rngs})
     kinds = {name: Kind.of(name, leaf, jax.Array) for name, leaf in leaves.items()}
     if not any(kind.size for name, kind in kinds.items() if name.split("/")[0] == "params"):
@@ -127,6 +128,7 @@ def restore(
 
     Raises:
         FileNotFoundError: there is no checkpoint, or none of this step.
+        NotADirectoryError: the folder is a file.
         ValueError: the checkpoint and the targets have other paths, shapes or dtypes, of which the
             message lists both sides; or the checkpoint cannot be read, as a file of it is damaged.
         TypeError: a leaf of the targets is no array and no number.
@@ -174,6 +176,7 @@ def read(folder: str | os.PathLike[str], step: int | None = None) -> Checkpoint:
 
     Raises:
         FileNotFoundError: there is no checkpoint, or none of this step.
+        NotADirectoryError: the folder is a file.
         ValueError: the checkpoint cannot be read, as a file of it is damaged.
         ImportError: orbax is not installed.
 
@@ -205,6 +208,7 @@ def steps(folder: str | os.PathLike[str]) -> list[int]:
         The steps, ascending.
 
     Raises:
+        NotADirectoryError: the folder is a file.
         ImportError: orbax is not installed.
 
     Example:

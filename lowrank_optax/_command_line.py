@@ -19,7 +19,7 @@ from rich.progress import track
 from rich.table import Table
 
 from lowrank_optax import adapters
-from lowrank_optax.adapters import PeftConfig, Spectrum
+from lowrank_optax.adapters import PeftAdapter, PeftConfig, Spectrum
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -129,7 +129,7 @@ def convert(
             pairs[name], errors[name] = adapters.compress(pair, min(rank, pair.a.shape[-1]))
         wanted = _dtype(dtype) or pair.a.dtype
         pairs[name] = jax.tree.map(lambda x, wanted=wanted: x.astype(wanted), pairs[name])
-    _write(out, pairs, found.scales, found.others, found.config, use_rslora=rslora)
+    _write(out, pairs, found.scales, found, use_rslora=rslora)
     _tell(out, pairs, errors)
 
 
@@ -155,10 +155,9 @@ def combine(
         scaled = [w * each.config.scale(name) for w, each in zip(weights, found, strict=True)]
         nodes = [each.pairs[name] for each in found]
         pairs[name], errors[name] = adapters.combine(nodes, scaled, rank)
-    first = found[0]
     transposed = any(each.config.fan_in_fan_out for each in found)
-    config = dataclasses.replace(first.config, fan_in_fan_out=transposed)
-    _write(out, pairs, dict.fromkeys(pairs, 1.0), first.others, config)
+    config = dataclasses.replace(found[0].config, fan_in_fan_out=transposed)
+    _write(out, pairs, dict.fromkeys(pairs, 1.0), found[0]._replace(config=config))
     _tell(out, pairs, errors)
 
 
@@ -299,10 +298,11 @@ def _write(
     out: Path,
     pairs: dict[str, Any],
     scales: dict[str, float],
-    others: dict[str, Any],
-    config: PeftConfig,
+    source: PeftAdapter,
     use_rslora: bool = False,
 ) -> None:
+    """Writes new pairs of an adapter, with all else that it holds."""
+    config = source.config
     new = PeftConfig.of(
         {name: pair.a.shape[-1] for name, pair in pairs.items()},
         scales,
@@ -311,7 +311,7 @@ def _write(
         modules_to_save=list(config.modules_to_save),
         fan_in_fan_out=config.fan_in_fan_out,
     )
-    adapters.write_peft(out, new, pairs, others)
+    adapters.write_peft(out, new, pairs, source.others, source.embeddings)
 
 
 def _tell(out: Path, pairs: dict[str, Any], errors: dict[str, Any]) -> None:

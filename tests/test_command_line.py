@@ -14,8 +14,8 @@ from typer.testing import CliRunner
 
 from lowrank_optax import LoRAPair
 from lowrank_optax._command_line import app
-from lowrank_optax.adapters import read_peft, save_peft
-from lowrank_optax.adapters.peft_file import CONFIG
+from lowrank_optax.adapters import PeftConfig, read_peft, save_peft, write_peft
+from lowrank_optax.adapters.peft_file import CONFIG, WEIGHTS
 
 
 def pair(seed, n_in=12, rank=3, n_out=8):
@@ -127,6 +127,47 @@ def test_combine_is_the_weighted_sum(adapter, tmp_path):
     assert code == 0, output
     total = 0.25 * delta(adapter, "v") - 2.0 * delta(tmp_path / "two", "v")
     np.testing.assert_allclose(delta(tmp_path / "out", "v"), total, atol=1e-4)
+
+
+@pytest.fixture
+def embedding_adapter(tmp_path):
+    """As PEFT writes one of an embedding and a head, with `save_embedding_layers=True`."""
+    config = PeftConfig(2, 4.0, target_modules=["embed", "head", "q"])
+    pairs = {"embed": pair(0, 20, 2, 8), "head": pair(1, 8, 2, 20), "q": pair(2, 8, 2, 8)}
+    whole = {"embed.weight": jnp.ones((20, 8)), "head.weight": jnp.ones((20, 8))}
+    return write_peft(tmp_path / "embedding", config, pairs, whole, embeddings={"embed"})
+
+
+EMBEDDING_KEYS = {
+    "embed.lora_embedding_A", "embed.lora_embedding_B", "embed.base_layer.weight",
+    "head.lora_A.weight", "head.lora_B.weight", "head.base_layer.weight",
+    "q.lora_A.weight", "q.lora_B.weight",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["convert", "combine"])
+def test_embeddings_and_base_layers_keep_their_keys(embedding_adapter, tmp_path, command):
+    out = tmp_path / "out"
+    arguments = {
+        "convert": ("convert", embedding_adapter, out, "--rank", 1),
+        "combine": ("combine", out, embedding_adapter, embedding_adapter, "--rank", 1),
+    }
+    code, output = run(*arguments[command])
+    assert code == 0, output
+    for folder in (embedding_adapter, out):
+        keys = {f"base_model.model.{key}" for key in EMBEDDING_KEYS}
+        assert set(load_file(folder / WEIGHTS)) == keys
+        found = read_peft(folder)
+        assert found.embeddings == {"embed"}
+        assert set(found.others) == {"embed.weight", "head.weight"}
+
+
+def test_factors_that_do_not_fit_the_weight_beside_them_are_refused(embedding_adapter):
+    tensors = load_file(embedding_adapter / WEIGHTS)
+    tensors["base_model.model.head.lora_A.weight"] = np.ones((2, 4), np.float32)
+    save_file(tensors, embedding_adapter / WEIGHTS)
+    with pytest.raises(ValueError, match=r"head has factors of .*base_layer.weight the shape"):
+        read_peft(embedding_adapter)
 
 
 def base_model(folder, dtype=np.float32, n_in=12):

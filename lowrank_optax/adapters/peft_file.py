@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,11 +31,13 @@ class PeftAdapter(NamedTuple):
         pairs: plain pairs (in, r) and (r, out) by module name.
         others: whole weights by name: of `modules_to_save`, and of adapted embeddings and heads,
             which PEFT stores too.
+        embeddings: the modules that are embeddings, whose factors have keys of their own.
     """
 
     config: PeftConfig
     pairs: dict[str, LoRAPair]
     others: dict[str, jax.Array]
+    embeddings: frozenset[str] = frozenset()
 
     @property
     def scales(self) -> dict[str, float]:
@@ -73,7 +75,8 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftAdapter:
     """
     with open_peft(folder) as file:
         pairs = {name: file.pair(name) for name in file.modules}
-        return PeftAdapter(file.config, pairs, {key: file.other(key) for key in file.others})
+        others = {name: file.other(name) for name in file.others}
+        return PeftAdapter(file.config, pairs, others, frozenset(file.embeddings))
 
 
 class PeftFile:
@@ -88,12 +91,14 @@ class PeftFile:
         config: the settings.
         modules: the keys of the factors, by module and side.
         others: the keys of the whole weights, by name.
+        embeddings: the modules that are embeddings.
     """
 
     def __init__(self, path: Path, config: PeftConfig, file: Any) -> None:
         self.config = config
         self.modules: dict[str, dict[str, str]] = {}
         self.others: dict[str, str] = {}
+        self.embeddings: set[str] = set()
         self._path, self._file = path, file
         for key in list(file.keys()):
             self._sort(key)
@@ -115,6 +120,13 @@ class PeftFile:
             raise ValueError(
                 f"{self._path}: {module} has factors of shapes {tuple(a.shape)} and"
                 f" {tuple(b.shape)}, but the rank {rank} in {CONFIG}"
+            )
+        base = self.others.get(f"{module}.weight")
+        shape = None if base is None else tuple(self._file.get_slice(base).get_shape())
+        if shape is not None and sorted(shape) != sorted((a.shape[0], b.shape[1])):
+            raise ValueError(
+                f"{self._path}: {module} has factors of shapes {tuple(a.shape)} and"
+                f" {tuple(b.shape)}, but {base} the shape {shape}; this is not plain LoRA"
             )
         return LoRAPair(a, b)
 
@@ -145,6 +157,8 @@ class PeftFile:
             if found["side"] in sides:
                 raise ValueError(f"{self._path}: {found['module']} has two factors {found['side']}")
             sides[found["side"]] = key
+            if found["kind"]:
+                self.embeddings.add(found["module"])
         elif any(module in name.split(".") for module in self.config.modules_to_save):
             self.others[name] = key
         elif ".base_layer." in name:
@@ -197,6 +211,7 @@ def write_peft(
     config: PeftConfig,
     pairs: Mapping[str, LoRAPair],
     others: Mapping[str, Any],
+    embeddings: Collection[str] = (),
 ) -> Path:
     """Writes an adapter as PEFT does, both files or none.
 
@@ -204,7 +219,8 @@ def write_peft(
         folder: where; it must not exist.
         config: the settings.
         pairs: by module name.
-        others: whole weights by name.
+        others: whole weights by name. One of an adapted module is written as PEFT's `base_layer`.
+        embeddings: the modules of `pairs` that are embeddings.
 
     Returns:
         The folder.
@@ -220,10 +236,15 @@ def write_peft(
     folder = Path(folder)
     if folder.exists():
         raise FileExistsError(f"{folder} exists; give another folder, or remove it")
-    tensors = {f"{_PREFIX}{name}": jnp.asarray(value) for name, value in others.items()}
+    tensors = {}
+    for name, value in others.items():
+        module, _, parameter = name.rpartition(".")
+        key = f"{module}.base_layer.{parameter}" if module in pairs else name
+        tensors[f"{_PREFIX}{key}"] = jnp.asarray(value)
     for name, pair in pairs.items():
-        tensors[f"{_PREFIX}{name}.lora_A.weight"] = jnp.swapaxes(pair.a, -1, -2)
-        tensors[f"{_PREFIX}{name}.lora_B.weight"] = jnp.swapaxes(pair.b, -1, -2)
+        key = "lora_embedding_{}" if name in embeddings else "lora_{}.weight"
+        for side, factor in zip("AB", pair, strict=True):
+            tensors[f"{_PREFIX}{name}.{key.format(side)}"] = jnp.swapaxes(factor, -1, -2)
     for key, value in tensors.items():
         if not jnp.all(jnp.isfinite(value)):
             raise ValueError(f"{key} holds numbers that are not finite; nothing is written")

@@ -150,6 +150,31 @@ def test_peft_tells_a_name_from_one_that_ends_with_it(tmp_path):
         np.testing.assert_allclose(delta.detach(), scales[name] * (pair.a @ pair.b).T, rtol=1e-6)
 
 
+def test_peft_reads_embeddings_that_were_converted(tmp_path):
+    """`convert` keeps the keys of embeddings and of whole base layers: equal outputs in PEFT."""
+    pytest.importorskip("typer", reason=WHY)
+    from typer.testing import CliRunner
+
+    from lowrank_optax._command_line import app
+
+    torch.manual_seed(0)
+    model, forward = llama()
+    model.eval()
+    kept = {name: value.clone() for name, value in model.state_dict().items()}
+    targets = ["embed_tokens", "q_proj", "lm_head"]
+    settings = peft.LoraConfig(r=2, target_modules=targets, init_lora_weights=False)
+    adapted = peft.get_peft_model(model, settings).eval()
+    adapted.save_pretrained(tmp_path / "theirs", save_embedding_layers=True)
+    arguments = ["convert", str(tmp_path / "theirs"), str(tmp_path / "ours")]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    assert read_peft(tmp_path / "ours").embeddings == {"model.embed_tokens"}
+    fresh, _ = llama()
+    fresh.load_state_dict(kept)
+    loaded = peft.PeftModel.from_pretrained(fresh, tmp_path / "ours").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(forward(loaded), forward(adapted))
+
+
 def test_dora_is_refused_by_name(tmp_path):
     """DoRA, which we do not read, is refused by its name."""
     model, _ = bert()

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 import struct
 import subprocess
 import sys
@@ -204,6 +205,72 @@ def test_weights_of_a_head_go_beside(tmp_path):
     found = read_peft(tmp_path / "out")
     assert found.config.modules_to_save == ["classifier"]
     jax.tree.map(np.testing.assert_array_equal, found.others, head)
+
+
+def test_nested_heads_are_written_by_their_full_names(tmp_path):
+    """The last part alone, `dense`, would make PEFT wrap that of every encoder layer."""
+    names = ["classifier.dense.weight", "classifier.out_proj.weight", "bert.pooler.dense.bias"]
+    head = {name: normal(3, 3) for name in names}
+    save_peft(tmp_path / "out", {"bert.pooler.query": pair()}, scale=1.0, modules_to_save=head)
+    found = read_peft(tmp_path / "out")
+    modules = ["bert.pooler.dense", "classifier.dense", "classifier.out_proj"]
+    assert found.config.modules_to_save == modules
+    jax.tree.map(np.testing.assert_array_equal, found.others, head)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("lm_head", "'lm_head' is no weight of a module; .* as in 'lm_head.weight'"),
+        ("q.weight", "'q.weight' is a weight of q, which is adapted"),
+    ],
+)
+def test_whole_weights_that_peft_would_not_place_are_refused(tmp_path, name, message):
+    with pytest.raises(ValueError, match=message):
+        save_peft(tmp_path / "out", {"q": pair()}, scale=1.0, modules_to_save={name: jnp.ones(3)})
+    assert not (tmp_path / "out").exists()
+
+
+def test_whole_weights_of_a_file_are_not_dropped_unsaid(tmp_path):
+    head = {"classifier.weight": normal(3, 3, 6)}
+    save_peft(tmp_path / "out", {"q": pair()}, scale=1.0, modules_to_save=head)
+    with pytest.raises(ValueError, match=r"whole weights too: classifier\.weight.*ignore_others"):
+        load_peft(tmp_path / "out", {"q": pair(5)}, scale=1.0)
+    back = load_peft(tmp_path / "out", {"q": pair(5)}, scale=1.0, ignore_others=True)
+    np.testing.assert_array_equal(back["q"].a, pair().a)
+
+
+def test_merged_layers_are_refused_where_the_kernel_counts(tmp_path):
+    """Of a merged kernel the adapter would be written twice, or not at all, or not be used."""
+    original, model = Model(nnx.Rngs(7)), adapted()
+    save_peft(tmp_path / "one", model)
+    nn.merge_lora(model)
+    with pytest.raises(ValueError, match=r"^query: its kernel .* call nn.unmerge_lora first"):
+        save_peft(tmp_path / "out", model, original=original)
+    with pytest.raises(ValueError, match=r"^query of `original`: .* nn.unmerge_lora"):
+        save_peft(tmp_path / "out", adapted(), original=model)
+    before = model.query.pair.a
+    with pytest.raises(ValueError, match=r"^query: its kernel .* call nn.unmerge_lora first"):
+        load_peft(tmp_path / "one", model)
+    np.testing.assert_array_equal(model.query.pair.a, before)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("key", "name"),
+    [("l/*/e/*/up", "l.*.up"), ("l/*/e/0/up", "l.*.e.*.up"), ("l/0/e/0/up", ("l.0.q", "l.*.k"))],
+)
+def test_names_with_other_wildcards_than_their_keys_are_refused(tmp_path, key, name):
+    tree = {"l": {"0": {"e": {"0": {"up": pair()}}}}}
+    with pytest.raises(ValueError, match=rf"for '{re.escape(key)}'; a name needs as many wild"):
+        save_peft(tmp_path / "out", tree, scale=1.0, names={key: name})
+
+
+@pytest.mark.parametrize("name", ["{layers}.{}.q", "{}.{0}", "{}.q}"])
+def test_names_with_other_braces_are_refused(tmp_path, name):
+    stacked = jax.tree.map(lambda x: x[None], pair())
+    with pytest.raises(ValueError, match=r"q: the name .* has braces other than `{}`"):
+        save_peft(tmp_path / "out", {"q": stacked}, scale=1.0, names={"q": name})
 
 
 def test_nothing_is_overwritten_and_a_failed_save_leaves_nothing(tmp_path):

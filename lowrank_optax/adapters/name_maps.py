@@ -91,7 +91,7 @@ def mapped(names: Mapping[str, Name], path: str) -> Name:
         The name, or the names of modules whose kernels lie side by side.
 
     Raises:
-        ValueError: no key fits the path.
+        ValueError: no key fits the path; a key and its name with other numbers of wildcards.
 
     Example:
         >>> mapped(TUNIX_LLAMA3, "layers/3/mlp/up_proj/kernel")
@@ -99,18 +99,23 @@ def mapped(names: Mapping[str, Name], path: str) -> Name:
     """
     for at in (path, path.rpartition("/")[0]):
         if at in names:
-            return names[at]
+            return _filled(at, names[at], [])
         for pattern, name in names.items():
             found = matched(pattern, at) if "*" in pattern else None
             if found is not None and not found[0]:
-                return _filled(name, found[1:])
+                return _filled(pattern, name, found[1:])
     raise ValueError(f"`names` has no name for {path!r}; it names {', '.join(names)}")
 
 
-def _filled(name: Name, captures: list[str]) -> Name:
+def _filled(key: str, name: Name, captures: list[str]) -> Name:
     if not isinstance(name, str):
-        return tuple(str(_filled(each, captures)) for each in name)
-    filled = zip(name.split("*"), [*captures, ""], strict=False)
+        return tuple(str(_filled(key, each, captures)) for each in name)
+    pieces = name.split("*")
+    if len(pieces) != len(captures) + 1:
+        raise ValueError(
+            f"`names` has {name!r} for {key!r}; a name needs as many wildcards `*` as its key"
+        )
+    filled = zip(pieces, [*captures, ""], strict=True)
     return "".join(piece + capture for piece, capture in filled)
 
 
@@ -148,8 +153,8 @@ def modules_of(path: str, pair: LoRAPair, names: Names) -> list[Module]:
         The modules, in the order of the stack and of the columns of b.
 
     Raises:
-        ValueError: no name; a name with other than one `{}` for each batch axis; columns of b that
-            have no such number of equal parts.
+        ValueError: no name; a name with other than one `{}` for each batch axis, or other braces;
+            columns of b that have no such number of equal parts.
 
     Example:
         >>> pair = LoRAPair(jnp.ones((2, 4, 1)), jnp.ones((2, 1, 6)))
@@ -163,6 +168,11 @@ def modules_of(path: str, pair: LoRAPair, names: Names) -> list[Module]:
     each = (found,) if isinstance(found, str) else tuple(found)
     batch, width = pair.a.shape[:-2], pair.b.shape[-1]
     for name in each:
+        if "{" in name.replace("{}", "") or "}" in name.replace("{}", ""):
+            raise ValueError(
+                f"{path}: the name {name!r} has braces other than `{{}}`, which stands for an"
+                " index; give `names`"
+            )
         if name.count("{}") != len(batch):
             raise ValueError(
                 f"{path}: has {len(batch)} batch axes {batch}, so its name needs as many `{{}}`,"

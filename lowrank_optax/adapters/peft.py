@@ -1,7 +1,7 @@
 """PEFT import and export of models and parameter trees."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -55,7 +55,8 @@ def save_peft(
         specs: of a tree, the layouts of its pairs.
         rank: cut every pair to the nearest one of this rank. By default a framed pair is written at
             rank r where that is exact, and at 2r where not; others as they are.
-        dtype: of the written factors; that of the parameters by default.
+        dtype: of the written factors. By default that of the parameters, and float32 (or float64)
+            for factors that are computed: of frames, and with `rank` or `original`.
         base_model: name or path of the base model, for PEFT to load.
         use_rslora: whether alphas are written for rsLoRA's scales.
         modules_to_save: whole weights to write beside, such as those of a head, by their name in
@@ -71,7 +72,8 @@ def save_peft(
     Raises:
         FileExistsError: the folder exists.
         ValueError: no pairs, two pairs of one name, a stacked pair whose name has no `{}`, a scale
-            that is missing, a rank above a pair's, an original of another structure.
+            that is missing, a rank above a pair's, an original of another structure, merged layers
+            with `original`, a whole weight of an adapted module or without a module.
         ImportError: `safetensors` is not installed.
 
     Example:
@@ -101,7 +103,7 @@ def save_peft(
         found_scales,
         use_rslora=use_rslora,
         base_model=base_model,
-        modules_to_save=sorted({name.rpartition(".")[0].rpartition(".")[2] for name in others}),
+        modules_to_save=sorted({_module_to_save(name, pairs) for name in others}),
     )
     write_peft(folder, config, pairs, others)
     return errors
@@ -114,6 +116,7 @@ def load_peft(
     names: Names = None,
     scale: Any = None,
     specs: Sequence[PairMatcher] | None = None,
+    ignore_others: bool = False,
 ) -> Any:
     """Loads a PEFT adapter into adapters of the same ranks and scales.
 
@@ -124,14 +127,16 @@ def load_peft(
         names: as in `save_peft`.
         scale: as in `save_peft`.
         specs: as in `save_peft`.
+        ignore_others: whether to leave out the whole weights of the file, such as those of a head.
+            `read_peft(folder).others` has them, in torch's layout.
 
     Returns:
         The model itself, or a new tree.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as `read_peft`. ValueError too for modules of
-            the file that have no pair and pairs that are not in the file, both listed, and for
-            other shapes or scales; nothing is changed then.
+            the file that have no pair and pairs that are not in the file, both listed, for whole
+            weights, other shapes or scales, and merged layers; nothing is changed then.
 
     Example:
         >>> import tempfile, jax.numpy as jnp
@@ -144,13 +149,21 @@ def load_peft(
         8.0
     """
     adapter = read_peft(folder)
+    if adapter.others and not ignore_others:
+        raise ValueError(
+            f"{folder} holds whole weights too: {', '.join(sorted(adapter.others))}. Put those of"
+            " `read_peft(folder).others` into the model yourself, and load the pairs with"
+            " `ignore_others=True`"
+        )
     entries = list(_entries(target, specs, scale))
+    layers = lora_layers(target) if isinstance(target, nnx.Module) else {}
+    for path, layer in layers.items():
+        _require_unmerged(path, layer)
     modules = [modules_of(entry.path, entry.node, names) for entry in entries]
     wanted = {module.name for each in modules for module in each}
     _require_same_names(folder, wanted, set(adapter.pairs))
     loaded = [_loaded(entry, each, adapter) for entry, each in zip(entries, modules, strict=True)]
     if isinstance(target, nnx.Module):
-        layers = lora_layers(target)
         for entry, pair in zip(entries, loaded, strict=True):
             _put_into(layers[entry.path], pair)
         return target
@@ -190,14 +203,40 @@ def _change(model: Any, original: nnx.Module, path: str) -> jax.Array:
     if not isinstance(model, nnx.Module):
         raise ValueError("`original` is for NNX models; a tree does not hold the kernels")
     layer = lora_layers(model)[path]
+    _require_unmerged(path, layer)
     modules = {join_keys(keys): module for keys, module in nnx.iter_graph(original)}
     before: Any = modules.get(path)
+    _require_unmerged(f"{path or 'the layer'} of `original`", before)
     base = getattr(before, "base", before)
     kernel = None if kernel_name(base) is None else kernel_of(base)
     if kernel is None or kernel.shape != layer.kernel.shape:
         raise ValueError(f"{path}: `original` has no such layer with a kernel of this shape")
     wide = lambda x: layer.axes.to_matrix(x[...].astype(compute_dtype(x[...])))
     return wide(layer.kernel) - wide(kernel)
+
+
+def _module_to_save(name: str, adapted: Collection[str]) -> str:
+    """The full name of a whole weight's module: PEFT takes every module that ends with it."""
+    module = name.rpartition(".")[0]
+    if not module:
+        raise ValueError(
+            f"modules_to_save: {name!r} is no weight of a module; name the parameter too, as in"
+            f" '{name}.weight'"
+        )
+    for other in adapted:
+        if f".{module}." in f".{other}.":
+            raise ValueError(
+                f"modules_to_save: {name!r} is a weight of {module}, which is adapted or holds"
+                f" {other}, which is; PEFT stores a module whole or adapts it"
+            )
+    return module
+
+
+def _require_unmerged(path: str, layer: Any) -> None:
+    if getattr(layer, "merged", False):
+        raise ValueError(
+            f"{path or 'the layer'}: its kernel contains the adapter already; call nn.unmerge_lora first"
+        )
 
 
 def _written_pair(

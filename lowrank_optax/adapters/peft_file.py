@@ -159,7 +159,7 @@ class PeftFile:
             sides[found["side"]] = key
             if found["kind"]:
                 self.embeddings.add(found["module"])
-        elif any(module in name.split(".") for module in self.config.modules_to_save):
+        elif any(f".{module}." in f".{name}" for module in self.config.modules_to_save):
             self.others[name] = key
         elif ".base_layer." in name:
             self.others[name.replace(".base_layer.", ".")] = key

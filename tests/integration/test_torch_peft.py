@@ -175,6 +175,30 @@ def test_peft_reads_embeddings_that_were_converted(tmp_path):
         torch.testing.assert_close(forward(loaded), forward(adapted))
 
 
+def test_peft_places_a_nested_head(tmp_path):
+    """The classifier of RoBERTa holds maps, one of them named `dense` as those of its encoder."""
+    torch.manual_seed(0)
+    config = transformers.RobertaConfig(
+        **SIZES, intermediate_size=48, vocab_size=50, max_position_embeddings=20, num_labels=3
+    )
+    model = transformers.RobertaForSequenceClassification(config).eval()
+    head = {
+        f"classifier.{name}": 0.1 * torch.randn_like(value)
+        for name, value in model.classifier.named_parameters()
+    }
+    query = "roberta.encoder.layer.0.attention.self.query"
+    pair = LoRAPair(jnp.full((32, 2), 0.1), jnp.ones((2, 32)))
+    whole = {name: jnp.asarray(value.numpy()) for name, value in head.items()}
+    save_peft(tmp_path / "out", {query: pair}, scale=2.0, modules_to_save=whole)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    loaded = peft.PeftModel.from_pretrained(model, tmp_path / "out").eval()
+    expected = transformers.RobertaForSequenceClassification(config).eval()
+    state[f"{query}.weight"] += 2.0 * to_torch(pair.a @ pair.b).T
+    expected.load_state_dict({**state, **head})
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(TOKENS).logits, expected(TOKENS).logits)
+
+
 def test_dora_is_refused_by_name(tmp_path):
     """DoRA, which we do not read, is refused by its name."""
     model, _ = bert()

@@ -11,11 +11,13 @@ who it is; ``--checkpoint-dir`` must then be a folder that all of them see::
     python -m examples.multi_process --cluster --checkpoint-dir /shared/run
 
 With neither, this is a run of a single process. A run that is started again goes on from its last
-checkpoint, with as many processes as before or another number of them.
+checkpoint, with as many processes as before or another number of them. At the end process 0 writes
+the adapter as PEFT reads it, whole, however it was spread.
 """
 
 import json
 import pathlib
+import sys
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, NamedTuple
 
@@ -24,10 +26,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import typer
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, NamedSharding
+from rich.progress import track
 
 from lowrank_optax import (
     LoRAPair,
+    adapters,
     altlora_plus,
     checkpoints,
     frame,
@@ -142,6 +147,9 @@ def main(
         pathlib.Path, typer.Option(help="Where checkpoints are read and written.")
     ] = pathlib.Path("outputs/multi_process"),
     every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 10,
+    adapter_dir: Annotated[
+        pathlib.Path, typer.Option(help="Where the adapter is written; a new folder.")
+    ] = pathlib.Path("outputs/multi_process_adapter"),
     losses_out: Annotated[
         pathlib.Path | None, typer.Option(help="File of JSON lines to add to, one for each step.")
     ] = None,
@@ -155,6 +163,8 @@ def main(
     ] = 100,
 ) -> None:
     """Trains and prints losses. A step that is done again after a resume prints again."""
+    if adapter_dir.exists():
+        raise typer.BadParameter(f"{adapter_dir} exists: this run is complete, or take another.")
     if cluster or coordinator is not None:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")  # other devices ignore it
         jax.distributed.initialize(
@@ -172,11 +182,16 @@ def main(
     done = max(checkpoints.steps(checkpoint_dir), default=0)
     if done:  # each process reads what its own devices hold; how pairs and state lie now counts
         _, pairs, state, _ = checkpoints.restore(checkpoint_dir, params=pairs, opt_state=state)
-    for step in range(done, steps):
+    watched = sys.stdout.isatty() and jax.process_index() == 0  # a log gets the losses alone
+    for step in track(range(done, steps), "training", disable=not watched):
         pairs, state, value = train_step(pairs, state, kernels, load_batch(step, batches))
         report(step + 1, float(value), losses_out)
         if (step + 1) % every == 0 or step + 1 == steps:
             checkpoints.save(checkpoint_dir, step + 1, params=pairs, opt_state=state, keep=2)
+
+    whole = multihost_utils.process_allgather(pairs, tiled=True)  # by all processes together
+    if jax.process_index() == 0:
+        adapters.save_peft(adapter_dir, whole, scale=1.0)
 
 
 def report(step: int, value: float, out: pathlib.Path | None) -> None:

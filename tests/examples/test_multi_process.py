@@ -9,9 +9,12 @@ import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
+import typer
 
 from examples import multi_process
+from lowrank_optax import adapters
 
 ROOT = pathlib.Path(__file__).parents[2]
 TOLERANCE = 1e-6  # of a loss, in float32: about eight units in the last place
@@ -37,6 +40,7 @@ class Run:
         command = [sys.executable, "-m", "examples.multi_process"]
         command += [part for name, x in options.items() for part in (f"--{name}", str(x))]
         command += ["--checkpoint-dir", str(folder / "checkpoints")]
+        command += ["--adapter-dir", str(folder / "adapter")]
         command += ["--losses-out", str(folder / "losses"), "--heartbeat", str(HEARTBEAT)]
         common = {
             **os.environ,
@@ -127,11 +131,19 @@ def assert_losses(folder, reference):
         assert line["loss"] == pytest.approx(want[line["step"]], rel=TOLERANCE, abs=0), line
 
 
+def assert_adapters(folder, reference):
+    """The adapters that runs have saved are the same, to rounding."""
+    got, want = (adapters.read_peft(run / "adapter").pairs for run in (folder, reference))
+    assert set(got) == set(want) == {"up", "down"}
+    for name, pair in want.items():
+        for one, other in zip(pair, got[name], strict=True):
+            np.testing.assert_allclose(other, one, rtol=1e-4, atol=1e-5)
+
+
 def run_here(folder, **options):
     """The run of one process: this one, whose eight devices hold what several held."""
-    multi_process.main(
-        checkpoint_dir=folder / "checkpoints", losses_out=folder / "losses", **options
-    )
+    files = {"checkpoint_dir": "checkpoints", "losses_out": "losses", "adapter_dir": "adapter"}
+    multi_process.main(**{name: folder / file for name, file in files.items()}, **options)
 
 
 @pytest.mark.parametrize(
@@ -145,6 +157,9 @@ def test_two_processes_train_as_one(method, recipe, slurm, tmp_path):
     (tmp_path / "one").mkdir()
     run_here(tmp_path / "one", **options)
     assert_losses(tmp_path / "two", tmp_path / "one")
+    assert_adapters(tmp_path / "two", tmp_path / "one")
+    with pytest.raises(typer.BadParameter, match="exists"):
+        run_here(tmp_path / "one", **options)
 
 
 def test_killed_runs_go_on_with_other_numbers_of_processes(tmp_path):
@@ -171,3 +186,4 @@ def test_killed_runs_go_on_with_other_numbers_of_processes(tmp_path):
     assert first == {processes: done + 1 for processes, done in resumed_at.items()}
     assert 0 < resumed_at[3] < resumed_at[1]
     assert_losses(folder, tmp_path / "uninterrupted")
+    assert_adapters(folder, tmp_path / "uninterrupted")

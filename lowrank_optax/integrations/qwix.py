@@ -16,13 +16,15 @@ from flax import nnx
 from lowrank_optax._core.layouts import node_of, variables_of
 from lowrank_optax._core.scales import Scales
 from lowrank_optax.nn.config import LoRAConfig, require_config
-from lowrank_optax.nn.contraction import Contraction
+from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.functional import add_adapter
+from lowrank_optax.specs import KERNEL_AXES
 
 try:
     import qwix
 
     # What a provider of one's own needs, qwix itself does not export.
+    from qwix._src import aux_data
     from qwix._src.providers.ptq import WithAux
     from qwix._src.utils import flax_util
 except ModuleNotFoundError as error:
@@ -31,6 +33,8 @@ except ModuleNotFoundError as error:
     raise
 
 __all__ = ["LoRAProvider", "LoRARule", "scales_of"]
+
+_OPERATIONS = ("dot_general", "einsum", "conv_general_dilated")  # with weights, of a provider
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -60,14 +64,20 @@ class LoRAProvider(qwix.PtqProvider):
 
     Factors are flat, `<weight>_lora_a` of (batch..., in, r) and `<weight>_lora_b` of
     (batch..., r, out), and what `config.extra` adds stands beside them: `<weight>_lora_m_a`, ….
-    Weights may be quantized by the rule, as for QLoRA.
+    Weights may be quantized by the rule, as for QLoRA. A square weight that is transposed before
+    its product is not told from the weight itself.
+
+    On NNX `model.eval()` turns dropout off, by the attribute `deterministic` of each module. A
+    Linen model always drops: evaluate one that is made with `dropout=0`.
 
     Args:
-        rules: the first that fits a module counts; a module that a plain `qwix.QuantizationRule`
-            fits first, or none, gets no adapter.
+        rules: the first that fits a module and its operation counts; where this is a plain
+            `qwix.QuantizationRule`, or there is none, the module gets no adapter.
 
     Raises:
-        ValueError: from the model's first call, a rank above min(in, out) of a weight.
+        ValueError: from the model's call, a rank above min(in, out) of a weight; a weight that is
+            used in two ways, as where embeddings are tied; a convolution, or an einsum of three
+            operands, with a weight.
 
     Example:
         >>> import jax.numpy as jnp
@@ -96,10 +106,30 @@ class LoRAProvider(qwix.PtqProvider):
 
     def einsum(self, einsum_str: str, *operands: Any, **kwargs: Any) -> jax.Array:
         """Adds the adapter to an einsum of an input and a weight."""
+        if len(operands) > 2:
+            self._refuse("einsum", f"the einsum {einsum_str!r}", operands)
         y = super().einsum(einsum_str, *operands, **kwargs)
         if len(operands) != 2:
             return y
-        return self._adapted("einsum", y, *operands, einsum_str)
+        return self._adapted("einsum", y, *operands, _with_output(einsum_str))
+
+    def conv_general_dilated(self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> jax.Array:
+        """Refuses a convolution that a rule for adapters fits."""
+        self._refuse("conv_general_dilated", "convolutions", [rhs])
+        return super().conv_general_dilated(lhs, rhs, *args, **kwargs)
+
+    def _refuse(self, op: str, what: str, operands: Sequence[Any]) -> None:
+        rule, _ = self._get_current_rule_and_op_id(op, only_rule=True)
+        if not isinstance(rule, LoRARule):
+            return
+        for operand in operands:
+            if name := flax_util.find_param(operand, WithAux):
+                others = tuple(other for other in _OPERATIONS[:2] if other != op)
+                raise ValueError(
+                    f"{_path(name)}: LoRAProvider does not adapt {what}. Leave the module out by"
+                    " `module_path`, or the operation by"
+                    f" `LoRARule(op_names={others}, ...)`."
+                )
 
     def _adapted(
         self, op: str, y: jax.Array, x: Any, weight: Any, contraction: Contraction | str
@@ -111,9 +141,10 @@ class LoRAProvider(qwix.PtqProvider):
         if isinstance(contraction, str):
             contraction = Contraction.from_einsum(contraction)
         config, shape = rule.config, weight.shape
+        _require_one_use(name, contraction.kernel_axes)
         pair = _pair(name, config, *contraction.kernel_axes.sizes(shape))
         x = x.astype(y.dtype)
-        if config.dropout:
+        if config.dropout and not _is_deterministic():
             drop = nnx.Dropout(config.dropout, deterministic=False)
             x = drop(x, rngs=flax_util.make_rng("dropout"))
         return add_adapter(y, x, pair, config, contraction, shape)
@@ -130,7 +161,7 @@ def scales_of(provider: Any) -> Scales:
 
     Raises:
         TypeError: the provider has no rules for adapters. From the optimizer, ValueError for a
-            pair whose module no such rule fits.
+            pair whose module no such rule fits, or several of other scales by operation.
 
     Example:
         >>> provider = qwix.LoraProvider(module_path=".*attn.*", rank=4, alpha=6.0)
@@ -143,14 +174,37 @@ def scales_of(provider: Any) -> Scales:
 
     def of(path: str) -> float:
         module = path.rpartition("/")[0]
-        rule = next((rule for rule in rules if re.fullmatch(rule.module_path, module)), None)
-        if isinstance(rule, LoRARule):
-            return rule.config.scale
-        if isinstance(rule, qwix.LoraRule):
-            return float(rule.alpha / rule.rank)
-        raise ValueError(f"{path}: no rule for adapters of the provider fits {module!r}")
+        fitting = [rule for rule in rules if re.fullmatch(rule.module_path, module)]
+        found = {op: scale for op in _OPERATIONS if (scale := _scale_for(op, fitting))}
+        if not found:
+            raise ValueError(f"{path}: no rule for adapters of the provider fits {module!r}")
+        if len(set(found.values())) > 1:
+            listed = ", ".join(f"{scale:g} for {op}" for op, scale in found.items())
+            raise ValueError(
+                f"{path}: the rules of the provider have other scales by operation, {listed}, and"
+                " the path does not tell the operation. Give `scale=scales_from({...})`, numbers by"
+                " pattern of the paths, or rules that `module_path` tells apart."
+            )
+        return next(iter(found.values()))
 
     return Scales(of)
+
+
+def _scale_for(op: str, rules: Sequence[Any]) -> float | None:
+    """The scale of the adapters of an operation by the first rule that fits it, if it has any."""
+    rule = next((rule for rule in rules if not rule.op_names or op in rule.op_names), None)
+    if isinstance(rule, LoRARule):
+        return rule.config.scale
+    return float(rule.alpha / rule.rank) if isinstance(rule, qwix.LoraRule) else None
+
+
+def _with_output(einsum_str: str) -> str:
+    """Writes out what an einsum without an arrow means, as in NumPy."""
+    if "->" in einsum_str:
+        return einsum_str
+    dots = "..." if "..." in einsum_str else ""
+    labels = [label for label in sorted(einsum_str) if label.isalpha()]
+    return f"{einsum_str}->{dots}{''.join(x for x in labels if labels.count(x) == 1)}"
 
 
 def _contraction(dimension_numbers: Any, x_ndim: int, weight_ndim: int) -> Contraction:
@@ -164,6 +218,35 @@ def _contraction(dimension_numbers: Any, x_ndim: int, weight_ndim: int) -> Contr
     tokens = [label for axis, label in enumerate(x) if axis not in (*x_in, *x_batch)]
     out = [label for label in weight if label not in x]
     return Contraction(tuple(x), tuple(weight), (*batch, *tokens, *out))
+
+
+def _path(weight: str) -> str:
+    return "/".join(map(str, (*flax_util.get_current_module_path(), weight)))
+
+
+def _require_one_use(weight: str, axes: KernelAxes) -> None:
+    """Keeps how a weight of the current module is used, and raises if that was another way."""
+    module, name = flax_util.get_current_module(), f"{weight}{KERNEL_AXES}"
+    if isinstance(module, flax.linen.Module):  # frozen, and another object in each call
+        found = aux_data.get(module.scope, name, None)
+        aux_data.set(module.scope, name, found or axes)
+    elif (found := getattr(module, name, None)) is None:
+        setattr(module, name, axes)
+    if found not in (None, axes):
+        raise ValueError(
+            f"{_path(weight)} is used in two ways, once as {found} and once as {axes}, and a pair"
+            " has one. Leave the module out by `module_path`, or one of the uses by `op_names`."
+        )
+
+
+def _is_deterministic() -> bool:
+    """Whether the current module is in evaluation; one of NNX that cannot tell now learns it."""
+    module = flax_util.get_current_module()
+    if isinstance(module, flax.linen.Module):
+        return False
+    if not hasattr(module, "deterministic"):
+        module.deterministic = False
+    return bool(module.deterministic)
 
 
 def _pair(weight: str, config: LoRAConfig, batch: tuple[int, ...], n_in: int, n_out: int) -> Any:
@@ -180,8 +263,7 @@ def _pair(weight: str, config: LoRAConfig, batch: tuple[int, ...], n_in: int, n_
         return None if found is None else flax_util.unbox(found)
 
     if get("lora_a") is None:
-        path = "/".join(map(str, (*flax_util.get_current_module_path(), weight)))
-        config.check_rank(n_in, n_out, path)
+        config.check_rank(n_in, n_out, _path(weight))
         node = config.init_pair(flax_util.make_rng("params"), batch, n_in, n_out)
         for variable, leaf in variables_of(node).items():
             flax_util.get_or_create_param(

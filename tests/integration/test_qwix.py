@@ -241,3 +241,130 @@ def test_mistakes_with_our_provider_for_qwix():
     assert scale.of("attn/q/w") == 2.0
     with pytest.raises(ValueError, match="mlp/up/kernel: no rule"):
         scale.of("mlp/up/kernel")
+
+
+class Product(nnx.Module):
+    """A weight `w` and what is computed of it."""
+
+    def __init__(self, compute, *shape):
+        self.w, self.compute = nnx.Param(normal(7, *shape)), compute
+
+    def __call__(self, x):
+        return self.compute(x, self.w[...])
+
+
+def dot(x, w, axis=0):
+    return jax.lax.dot_general(x, w, (((x.ndim - 1,), (axis,)), ((), ())))
+
+
+def adapted(modules, x, rules=None, **config):
+    """Modules one after the other, adapted by our provider, and the provider."""
+    import qwix
+
+    config = nn.LoRAConfig(**{"rank": 2, "b_init": jax.nn.initializers.normal(1.0), **config})
+    rule = integrations.qwix.LoRARule(config=config)
+    provider = integrations.qwix.LoRAProvider(rules or [rule])
+    model = nnx.Sequential(*modules)
+    return qwix.apply_lora_to_model(model, provider, x, rngs=nnx.Rngs(1)), provider
+
+
+def test_scales_that_differ_by_operation_are_refused():
+    """Scales of rules that tell operations apart: an error, for the path tells none."""
+    import qwix
+
+    rule = integrations.qwix.LoRARule
+    of = lambda alpha: nn.LoRAConfig(rank=2, alpha=alpha)
+    rules = [rule(module_path=".*", op_names=("einsum",), config=of(2.0)), rule(config=of(20.0))]
+    einsum = Product(lambda x, w: jnp.einsum("bd,df->bf", x, w), 6, 6)
+    model, provider = adapted([einsum, Product(dot, 6, 6)], normal(1, 2, 6), rules)
+    factors = nnx.state(model, nnx.LoRAParam)
+    with pytest.raises(
+        ValueError, match=r"layers/0/w: .*10 for dot_general, 1 for einsum.*scales_"
+    ):
+        describe(factors, scale=integrations.qwix.scales_of(provider))
+    same = [rule(module_path=".*", op_names=("einsum",), config=of(4.0)), rule(config=of(4.0))]
+    scale_of = integrations.qwix.scales_of
+    assert scale_of(integrations.qwix.LoRAProvider(same)).of("l/w") == of(4.0).scale
+    only = [rule(module_path=".*", op_names=("einsum",), config=of(4.0)), qwix.QuantizationRule()]
+    assert scale_of(integrations.qwix.LoRAProvider(only)).of("l/w") == of(4.0).scale
+
+
+def test_a_weight_that_is_used_in_two_ways_is_refused():
+    """A weight used as W and as its transpose: an error by name, on NNX and on Linen."""
+    import qwix
+
+    x, tied = normal(1, 3, 6), lambda x, w: dot(dot(x, w), w, axis=1)
+    for shape in ((6, 6), (6, 5)):
+        with pytest.raises(ValueError, match=r"layers/0/w is used in two ways.*module_path"):
+            adapted([Product(tied, *shape)], x)
+    twice, _ = adapted([Product(lambda x, w: dot(dot(x, w), w), 6, 6)], x)  # in one way
+    layer = twice.layers[0]
+    w = layer.w[...] + nn.LoRAConfig(rank=2).scale * layer.w_lora_a[...] @ layer.w_lora_b[...]
+    np.testing.assert_allclose(twice(x), x @ w @ w, rtol=1e-4, atol=1e-4)
+
+    class Tied(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            return tied(x, self.param("w", linen.initializers.ones, (6, 6)))
+
+    rule = integrations.qwix.LoRARule(config=nn.LoRAConfig(rank=2))
+    model = qwix.apply_lora_to_model(Tied(), integrations.qwix.LoRAProvider([rule]))
+    with pytest.raises(ValueError, match=r"w is used in two ways"):
+        model.init(jax.random.key(0), x)
+
+
+def test_operations_that_our_provider_does_not_adapt_are_refused():
+    """Convolutions and einsums of three operands: an error by name, unless the rule leaves them."""
+    numbers = ("NHWC", "HWIO", "NHWC")
+    convolve = lambda x, w: jax.lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=numbers
+    )
+    three = lambda x, w: jnp.einsum("bd,df,f->bf", x, w, jnp.ones(5))
+    rules = [
+        integrations.qwix.LoRARule(op_names=("dot_general",), config=nn.LoRAConfig(rank=2)),
+    ]
+    for compute, shape, x, match in (
+        (convolve, (3, 3, 4, 5), normal(1, 2, 6, 6, 4), "does not adapt convolutions"),
+        (three, (6, 5), normal(1, 3, 6), "does not adapt the einsum 'bd,df,f->bf'"),
+    ):
+        with pytest.raises(ValueError, match=rf"layers/0/w: LoRAProvider {match}.*op_names"):
+            adapted([Product(compute, *shape)], x)
+        model, _ = adapted([Product(compute, *shape), Product(dot, 5, 4)], x, rules)
+        assert [pair.path for pair in find_pairs(nnx.state(model, nnx.LoRAParam)).pairs] == [
+            "layers/1/w"
+        ]
+
+
+@pytest.mark.parametrize("equation", ["bd,df", "fd,da", "...d,df"])
+def test_an_einsum_without_an_arrow_is_adapted(equation):
+    """An einsum whose output is implicit: adapted as the one that is written out."""
+    x = normal(1, 3, 6)
+    model, _ = adapted([Product(lambda x, w: jnp.einsum(equation, x, w), 6, 5)], x)
+    layer, scale = model.layers[0], nn.LoRAConfig(rank=2).scale
+    w = layer.w[...] + scale * layer.w_lora_a[...] @ layer.w_lora_b[...]
+    np.testing.assert_allclose(model(x), jnp.einsum(equation, x, w), rtol=1e-4, atol=1e-4)
+
+
+def test_evaluation_turns_dropout_off():
+    """NNX: `model.eval()` turns the dropout of our provider off, `model.train()` on."""
+    x = normal(1, 3, 6)
+    model, _ = adapted([Product(dot, 6, 5)], x, dropout=0.5)
+    model.eval()
+    np.testing.assert_array_equal(model(x), model(x))
+    model.train()
+    model.set_attributes(qwix_rngs=nnx.Rngs(5))
+    assert jnp.abs(model(x) - model(x)).max() > 0.1
+
+
+@pytest.mark.parametrize("extra", EXTRAS)
+def test_specs_of_our_provider_say_the_layout(extra):
+    """As many experts as the rank: `specs.from_qwix` says the layout of our provider's pairs."""
+    x, einsum = normal(1, 2, 3, 6), lambda x, w: jnp.einsum("ebd,edf->ebf", x, w)
+    model, _ = adapted([Product(einsum, 2, 6, 5)], x, extra=EXTRAS[extra])
+    factors = nnx.state(model, nnx.LoRAParam)
+    with pytest.raises(ValueError, match="in 2 ways"):
+        find_pairs(factors)
+    [pair] = find_pairs(factors, specs.from_qwix(model)).take(factors)
+    assert (pair.a.shape, pair.b.shape) == ((2, 6, 2), (2, 2, 5))
+    wanted = {"plain": "LoRAPair", "shadows": "ShadowedPair", "frames": "FramedPair"}
+    assert type(pair).__name__ == wanted[extra]

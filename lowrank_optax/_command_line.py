@@ -5,6 +5,7 @@ import functools
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,6 +29,7 @@ app = typer.Typer(
     help="Looks into LoRA adapters in Hugging Face PEFT's format, and makes others of them.",
 )
 _OUT, _ERR = Console(), Console(stderr=True)
+_FLOATS = {"F64": np.float64, "F32": np.float32, "F16": np.float16, "BF16": jnp.bfloat16}
 _MISTAKES = (ValueError, OSError, ImportError)
 
 Adapter = Annotated[
@@ -87,12 +89,13 @@ def inspect(
 @_command
 def diff(one: Adapter, two: Adapter, as_json: AsJson = False) -> None:
     """Compares two adapters: principal angles of their spaces, and the distance of their ΔK."""
-    found: dict[str, dict[str, float]] = {}
+    found: dict[str, dict[str, Any]] = {}
     with adapters.open_peft(one) as first, adapters.open_peft(two) as second:
         shared = [name for name in first.modules if name in second.modules]
         alone = sorted(set(first.modules) ^ set(second.modules))
         for name in track(shared, "comparing", console=_ERR, transient=True):
             x, y = first.pair(name), second.pair(name)
+            _shape_of_all(name, [x, y])
             of_a, of_b = adapters.principal_angles(x, y)
             scales = first.config.scale(name), second.config.scale(name)
             found[name] = {
@@ -101,6 +104,8 @@ def diff(one: Adapter, two: Adapter, as_json: AsJson = False) -> None:
                 "distance": _distance(x, y, *scales),
             }
     if as_json:
+        for each in found.values():
+            each["distance"] = _finite(each["distance"])
         typer.echo(json.dumps({"modules": found, "in_one_alone": alone}, indent=2))
         return
     table = _table("largest principal angles, in degrees", "of a", "of b", "‖ΔK₁ − ΔK₂‖ / ‖ΔK₁‖")
@@ -126,7 +131,8 @@ def convert(
     pairs, errors = dict(found.pairs), {}
     for name, pair in track(found.pairs.items(), "converting", console=_ERR, transient=True):
         if rank is not None:
-            pairs[name], errors[name] = adapters.compress(pair, min(rank, pair.a.shape[-1]))
+            largest = min(*pair.a.shape, pair.b.shape[1])
+            pairs[name], errors[name] = adapters.compress(pair, min(rank, largest))
         wanted = _dtype(dtype) or pair.a.dtype
         pairs[name] = jax.tree.map(lambda x, wanted=wanted: x.astype(wanted), pairs[name])
     _write(out, pairs, found.scales, found, use_rslora=rslora)
@@ -150,10 +156,15 @@ def combine(
     everywhere = set.intersection(*(set(each.pairs) for each in found))
     if partly := set.union(*(set(each.pairs) for each in found)) - everywhere:
         raise ValueError(f"not in all adapters: {', '.join(sorted(partly))}")
+    _require_same_others(found)
     pairs, errors = {}, {}
     for name in track(found[0].pairs, "combining", console=_ERR, transient=True):
         scaled = [w * each.config.scale(name) for w, each in zip(weights, found, strict=True)]
         nodes = [each.pairs[name] for each in found]
+        n_in, n_out = _shape_of_all(name, nodes)
+        largest = min(n_in, n_out, sum(node.a.shape[1] for node in nodes))
+        if not 1 <= rank <= largest:
+            raise ValueError(f"{name}: --rank must be from 1 to {largest} here, got {rank}")
         pairs[name], errors[name] = adapters.combine(nodes, scaled, rank)
     transposed = any(each.config.fan_in_fan_out for each in found)
     config = dataclasses.replace(found[0].config, fan_in_fan_out=transposed)
@@ -167,9 +178,7 @@ def merge(
     base: Annotated[Path, typer.Argument(help="Folder of the base model's safetensors files.")],
     out: Out,
 ) -> None:
-    """Adds an adapter to the weights of its base model, file by file."""
-    from safetensors.flax import load_file, save_file
-
+    """Adds an adapter to the weights of its base model, file by file; all else stays as it is."""
     if out.exists():
         raise FileExistsError(f"{out} exists; give another folder, or remove it")
     files = sorted(base.glob("*.safetensors"))
@@ -191,21 +200,13 @@ def merge(
         temporary.mkdir(parents=True)
         try:
             for path in track(files, "merging", console=_ERR, transient=True):
-                tensors = load_file(path)
-                for name in [each for each in left if f"{each}.weight" in tensors]:
-                    key = f"{name}.weight"
-                    delta = source.config.scale(name) * _delta(source.pair(name))
-                    tensors[key] = _added(f"{path}: {key}", tensors[key], delta)
-                    left.remove(name)
-                save_file(tensors, temporary / path.name, {"format": "pt"})
+                shutil.copyfile(path, temporary / path.name)
+                left -= _merge_into(temporary / path.name, path, source)
             if left:
                 raise ValueError(f"{base} has no weight of {', '.join(sorted(left))}")
             os.rename(temporary, out)
         finally:
-            if temporary.exists():
-                for path in temporary.iterdir():
-                    path.unlink()
-                temporary.rmdir()
+            shutil.rmtree(temporary, ignore_errors=True)
     _OUT.print(f"written to {out}", markup=False)
 
 
@@ -224,7 +225,6 @@ def _spectra(folder: Path) -> Iterator[tuple[str, Spectrum]]:
 
 
 def _numbers(found: Spectrum) -> dict[str, Any]:
-    finite = lambda x: x if math.isfinite(x) else None
     return {
         "in": found.n_in,
         "out": found.n_out,
@@ -233,10 +233,15 @@ def _numbers(found: Spectrum) -> dict[str, Any]:
         "norm": found.norm,
         "frobenius": found.frobenius,
         "effective_rank": found.effective_rank,
-        "condition_a": finite(found.condition_a),
-        "condition_b": finite(found.condition_b),
+        "condition_a": _finite(found.condition_a),
+        "condition_b": _finite(found.condition_b),
         "singular_values": [float(value) for value in found.values],
     }
+
+
+def _finite(x: float) -> float | None:
+    """A number for JSON, which has no infinity."""
+    return x if math.isfinite(x) else None
 
 
 def _draw(found: dict[str, Spectrum], path: Path) -> None:
@@ -263,14 +268,36 @@ def _largest(angles: np.ndarray) -> float:
 
 
 def _distance(one: Any, two: Any, scale_one: float, scale_two: float) -> float:
-    """‖ΔK₁ − ΔK₂‖ / ‖ΔK₁‖ in the Frobenius norm, from the factors alone."""
+    """‖ΔK₁ − ΔK₂‖ / ‖ΔK₁‖ in the Frobenius norm, from the factors alone; infinite for ΔK₁ = 0."""
     wide = lambda x: np.asarray(x, float)
     side_by_side = type(one)(
         np.concatenate([scale_one * wide(one.a), -scale_two * wide(two.a)], axis=1),
         np.concatenate([wide(one.b), wide(two.b)], axis=0),
     )
     size = adapters.spectrum(one, scale_one).frobenius
-    return adapters.spectrum(side_by_side, 1.0).frobenius / (size or 1.0)
+    apart = adapters.spectrum(side_by_side, 1.0).frobenius
+    return apart / size if size else math.inf if apart else 0.0
+
+
+def _shape_of_all(name: str, pairs: list[Any]) -> tuple[int, int]:
+    """The (in, out) of a module, which must be one in all adapters."""
+    shapes = [(pair.a.shape[0], pair.b.shape[1]) for pair in pairs]
+    if len(set(shapes)) > 1:
+        said = " and ".join(f"{n_in} → {n_out}" for n_in, n_out in dict.fromkeys(shapes))
+        raise ValueError(f"{name} is {said} in these adapters, which are not of one base model")
+    return shapes[0]
+
+
+def _require_same_others(found: list[PeftAdapter]) -> None:
+    """Raises if adapters hold other whole weights, of which there is no sum of low rank."""
+    first = found[0].others
+    for name in sorted(set().union(*(each.others for each in found))):
+        values = [each.others.get(name) for each in found]
+        if any(x is None or not jnp.array_equal(x, first[name]) for x in values):
+            raise ValueError(
+                f"{name} is a whole weight that is not the same in all adapters; `combine` takes"
+                " sums of pairs alone"
+            )
 
 
 def _dtype(name: str | None) -> Any:
@@ -281,17 +308,51 @@ def _dtype(name: str | None) -> Any:
     return jnp.dtype(name)
 
 
-def _delta(pair: Any) -> np.ndarray:
-    """ΔK of scale 1 in torch's layout, (out, in)."""
-    return (np.asarray(pair.a, np.float32) @ np.asarray(pair.b, np.float32)).T
+def _merge_into(copy: Path, path: Path, source: Any) -> set[str]:
+    """Adds ΔK to the weights in a copy of a file, in place; returns the modules that it has."""
+    start, tensors = _header(path)
+    here = {name for name in source.modules if f"{name}.weight" in tensors}
+    with copy.open("r+b") as file:
+        for name in here:
+            key = f"{name}.weight"
+            begin, end = tensors[key]["data_offsets"]
+            file.seek(start + begin)
+            data = file.read(end - begin)
+            file.seek(start + begin)
+            file.write(_added(f"{path}: {key}", tensors[key], data, _delta(source, name)))
+    return here
 
 
-def _added(name: str, weight: jax.Array, delta: np.ndarray) -> jax.Array:
-    if not jnp.issubdtype(weight.dtype, jnp.floating) or weight.dtype.itemsize < 2:
-        raise ValueError(f"{name} is of {weight.dtype}; merge into the weights it was made from")
-    if weight.shape != delta.shape:
-        raise ValueError(f"{name} has the shape {weight.shape}, but the adapter's is {delta.shape}")
-    return (weight.astype(jnp.float32) + delta).astype(weight.dtype)
+def _header(path: Path) -> tuple[int, dict[str, Any]]:
+    """Where the data of a safetensors file begin, and dtype, shape and place of each tensor."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="numpy"):
+            pass
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return 8 + size, json.loads(file.read(size))
+
+
+def _delta(source: Any, name: str) -> np.ndarray:
+    """ΔK in torch's layout: (out, in), and (in, out) of an embedding."""
+    a, b = (np.asarray(x, np.float32) for x in source.pair(name))
+    delta = source.config.scale(name) * (a @ b)
+    return delta if name in source.embeddings else delta.T
+
+
+def _added(name: str, info: dict[str, Any], data: bytes, delta: np.ndarray) -> bytes:
+    dtype, shape = info["dtype"], tuple(info["shape"])
+    if dtype not in _FLOATS:
+        raise ValueError(f"{name} is of {dtype}; merge into the weights it was made from")
+    if shape != delta.shape:
+        raise ValueError(f"{name} has the shape {shape}, but the adapter's is {delta.shape}")
+    weight = np.frombuffer(data, _FLOATS[dtype]).reshape(shape)
+    wide = np.promote_types(weight.dtype, np.float32)
+    return (weight.astype(wide) + delta).astype(weight.dtype).tobytes()
 
 
 def _write(

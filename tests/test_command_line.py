@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from matplotlib.image import imread
+from safetensors import flax, safe_open
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
@@ -119,7 +120,7 @@ def test_combine_is_the_weighted_sum(adapter, tmp_path):
         "--rank", 5, "--weight", 0.25, "--weight", -2.0,
     )  # fmt: skip
     assert code == 2
-    assert "no nearest pair of rank 5" in output
+    assert "v: --rank must be from 1 to 3 here, got 5" in output
     code, output = run(
         "combine", tmp_path / "out", adapter, tmp_path / "two",
         "--rank", 3, "--weight", 0.25, "--weight", -2.0,
@@ -206,6 +207,106 @@ def test_weights_kept_transposed_are_not_merged_and_stay_marked(tmp_path):
         assert json.loads((tmp_path / folder / CONFIG).read_text())["fan_in_fan_out"] is True
 
 
+def test_merge_keeps_every_other_tensor_bit_by_bit(adapter, tmp_path):
+    """As int64 and float64, which JAX would narrow, and the metadata of the file."""
+    base = base_model(tmp_path / "base", np.float64)
+    path = base / "model-1.safetensors"
+    tensors = load_file(path)
+    beside = {"ids": np.array([2**40 + 1]), "third": np.array(1 / 3), "q8": np.ones(3, np.int8)}
+    save_file({**tensors, **beside}, path, {"format": "pt", "note": "ours"})
+    code, output = run("merge", adapter, base, tmp_path / "out")
+    assert code == 0, output
+    after = load_file(tmp_path / "out/model-1.safetensors")
+    for name, value in beside.items():
+        assert after[name].dtype == value.dtype
+        np.testing.assert_array_equal(after[name], value)
+    expected = tensors["q.weight"] + delta(adapter, "q").T
+    np.testing.assert_allclose(after["q.weight"], expected, rtol=1e-6, atol=1e-6)
+    assert after["q.weight"].dtype == np.float64
+    with safe_open(tmp_path / "out/model-1.safetensors", "numpy") as file:
+        assert file.metadata() == {"format": "pt", "note": "ours"}
+
+
+def test_merge_adds_to_a_weight_in_each_of_two_files_and_in_bfloat16(adapter, tmp_path):
+    base = base_model(tmp_path / "base")
+    both = {"q.weight": jnp.ones((8, 12), jnp.bfloat16), "v.weight": jnp.ones((8, 12))}
+    flax.save_file(both, base / "consolidated.safetensors")
+    code, output = run("merge", adapter, base, tmp_path / "out")
+    assert code == 0, output
+    after = flax.load_file(tmp_path / "out/consolidated.safetensors")
+    expected = (1 + delta(adapter, "q").T).astype(jnp.bfloat16)
+    np.testing.assert_array_equal(after["q.weight"], expected)
+    first = load_file(base / "model-1.safetensors")["q.weight"] + delta(adapter, "q").T
+    found = load_file(tmp_path / "out/model-1.safetensors")["q.weight"]
+    np.testing.assert_allclose(found, first, rtol=1e-5, atol=1e-5)
+
+
+def test_merge_adds_to_an_embedding_as_it_lies(tmp_path):
+    """(in, out), unlike linear maps: nothing but the key tells on a square one."""
+    embed = pair(0, 8, 2, 8)
+    config = PeftConfig(2, 4.0, target_modules=["embed"])
+    write_peft(tmp_path / "one", config, {"embed": embed}, {}, embeddings={"embed"})
+    (tmp_path / "base").mkdir()
+    save_file({"embed.weight": np.ones((8, 8), np.float32)}, tmp_path / "base/model.safetensors")
+    code, output = run("merge", tmp_path / "one", tmp_path / "base", tmp_path / "out")
+    assert code == 0, output
+    found = load_file(tmp_path / "out/model.safetensors")["embed.weight"]
+    np.testing.assert_allclose(found, 1 + 2.0 * embed.a @ embed.b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_damaged_base_model_is_one_line(adapter, tmp_path):
+    base = base_model(tmp_path / "base")
+    (base / "model-2.safetensors").write_bytes(b"no header")
+    code, output = run("merge", adapter, base, tmp_path / "out")
+    assert (code, "not a readable safetensors file" in " ".join(output.split())) == (2, True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["base", "one"]
+
+
+@pytest.mark.parametrize("other", [None, 2.0])
+def test_combine_refuses_whole_weights_that_differ(tmp_path, other):
+    """It kept those of the first adapter alone."""
+    head = lambda value: {} if value is None else {"head.weight": jnp.full((2, 3), value)}
+    for folder, value in (("one", 1.0), ("same", 1.0), ("two", other)):
+        save_peft(tmp_path / folder, {"q": pair(0)}, scale=1.0, modules_to_save=head(value))
+    for order in (("one", "two"), ("two", "one")):
+        folders = [tmp_path / name for name in order]
+        code, output = run("combine", tmp_path / "out", *folders, "--rank", 1)
+        assert code == 2
+        assert "head.weight is a whole weight that is not the same" in output
+    run("combine", tmp_path / "out", tmp_path / "one", tmp_path / "same", "--rank", 1)
+    np.testing.assert_array_equal(read_peft(tmp_path / "out").others["head.weight"], 1)
+
+
+def test_adapters_of_other_shapes_are_one_line(adapter, tmp_path):
+    save_peft(tmp_path / "two", {"q": pair(0, 9), "v": pair(1)}, scale=1.0)
+    for arguments in (
+        ("diff", adapter, tmp_path / "two"),
+        ("combine", tmp_path / "out", adapter, tmp_path / "two", "--rank", 1),
+    ):
+        code, output = run(*arguments)
+        assert code == 2
+        assert "q is 12 → 8 and 9 → 8 in these adapters" in " ".join(output.split())
+
+
+def test_diff_from_a_zero_adapter_is_infinite(adapter, tmp_path):
+    zeros = jax.tree.map(jnp.zeros_like, {"q": pair(0)})
+    save_peft(tmp_path / "zero", zeros, scale=1.0)
+    found = json.loads(run("diff", tmp_path / "zero", adapter, "--json")[1])["modules"]["q"]
+    assert found["distance"] is None
+    assert "inf" in run("diff", tmp_path / "zero", adapter)[1]
+    same = json.loads(run("diff", tmp_path / "zero", tmp_path / "zero", "--json")[1])
+    assert same["modules"]["q"]["distance"] == 0
+
+
+def test_convert_cuts_to_the_rank_that_a_pair_can_have(tmp_path):
+    pairs = {"q": pair(0, 12, 6, 4), "v": pair(1)}  # PEFT allows a rank above the outputs
+    config = PeftConfig.of({"q": 6, "v": 3}, {"q": 1.0, "v": 1.0})
+    write_peft(tmp_path / "one", config, pairs, {})
+    assert run("convert", tmp_path / "one", tmp_path / "out", "--rank", 5)[0] == 0
+    found = read_peft(tmp_path / "out")
+    assert {name: pair.a.shape[1] for name, pair in found.pairs.items()} == {"q": 4, "v": 3}
+
+
 @pytest.mark.parametrize("kind", ["missing weight", "int8", "shape"])
 def test_a_merge_that_cannot_be_leaves_nothing(adapter, tmp_path, kind):
     base = base_model(tmp_path / "base", np.int8 if kind == "int8" else np.float32)
@@ -218,7 +319,7 @@ def test_a_merge_that_cannot_be_leaves_nothing(adapter, tmp_path, kind):
     said = " ".join(output.split())
     expected = {
         "missing weight": "has no weight of v",
-        "int8": "q.weight is of int8",
+        "int8": "q.weight is of I8",
         "shape": "has the shape (12, 8), but the adapter's is (8, 12)",
     }[kind]
     assert expected in said

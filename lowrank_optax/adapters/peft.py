@@ -235,7 +235,8 @@ def _module_to_save(name: str, adapted: Collection[str]) -> str:
 def _require_unmerged(path: str, layer: Any) -> None:
     if getattr(layer, "merged", False):
         raise ValueError(
-            f"{path or 'the layer'}: its kernel contains the adapter already; call nn.unmerge_lora first"
+            f"{path or 'the layer'}: its kernel contains the adapter already; call"
+            " nn.unmerge_lora first"
         )
 
 

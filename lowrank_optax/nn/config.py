@@ -18,8 +18,14 @@ from lowrank_optax._core.shadows import Metric, shadow
 
 Initializer = Callable[..., Any]
 
+
+def _he_uniform(key: jax.Array, shape: Any, dtype: Any = jnp.float32) -> jax.Array:
+    """`jax.nn.initializers.he_uniform()`, as a function that can be pickled."""
+    return jax.nn.initializers.he_uniform()(key, shape, dtype)
+
+
 # Module-level objects: equal configurations then compare equal, and jit caches stay warm.
-DEFAULT_A_INIT: Initializer = jax.nn.initializers.he_uniform()
+DEFAULT_A_INIT: Initializer = _he_uniform
 DEFAULT_B_INIT: Initializer = jax.nn.initializers.zeros
 
 

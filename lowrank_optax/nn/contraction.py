@@ -8,7 +8,7 @@ input, kernel and output share (experts). `KernelAxes` describes the weight side
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -246,6 +246,53 @@ class Contraction:
         tokens = tuple(label for label in x if label not in contracted + batch)
         out = tuple(f"o{i}" for i in range(n_out))
         return cls(x, batch + contracted + out, batch + tokens + out)
+
+    def kernel_among(self, shapes: Mapping[str, Sequence[int]], *, stacked: bool) -> list[str]:
+        """Names the parameters that can be the kernel; others may be biases beside it.
+
+        Args:
+            shapes: of a layer's parameters by name.
+            stacked: whether they may have further leading axes.
+
+        Returns:
+            The names of those that have the kernel's axes, and so many numbers that each of the
+            others may be a bias.
+
+        Example:
+            >>> by_heads = Contraction.from_einsum("btd,dnh->btnh")
+            >>> shapes = {"w": (4, 2, 3), "bias": (1, 2, 3), "scale": ()}
+            >>> by_heads.kernel_among(shapes, stacked=False)
+            ['w']
+        """
+        axes, found = len(self.kernel), []
+        for name, shape in shapes.items():
+            if len(shape) < axes or (len(shape) > axes and not stacked):
+                continue
+            _, n_in, _ = self.kernel_axes.sizes(shape)
+            others = [math.prod(other) for key, other in shapes.items() if key != name]
+            if all(size * n_in <= math.prod(shape) for size in others):
+                found.append(name)
+        return found
+
+    def require_sizes(self, x_shape: Sequence[int], kernel_shape: Sequence[int]) -> None:
+        """Refuses an input that this contraction cannot contract with the kernel.
+
+        Raises:
+            ValueError: a label has two sizes, as where the string has the kernel first.
+
+        Example:
+            >>> Contraction.from_einsum("bd,df->bf").require_sizes((5, 4), (4, 3))
+        """
+        labels = self._input_roles(len(x_shape))[0]
+        sizes = dict(zip(labels, x_shape, strict=True))
+        of_kernel = tuple(kernel_shape)[-len(self.kernel) :]
+        for label, size in zip(self.kernel, of_kernel, strict=True):
+            if sizes.get(label, size) != size:
+                raise ValueError(
+                    f"{self}: {label} is {sizes[label]} in the input {tuple(x_shape)} and {size} in"
+                    f" the kernel {tuple(kernel_shape)}; the string must have the input first and"
+                    " the kernel second"
+                )
 
     @property
     def kernel_axes(self) -> KernelAxes:

@@ -229,8 +229,8 @@ def kernel_name(layer: Any) -> str:
         layer: one that `is_adaptable`, after its own parameters exist.
 
     Returns:
-        `"kernel"` of Flax's linear layers; of others the one parameter that has as many axes as the
-        kernel in `einsum_str`.
+        `"kernel"` of Flax's linear layers; of others the one parameter that can be the kernel of
+        `einsum_str`: `Contraction.kernel_among`.
 
     Raises:
         ValueError: it has none, or several.
@@ -239,13 +239,14 @@ def kernel_name(layer: Any) -> str:
     if isinstance(layer, _FlaxLayer):
         names = ["kernel"] if "kernel" in params else []
     else:
-        axes = len(Contraction.from_einsum(layer.einsum_str).kernel)
-        names = [name for name, x in params.items() if jnp.ndim(x) == axes]
+        shapes = {name: x.shape for name, x in params.items() if hasattr(x, "shape")}
+        contraction = Contraction.from_einsum(layer.einsum_str)
+        names = contraction.kernel_among(shapes, stacked=False)
     if len(names) != 1:
         path = "/".join(layer.path) or type(layer).__name__
         raise ValueError(
-            f"{path}: LoRA adapts one kernel, but of its parameters ({', '.join(params) or 'none'})"
-            f" {len(names)} can be that; leave it out of the targets"
+            f"{path}: LoRA adapts one kernel, and cannot tell it among the parameters"
+            f" ({', '.join(params) or 'none'}); leave it out of the targets"
         )
     return names[0]
 
@@ -302,8 +303,7 @@ def _factors(
 
 
 def _variable(layer: nn.Module, name: str) -> Any:
-    exists = layer.has_variable(COLLECTION, name)
-    return layer.variable(COLLECTION, name).value if exists else None
+    return nn.meta.unbox(layer.get_variable(COLLECTION, name))
 
 
 def _as_tuple(value: int | Sequence[int]) -> tuple[int, ...]:

@@ -18,6 +18,7 @@ a layer whose kernel is already stacked along leading axes may be wrapped: the f
 leading axes. Stacks along other axes than the leading ones are not supported.
 """
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,6 +30,9 @@ from lowrank_optax.nn.calls import read_call, require_array
 from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.functional import add_adapter
+
+# What a model finds in the place of a base layer's own.
+OWN_NAMES = ("axes", "base", "dropout", "lora", "lora_a", "lora_b", "merged", "pair", "scale")
 
 _FlaxLayer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
 
@@ -118,12 +122,29 @@ class LoRALayer(nnx.Module):
         """Returns what the base layer has of that name, such as `in_features`, for models that ask.
 
         Raises:
-            AttributeError: it has none.
+            AttributeError: it has none, or a method, which would pass by the adapter.
         """
         base = vars(self).get("base")
         if base is None or name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
-        return getattr(base, name)
+        value = getattr(base, name)
+        if inspect.ismethod(value):
+            raise AttributeError(
+                f"{type(base).__name__}.{name} would pass by the adapter; call the layer itself, or"
+                " leave it out of the targets"
+            )
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets what the base layer has of that name, where this layer has none of its own."""
+        base = vars(self).get("base")
+        is_own = base is None or name.startswith("_") or name in vars(self)
+        if name == "kernel":
+            setattr(base, kernel_name(base) or name, value)
+        elif is_own or not hasattr(base, name):
+            super().__setattr__(name, value)
+        else:
+            setattr(base, name, value)
 
     def __call__(self, *args: Any, **kwargs: Any) -> jax.Array:
         """Applies the base layer and its adapter.
@@ -284,6 +305,8 @@ def require_supported(module: Any, path: str) -> nnx.Module:
             " out of the targets"
         )
     if kernel_name(module) is None:
+        if isinstance(einsum_str := getattr(module, "einsum_str", None), str):
+            Contraction.from_einsum(einsum_str)  # which says what LoRA cannot adapt
         raise ValueError(
             f"{path} is a {type(module).__name__}; LoRA adapts nnx.Linear, nnx.LinearGeneral,"
             " nnx.Einsum and modules with an `einsum_str` and one kernel: narrow the targets"
@@ -298,8 +321,8 @@ def kernel_name(module: Any) -> str | None:
         module: any module.
 
     Returns:
-        `"kernel"` of Flax's linear layers. Of another module with a string `einsum_str` the one
-        parameter that has as many axes as the string's kernel, or more. Else None.
+        `"kernel"` of Flax's linear layers. Of another module with a string `einsum_str`, the input
+        first, the one parameter that can be its kernel: `Contraction.kernel_among`. Else None.
 
     Example:
         >>> kernel_name(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
@@ -310,10 +333,14 @@ def kernel_name(module: Any) -> str | None:
     einsum_str = getattr(module, "einsum_str", None)
     if not (isinstance(module, nnx.Module) and isinstance(einsum_str, str)):
         return None
-    axes = len(Contraction.from_einsum(einsum_str).kernel)
-    params = {name: x for name, x in vars(module).items() if isinstance(x, nnx.Param)}
-    large = [name for name, param in params.items() if param.ndim >= axes]
-    return large[0] if len(large) == 1 else None
+    try:
+        contraction = Contraction.from_einsum(einsum_str)
+    except ValueError:
+        return None
+    params = [(name, x) for name, x in vars(module).items() if isinstance(x, nnx.Param)]
+    shapes = {name: x.shape for name, x in params if hasattr(x.get_value(), "shape")}
+    found = contraction.kernel_among(shapes, stacked=True)
+    return found[0] if len(found) == 1 else None
 
 
 def kernel_of(base: Any) -> nnx.Variable[Any]:

@@ -91,6 +91,7 @@ def add_adapter(
         Array([[6., 6.],
                [6., 6.]], dtype=float32)
     """
+    contraction.require_sizes(x.shape, kernel_shape)
     flat = contraction.flatten_input(x.astype(y.dtype))
     flat = lora_apply(flat, pair, config.scale, config.dtype, config.axis_name)
     delta = contraction.unflatten_output(flat, x.shape, kernel_shape)

@@ -73,7 +73,7 @@ def lora_interceptor(
             an `einsum_str` and one kernel, or has LoRA already; if the rank exceeds min(in, out);
             if the variables hold no adapter for a target, one of another rank, or one for a layer
             that is no target; at the end of the context, if a target matched nothing while a model
-            was initialized in it.
+            or its adapters were initialized in it.
 
     Example:
         >>> import flax.linen
@@ -101,7 +101,11 @@ def lora_interceptor(
         if context.method_name != "__call__" or module.scope is None:
             return call(*args, **kwargs)
         path = "/".join(module.path)
-        if module.is_initializing() and is_adaptable(module):
+        begins = module.is_initializing() or (
+            module.is_mutable_collection(COLLECTION)
+            and not module.has_variable(COLLECTION, "lora_a")
+        )
+        if begins and is_adaptable(module):
             initialized.add(path)
         # A subclass that calls its parent's method is one layer, not two.
         if any(module is outer for outer in running):

@@ -8,7 +8,13 @@ from flax import nnx
 
 from lowrank_optax._core.names import join_keys
 from lowrank_optax.nn.config import LoRAConfig, require_config
-from lowrank_optax.nn.flax_nnx import LoRALayer, kernel_name, require_rngs, require_supported
+from lowrank_optax.nn.flax_nnx import (
+    OWN_NAMES,
+    LoRALayer,
+    kernel_name,
+    require_rngs,
+    require_supported,
+)
 from lowrank_optax.nn.functional import merge_kernel, why_not_mergeable
 from lowrank_optax.nn.targets import TargetMatcher, Targets
 
@@ -81,6 +87,7 @@ def add_lora(
         key: LoRALayer(layer, config, rngs=rngs, path=path)
         for key, (path, layer) in matched.items()
     }
+    _warn_of_taken_names(dict(matched.values()))
     places = [edge for edge in edges if id(edge.module) in wrappers]
     for edge in places:
         if isinstance(edge.parent, tuple):
@@ -88,6 +95,21 @@ def add_lora(
     for edge in places:
         _replace(edge, wrappers[id(edge.module)])
     return sorted(path for path, _ in matched.values())
+
+
+def _warn_of_taken_names(layers: dict[str, nnx.Module]) -> None:
+    taken = [
+        f"{path}.{name}"
+        for path, layer in layers.items()
+        for name in OWN_NAMES
+        if hasattr(layer, name)
+    ]
+    if taken:
+        warnings.warn(
+            f"the LoRA layers have attributes of these names too: {', '.join(taken)}. A model that"
+            " reads them from outside gets those of the adapter; read them from `base`",
+            stacklevel=3,
+        )
 
 
 def merge_lora(model: nnx.Module) -> list[str]:

@@ -1,5 +1,6 @@
 """Einsum layers of other libraries: an `einsum_str` and one kernel are all that LoRA needs."""
 
+import pickle
 from typing import Any
 
 import flax.linen
@@ -148,7 +149,109 @@ def test_kernels_that_cannot_be_told_are_refused():
 
     linen_model = TwoLinenKernels("btd,dnh->btnh", (4, 3, 2))
     with (
-        pytest.raises(ValueError, match=r"parameters \(other, w\) 2 can be that"),
+        pytest.raises(ValueError, match=r"cannot tell it among the parameters \(other, w\)"),
         nn.lora_interceptor(".*", CONFIG),
     ):
         linen_model.init(jax.random.key(0), jnp.ones((2, 5, 4)))
+
+
+def test_a_bias_beside_the_kernel_is_not_taken_for_one():
+    """Of as many axes as the kernel, or stacked by `nnx.vmap`; and parameters that are no arrays."""
+    model = Model("btd,df->btf", (4, 5))
+    model.layer.bias = nnx.Param(jnp.ones((1, 1, 5)))
+    model.layer.nothing = nnx.Param(None)
+    nn.add_lora(model, "layer", CONFIG, rngs=nnx.Rngs(1))
+    assert model.layer.kernel is model.layer.w
+
+    @nnx.vmap(in_axes=(0,), out_axes=0)
+    def stacked(rngs):
+        layer = Einsum("btd,df->btf", (4, 5), rngs)
+        layer.bias = nnx.Param(jnp.ones(5))
+        return layer
+
+    model = nnx.List([stacked(nnx.Rngs(0).split(3))])
+    nn.add_lora(model, "0", CONFIG, rngs=nnx.Rngs(1))
+    assert model[0].lora_a.shape == (3, 4, 2)
+
+
+def test_methods_of_the_base_do_not_pass_by_the_adapter():
+    class WithMethod(Einsum):
+        def project(self, x):
+            return self(x)
+
+    model = nnx.List([WithMethod("btd,df->btf", (4, 5), nnx.Rngs(0))])
+    nn.add_lora(model, "0", CONFIG, rngs=nnx.Rngs(1))
+    with pytest.raises(AttributeError, match=r"WithMethod.project would pass by the adapter"):
+        model[0].project(jnp.ones((1, 2, 4)))
+
+
+def test_what_is_set_on_the_layer_is_set_on_its_base():
+    model = Model("btd,df->btf", (4, 5))
+    nn.add_lora(model, "layer", CONFIG, rngs=nnx.Rngs(1))
+    layer: Any = model.layer
+    layer.offset = nnx.Param(jnp.full((), 7.0))
+    layer.kernel = nnx.Param(jnp.zeros((4, 5)))
+    layer.lora_b[...] = jnp.zeros_like(layer.lora_b[...])
+    np.testing.assert_allclose(model(jnp.ones((1, 2, 4))), 7.0)
+    assert "offset" not in vars(layer)
+    assert layer.base.w is layer.kernel
+
+
+def test_names_that_base_and_adapter_have_are_told():
+    model = Model("btd,df->btf", (4, 5))
+    model.layer.scale = 7.0
+    with pytest.warns(UserWarning, match=r"names too: layer\.scale\. A model that reads them"):
+        nn.add_lora(model, "layer", CONFIG, rngs=nnx.Rngs(1))
+
+
+def test_a_string_with_the_kernel_first_is_refused_where_sizes_tell():
+    class KernelFirst(Einsum):
+        def __call__(self, x):
+            return jnp.einsum(self.einsum_str, self.w[...], x)
+
+    model = nnx.List([KernelFirst("df,bd->bf", (4, 5), nnx.Rngs(0))])
+    nn.add_lora(model, "0", nn.LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="the string must have the input first and the kernel"):
+        model[0](jnp.ones((3, 4)))
+
+
+def test_other_einsum_strings_are_named_only_where_they_are_targets():
+    model = Model("btd,df->btf", (4, 5))
+    model.other = Einsum("ab,bc,cd->ad", (2, 2), nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"no module: lyer\. Layers that can be adapted: layer"):
+        nn.add_lora(model, "lyer", CONFIG, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="'ab,bc,cd->ad' is not of the form"):
+        nn.add_lora(model, "other", CONFIG, rngs=nnx.Rngs(1))
+
+
+def test_linen_layers_with_parameters_made_in_setup():
+    class InSetup(flax.linen.Module):
+        def setup(self):
+            self.einsum_str = "btd,df->btf"
+            self.w = self.param("w", flax.linen.initializers.normal(), (4, 5))
+
+        def __call__(self, x):
+            return jnp.einsum(self.einsum_str, x, self.w)
+
+    model, x = InSetup(), jnp.ones((1, 2, 4))
+    with nn.lora_interceptor(".*", CONFIG) as adapters:
+        adapted, variables = model.init_with_output(jax.random.key(0), x)
+        again = model.apply(variables, x)
+    np.testing.assert_array_equal(adapted, again)
+    merged = nn.merge_lora_variables(variables, adapters)
+    np.testing.assert_allclose(model.apply({"params": merged}, x), adapted, rtol=1e-4)
+
+
+def test_a_misspelt_target_on_pretrained_parameters_is_an_error():
+    model = flax.linen.Sequential([flax.linen.Dense(5), flax.linen.Dense(5)])
+    variables = model.init(jax.random.key(0), jnp.ones((2, 4)))
+    with (
+        pytest.raises(ValueError, match="match no module: layer_1"),
+        nn.lora_interceptor(["layers_0", "layer_1"], CONFIG),
+    ):
+        model.apply(variables, jnp.ones((2, 4)), mutable=["lora"], rngs={"lora": jax.random.key(1)})
+
+
+def test_settings_and_layers_can_be_pickled():
+    config = nn.LoRAConfig(rank=2)
+    assert pickle.loads(pickle.dumps(config)) == config

@@ -156,7 +156,7 @@ def test_kernels_that_cannot_be_told_are_refused():
 
 
 def test_a_bias_beside_the_kernel_is_not_taken_for_one():
-    """Of as many axes as the kernel, or stacked by `nnx.vmap`; and parameters that are no arrays."""
+    """Of as many axes as the kernel, or stacked by `nnx.vmap`; nor is what is no array."""
     model = Model("btd,df->btf", (4, 5))
     model.layer.bias = nnx.Param(jnp.ones((1, 1, 5)))
     model.layer.nothing = nnx.Param(None)

@@ -72,7 +72,9 @@ def train_step(model: Any, optimizer: Any, tokens: Any, wrt: Any) -> None:
 
 
 def main(
-    text: Annotated[pathlib.Path, typer.Option(show_default="argparse.py")] = SOURCE,
+    text: Annotated[
+        pathlib.Path, typer.Option(help="Read as UTF-8.", show_default="argparse.py")
+    ] = SOURCE,
     steps: Annotated[int, typer.Option(help="Batches; the rate decays to the last.")] = 600,
     accumulate: Annotated[int, typer.Option(help="Batches of one update.")] = 4,
     base_steps: Annotated[int, typer.Option(help="Batches of the base model before.")] = 600,

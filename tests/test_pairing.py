@@ -1,5 +1,7 @@
 """Pairing: every layout in the wild, and the errors that name the path and the remedy."""
 
+import warnings
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from lowrank_optax import (
     LoRAPair,
     Member,
     PairSpec,
+    Unpaired,
     altlora,
     find_pairs,
     scales_from,
@@ -181,6 +184,8 @@ def test_scales_by_path_by_name_and_by_tree(scale):
         ({"x": 2.0}, "`scale` has no number for 'y'; it names 'x'"),
         ({"x": LoRAPair(2.0, 3.0), "y": 1.0}, "x: `scale` differs between its two factors"),
         (-1.0, "x: `scale` must be positive, got -1.0"),
+        (float("nan"), "x: `scale` must be positive, got nan"),
+        (float("inf"), "x: `scale` must be finite, got inf"),
     ],
 )
 def test_scales_that_do_not_fit(scale, message):
@@ -201,6 +206,47 @@ def test_scales_by_rule():
         altlora(0.1, scale=scales_from({"attention": 2.0})).init(tree)
     with pytest.raises(TypeError, match=r"numbers by pattern or an adapters\.PeftConfig, got 2"):
         scales_from(2.0)
+
+
+@pytest.mark.parametrize(
+    ("pattern", "remedy"),
+    [
+        (".*q", "Write 'q'"),
+        ("layers/.*/q", r"Write 'layers/\*/q'"),
+        ("^layers/.*$", "Write 'layers'"),
+        (".*", r"Write '\*'"),
+        ("q|v", "Write one pattern for each alternative"),
+        (r"layers/(0|1)", "Write one pattern for each alternative"),
+        (r"layers/\d", "Write one pattern for each alternative"),
+        ("[qv]", "Write one pattern for each alternative"),
+    ],
+)
+def test_regular_expressions_are_no_patterns(pattern, remedy):
+    with pytest.raises(ValueError, match=f"^scales_from: .* is a regular expression.*{remedy}"):
+        scales_from({pattern: 2.0, "*": 1.0})
+    with pytest.raises(ValueError, match=f"^Unpaired: .* is a regular expression.*{remedy}"):
+        Unpaired(pattern)
+
+
+def test_patterns_of_scales_that_decide_for_no_pair_are_warned_about():
+    """A table may serve several models, and a partitioned optimizer sees a part of the pairs."""
+    rules = scales_from({"x": 2.0, "typo": 3.0, "*": 1.0, "y": 4.0})
+    with pytest.warns(UserWarning, match="no pair: 'typo', 'y'. Pairs there are 'x', 'y'"):
+        altlora(0.1, scale=rules).init(TWO)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        altlora(0.1, scale=scales_from({"x": 2.0, "y": 3.0, "*": 1.0})).init(TWO)
+        altlora(0.1, scale=rules, allow_no_pairs=True).init({"bias": A})
+
+
+def test_numbers_of_subtrees_and_of_paths_in_them_are_not_mixed():
+    """The number of the path would count for nothing."""
+    pair = LoRAPair(A, B)
+    tree = {"layers": {"0": {"q": pair, "v": pair}}, "head": pair}
+    subtrees = {"layers": 2.0, "head": 1.0}
+    assert scales(find_pairs(tree), subtrees) == [1.0, 2.0, 2.0]
+    with pytest.raises(ValueError, match=r"so 'layers/0/q' would count for nothing; name every"):
+        scales(find_pairs(tree), {**subtrees, "layers/0/q": 4.0})
 
 
 def test_scales_of_a_peft_adapter():

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from lowrank_optax._core.linalg import SIDES
-from lowrank_optax._core.names import lies_under, matched, pair_name
+from lowrank_optax._core.names import lies_under, matched, pair_name, require_pattern
 from lowrank_optax._core.nodes import auxiliary_names, make_node
 
 Axes = tuple[int, ...]
@@ -144,6 +144,9 @@ class Unpaired:
     Args:
         pattern: of the tail of their paths, or of a path that they lie under, as in `PairSpec`.
 
+    Raises:
+        ValueError: the pattern is a regular expression.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from lowrank_optax import DEFAULT_SPECS, find_pairs
@@ -153,6 +156,9 @@ class Unpaired:
     """
 
     pattern: str
+
+    def __post_init__(self) -> None:
+        require_pattern("Unpaired", self.pattern)
 
     def match(self, path: str) -> bool:
         """Says whether a leaf is one of them."""

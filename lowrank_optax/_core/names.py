@@ -9,6 +9,7 @@ import jax
 
 # A name says LoRA where it stands alone or is set off: `lora_x`, `x-lora`, `loraA`, not `flora`.
 SAYS_LORA = re.compile(r"(?:^|[/_-])(?i:lora)(?:[/_-]|$)|(?:^|[/_-])lora(?=[AB](?:[/_-]|$))")
+_REGEX = re.compile(r"\.\*|[|(\[$^\\]")  # what tells a regular expression from a pattern
 
 
 def path_name(path: Sequence[Any]) -> str:
@@ -89,6 +90,29 @@ def lies_under(pattern: str, path: str) -> bool:
         True
     """
     return re.fullmatch(_tail_regex(pattern) + "(/.*)?", path) is not None
+
+
+def require_pattern(what: str, pattern: str) -> None:
+    """Raises if a pattern is written as a regular expression, which would match nothing.
+
+    Args:
+        what: whose pattern it is, for the message.
+        pattern: the pattern.
+
+    Raises:
+        ValueError: so it is; the message has the pattern that was meant.
+
+    Example:
+        >>> require_pattern("scales_from", "layers/*/q")
+    """
+    if not _REGEX.search(pattern):
+        return
+    bare = re.sub(r"^(\.\*/?)+|(/?\.\*)+$", "", pattern.strip("^$")).replace(".*", "*") or "*"
+    remedy = "one pattern for each alternative" if _REGEX.search(bare) else repr(bare)
+    raise ValueError(
+        f"{what}: {pattern!r} is a regular expression. Patterns here name the end of a path, or of"
+        f" one above it, and `*` stands for any text between two `/`. Write {remedy}."
+    )
 
 
 def _tail_regex(pattern: str) -> str:

@@ -1,5 +1,6 @@
 """The forward scales of pairs, in every form in which a user gives them."""
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 
 from lowrank_optax._core.arguments import NUMBERS
 from lowrank_optax._core.linalg import SIDES
-from lowrank_optax._core.names import lies_under
+from lowrank_optax._core.names import lies_under, require_pattern
 from lowrank_optax._core.pairing import Pairing
 
 
@@ -20,10 +21,16 @@ class Scales:
 
     Args:
         of: from a pair's path to its scale.
+        unused: from the paths of all pairs to the rules that decide for none of them.
     """
 
-    def __init__(self, of: Callable[[str], Any]) -> None:
+    def __init__(
+        self,
+        of: Callable[[str], Any],
+        unused: Callable[[Sequence[str]], list[str]] = lambda paths: [],
+    ) -> None:
         self.of = of
+        self.unused = unused
 
 
 def scales_from(source: Any, names: Callable[[str], str] | None = None) -> Scales:
@@ -40,8 +47,10 @@ def scales_from(source: Any, names: Callable[[str], str] | None = None) -> Scale
         The scales.
 
     Raises:
-        TypeError: a source that is neither. From the optimizer, ValueError for a pair that no
-            pattern fits.
+        TypeError: a source that is neither.
+        ValueError: a pattern that is a regular expression; from the optimizer, a pair that no
+            pattern fits. It warns of patterns that decide for no pair, which is no error, as a
+            table may serve several models or only a part of the parameters be given.
 
     Example:
         >>> scales_from({"attention": 2.0, "*": 1.0}).of("layers/0/attention/query")
@@ -52,7 +61,12 @@ def scales_from(source: Any, names: Callable[[str], str] | None = None) -> Scale
     """
     if isinstance(source, Mapping):
         rules = dict(source)
-        return Scales(lambda path: _by_rule(rules, path))
+        for pattern in rules:
+            require_pattern("scales_from", pattern)
+        return Scales(
+            lambda path: rules[_deciding(rules, path)],
+            lambda paths: sorted({*rules} - {"*", *(_deciding(rules, path) for path in paths)}),
+        )
     if not callable(getattr(source, "scale", None)):
         raise TypeError(
             f"`scales_from` takes numbers by pattern or an adapters.PeftConfig, got {source!r}."
@@ -60,10 +74,10 @@ def scales_from(source: Any, names: Callable[[str], str] | None = None) -> Scale
     return Scales(lambda path: source.scale(names(path) if names else path.replace("/", ".")))
 
 
-def _by_rule(rules: Mapping[str, Any], path: str) -> Any:
-    for pattern, value in rules.items():
+def _deciding(rules: Mapping[str, Any], path: str) -> str:
+    for pattern in rules:
         if pattern == "*" or lies_under(pattern, path):
-            return value
+            return pattern
     raise ValueError(f"{path}: no pattern of `scale` fits, of {_listed(list(rules))}; add one.")
 
 
@@ -80,8 +94,9 @@ def scales(pairing: Pairing, scale: Any) -> list[Any]:
         One number per pair.
 
     Raises:
-        ValueError: numbers by path that lack a pair; a tree that does not fit, or gives the factors
-            of a pair different scales; a number that is not positive.
+        ValueError: numbers by path that lack a pair, or some of which would count for nothing; a
+            tree that does not fit, or gives the factors of a pair different scales; a number that
+            is not positive and finite.
         TypeError: something that is no number.
 
     Example:
@@ -94,6 +109,12 @@ def scales(pairing: Pairing, scale: Any) -> list[Any]:
     names = [pair.path for pair in pairing.pairs]
     if isinstance(scale, Scales):
         values = [scale.of(name) for name in names]
+        if names and (unused := scale.unused(names)):
+            warnings.warn(
+                f"patterns of `scale` that decide for no pair: {_listed(unused)}. Pairs there are"
+                f" {_listed(names)}; the first pattern that fits one counts.",
+                stacklevel=2,
+            )
     elif callable(scale):
         values = [scale(name) for name in names]
     elif not names:
@@ -107,8 +128,12 @@ def scales(pairing: Pairing, scale: Any) -> list[Any]:
     for name, value in zip(names, values, strict=True):
         if not _is_number(value):
             raise TypeError(f"{name}: `scale` must be a number, got {value!r}.")
-        if not isinstance(value, jax.core.Tracer) and not np.asarray(value) > 0:
+        if isinstance(value, jax.core.Tracer):
+            continue
+        if not np.asarray(value) > 0:
             raise ValueError(f"{name}: `scale` must be positive, got {value}.")
+        if not np.isfinite(value):
+            raise ValueError(f"{name}: `scale` must be finite, got {value}.")
     return values
 
 
@@ -127,6 +152,12 @@ def _scales_by_path(scale: Mapping[str, Any], names: Sequence[str]) -> list[Any]
         return [scale[name] for name in names]
     prefixes = {name.partition("/")[0] for name in names}
     if set(scale) >= prefixes:  # a prefix of the parameter tree: one number a subtree
+        if inside := [key for key in scale if "/" in key and key.partition("/")[0] in prefixes]:
+            raise ValueError(
+                f"`scale` has numbers of whole subtrees, so {_listed(inside)} would count for"
+                " nothing; name every pair, or give `scales_from({...})`, of which the first"
+                " pattern that fits counts."
+            )
         return [scale[name.partition("/")[0]] for name in names]
     message = f"`scale` has no number for {_listed(missing)}; it names {_listed(list(scale))}."
     inner = {name: name.partition("/")[2] for name in missing}

@@ -28,7 +28,7 @@ RECORDS        := tests/integration/records
 LIBRARIES      := peft jax gemma easydel
 PYTHON_gemma   := $(firstword $(wildcard $(HOME)/.pyenv/versions/3.12.*/bin/python) python3.12)
 PACKAGES_peft  := 'torch==2.13.0' 'peft==0.21.2' 'transformers==5.12.1' 'safetensors==0.8.0'
-PACKAGES_jax   := 'qwix==0.1.8' 'google-tunix==0.1.7' 'keras==3.15.1' 'equinox==0.13.8' 'quax==0.4.6' safetensors
+PACKAGES_jax   := 'qwix==0.1.8' 'google-tunix==0.1.7' 'keras==3.15.1' 'equinox==0.13.8' 'quax==0.4.6' safetensors typer
 PACKAGES_gemma := 'gemma==4.0.1' 'sentencepiece==0.2.2' safetensors
 PACKAGES_easydel := 'easydel==0.3.0' 'torch==2.13.0' 'pillow==13.0.0'
 TESTS_peft     := test_torch_peft.py
@@ -42,6 +42,7 @@ integration: $(LIBRARIES:%=integration-%) $(READY)
 integration-%: $(OTHERS)/%/.ready
 	$(OTHERS)/$*/bin/python -m pytest $(TESTS_$*:%=tests/integration/%) --record $(RECORDS)/$*.json
 	$(OTHERS)/$*/bin/python -m pytest tests/test_docs.py lowrank_optax/integrations -k 'integrations or qwix_tunix'
+	$(if $(filter jax,$*),$(OTHERS)/jax/bin/python -m pytest tests/examples/test_examples.py -k qwix_tunix)
 
 .PRECIOUS: $(OTHERS)/%/.ready
 $(OTHERS)/%/.ready: pyproject.toml

@@ -192,6 +192,19 @@ def test_finished_frames_need_rank_r_and_unfinished_ones_2r(tmp_path):
     assert 0 < errors["q"] < 1
 
 
+def test_factors_that_are_computed_are_float32_unless_dtype_says_otherwise(tmp_path):
+    half = pair(dtype=jnp.bfloat16)
+    written = {
+        "as it is": ({"q": half}, {}, jnp.bfloat16),
+        "frames": ({"q": frame(half)}, {}, jnp.float32),
+        "cut": ({"q": half}, {"rank": 1}, jnp.float32),
+        "cast": ({"q": frame(half)}, {"rank": 1, "dtype": jnp.bfloat16}, jnp.bfloat16),
+    }
+    for name, (tree, settings, dtype) in written.items():
+        save_peft(tmp_path / name, tree, scale=1.0, **settings)
+        assert {x.dtype for x in read_peft(tmp_path / name).pairs["q"]} == {jnp.dtype(dtype)}
+
+
 def test_rslora_scales_are_the_same(tmp_path):
     save_peft(tmp_path / "out", {"q": pair(rank=4, n_in=9, n_out=9)}, scale=4.0, use_rslora=True)
     config = json.loads((tmp_path / "out" / CONFIG).read_text())

@@ -271,3 +271,62 @@ def test_a_stack_along_a_middle_axis_is_not_taken_for_one_layer():
     leading = {"lora_a": jnp.ones((3, 16, 4)), "lora_b": jnp.ones((3, 4, 16))}
     [pair] = find_pairs(leading).take(leading)
     assert pair.a.shape == (3, 16, 4)
+
+
+EXPERTS = (16, 4), (4, 4, 12)  # one a for the b of four experts, or 16 → 4 × 12
+
+
+@pytest.mark.parametrize(
+    ("names", "kernel"),
+    [
+        (("lora_a", "lora_b"), "kernel"),
+        (("w_lora_a", "w_lora_b"), "w"),
+        (("lora_kernel_a", "lora_kernel_b"), "kernel"),
+    ],
+)
+def test_a_single_reading_that_is_not_the_weight_beside_them_is_refused(names, kernel):
+    """Of other experts' factors a (16, 12) kernel would get updates of 16 → 4 × 12."""
+    tree = {"q": {**dict(zip(names, factors(*EXPERTS), strict=True)), kernel: jnp.ones((16, 12))}}
+    message = rf"are read as 16 → 4 × 12, which is not the {kernel} \(16, 12\).*PairSpec"
+    with pytest.raises(ValueError, match=message):
+        find_pairs(tree)
+    layouts = [PairSpec(*names, b_rank=1, b_out=(0, 2)), *DEFAULT_SPECS]
+    assert only_pair(tree, layouts)[1].b.shape == (4, 48)
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"kernel": jnp.ones((16, 48))},  # flat
+        {"kernel": jnp.ones((4, 12, 16))},  # in another order
+        {"kernel": jnp.ones((8, 12), jnp.uint8)},  # packed
+        {"position": jnp.ones((16, 12))},  # something else
+        {"kernel": jnp.ones((16, 4, 12)), "weight": jnp.ones((3, 3))},
+    ],
+)
+def test_a_single_reading_stays_where_the_weight_is_that_or_unknown(beside):
+    a, b = factors(*EXPERTS)
+    assert only_pair({"q": {"lora_a": a, "lora_b": b, **beside}})[1].b.shape == (4, 48)
+
+
+def test_plain_factors_may_adapt_a_part_of_a_weight():
+    """As one of the three projections in one kernel."""
+    a, b = factors((16, 4), (4, 12))
+    tree = {"qkv": {"q_lora_a": a, "q_lora_b": b, "q": jnp.ones((16, 36))}}
+    assert only_pair(tree)[1].b.shape == (4, 12)
+
+
+def test_the_shard_of_a_weight_is_not_compared():
+    """Inside `shard_map` a kernel may be a shard where its factors are whole."""
+    a, b = factors((16, 4), (4, 4, 12))
+    tree = {"q": {"lora_a": a, "lora_b": b, "kernel": jnp.ones((16, 4, 12))}}
+    auto = (jax.sharding.AxisType.Auto,)
+    mesh = jax.make_mesh((2,), ("d",), auto, devices=jax.devices()[:2])
+    specs = {"q": {"lora_a": jax.P(), "lora_b": jax.P(), "kernel": jax.P("d")}}
+
+    def count(tree):
+        assert tree["q"]["kernel"].shape == (8, 4, 12)
+        return jnp.array(len(find_pairs(tree).pairs))
+
+    count = jax.shard_map(count, mesh=mesh, in_specs=(specs,), out_specs=jax.P())
+    assert count(tree) == 1

@@ -1,7 +1,7 @@
 """Pairing: takes any parameter tree apart into LoRA pairs and the rest, and puts it together."""
 
 import warnings
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,7 +21,7 @@ from lowrank_optax._core.layouts import (
 from lowrank_optax._core.linalg import SIDES
 from lowrank_optax._core.names import SAYS_LORA, node_name, path_name
 from lowrank_optax._core.nodes import is_node, kind_with
-from lowrank_optax._core.readings import resolve
+from lowrank_optax._core.readings import resolve, weights_beside
 from lowrank_optax._core.suspects import near_misses
 
 
@@ -180,8 +180,9 @@ def find_pairs(tree: Any, specs: Sequence[PairMatcher] | None = None) -> Pairing
         names leaves that look like factors and are in no pair.
 
     Raises:
-        ValueError: half a pair, shapes that do not multiply or can be read in several ways, a rank
-            above min(in, out), batch axes that differ. The message names the path and the remedy.
+        ValueError: half a pair, shapes that do not multiply, can be read in several ways or are not
+            those of the weight beside them, a rank above min(in, out), batch axes that differ. The
+            message names the path and the remedy.
         TypeError: a factor that is not floating; specs that are none.
 
     Example:
@@ -213,15 +214,15 @@ def find_pairs(tree: Any, specs: Sequence[PairMatcher] | None = None) -> Pairing
                 )
             indices[member.role] = index
     paired = {index for _, indices in found.values() for index in indices.values()}
-    beside = _kernels(paths, leaves, paired)
+    beside = weights_beside(paths, leaves, paired)
     pairs = []
     for (name, _), (member, indices) in found.items():
         kind = _kind_of(name, member.kind, indices)
         _check_whole(name, kind, indices, paths)
         path_a, path_b = (paths[indices[side]] for side in SIDES)
         shape_a, shape_b = (tuple(leaves[indices[side]].shape) for side in SIDES)
-        kernels = beside.get(_holder(path_a), [])
-        layout = resolve(member.spec, (path_a, path_b), (shape_a, shape_b), kernels)
+        weights = beside.get(_holder(path_a), [])
+        layout = resolve(member.spec, (path_a, path_b), (shape_a, shape_b), weights)
         pairs.append(PairLeaves(name, layout, indices, kind))
     for pair in pairs:
         _check_types(pair, paths, leaves)
@@ -237,18 +238,6 @@ def _holder(path: str) -> str:
     while above and SAYS_LORA.search(above[-1]):
         above.pop()
     return "/".join(above)
-
-
-def _kernels(
-    paths: Sequence[str], leaves: Sequence[Any], paired: Set[int]
-) -> dict[str, list[tuple[int, ...]]]:
-    """The shapes of the other leaves of two axes or more, by what holds them."""
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-    for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
-        shape = tuple(getattr(leaf, "shape", ()))
-        if index not in paired and len(shape) > 1:
-            shapes.setdefault(path.rpartition("/")[0], []).append(shape)
-    return shapes
 
 
 def _checked_specs(specs: Any) -> Sequence[PairMatcher]:

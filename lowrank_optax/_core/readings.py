@@ -4,15 +4,67 @@ With r the rank, a is (batch…, in…, r) and b is (batch…, r, out…), or on
 another place, the same in both, as where layers are stacked along another axis.
 """
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Sequence, Set
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
 
 from lowrank_optax._core.layouts import Layout, PairSpec
 
 Shape = tuple[int, ...]
 
+_KERNELS = ("kernel", "weight", "w", "embedding")  # names of what the factors beside it adapt
+
+
+class Weight(NamedTuple):
+    """A leaf of two axes or more beside factors.
+
+    Args:
+        name: its name in what holds it.
+        shape: its shape.
+        is_floating: whether it is, so that its shape is that of the matrix it stands for.
+
+    Example:
+        >>> Weight("kernel", (6, 4), True).name
+        'kernel'
+    """
+
+    name: str
+    shape: Shape
+    is_floating: bool
+
+
+def weights_beside(
+    paths: Sequence[str], leaves: Sequence[Any], paired: Set[int]
+) -> dict[str, list[Weight]]:
+    """Returns the leaves of two axes or more that are in no pair, by what holds them.
+
+    Args:
+        paths: name of every leaf.
+        leaves: the leaves.
+        paired: the indices of those that are in a pair.
+
+    Returns:
+        The weights by the path of what holds them.
+
+    Example:
+        >>> weights_beside(["q/kernel", "q/bias"], [jnp.ones((6, 4)), jnp.ones(4)], set())
+        {'q': [Weight(name='kernel', shape=(6, 4), is_floating=True)]}
+    """
+    found: dict[str, list[Weight]] = {}
+    for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True)):
+        shape = tuple(getattr(leaf, "shape", ()))
+        if index not in paired and len(shape) > 1:
+            holder, _, name = path.rpartition("/")
+            is_floating = jnp.issubdtype(leaf.dtype, jnp.floating)
+            found.setdefault(holder, []).append(Weight(name, shape, is_floating))
+    return found
+
 
 def resolve(
-    spec: PairSpec, names: tuple[str, str], shapes: tuple[Shape, Shape], kernels: Sequence[Shape]
+    spec: PairSpec, names: tuple[str, str], shapes: tuple[Shape, Shape], weights: Sequence[Weight]
 ) -> Layout:
     """Returns the layout that a spec declares, or else the one that the shapes say.
 
@@ -20,13 +72,14 @@ def resolve(
         spec: the spec.
         names: paths of a and b, for messages.
         shapes: their shapes.
-        kernels: shapes of the weights beside them. They decide between several readings.
+        weights: those beside them. They decide between several readings.
 
     Returns:
         The layout; that of a stack of matrices if no reading fits.
 
     Raises:
-        ValueError: several readings fit; the message has the spec of each.
+        ValueError: several readings fit; the message has the spec of each. Or the only one is not
+            that of the weight beside them.
 
     Example:
         >>> resolve(PairSpec("a", "b"), ("q/a", "q/b"), ((16, 4), (4, 2, 8)), [])
@@ -36,11 +89,12 @@ def resolve(
         return spec.layout
     found = list(dict.fromkeys(_readings(*shapes)))
     if len(found) > 1:
-        fitting = [each for each in found if _fits(each, shapes, kernels)]
+        fitting = [each for each in found if _fits(each, shapes, weights)]
         found = fitting or found
     if not found:
         return Layout()
     if len(found) == 1 or (spec.leading_batch and found[0].a_in[0] > 0):
+        _require_size(found[0], names, shapes, weights)
         return found[0]
     shown = "".join(f"\n  {_described(each, shapes)}: {_written(spec, each)}" for each in found)
     raise ValueError(
@@ -78,9 +132,35 @@ def _parts(layout: Layout, shapes: tuple[Shape, Shape]) -> tuple[Shape, Shape, S
     return of(a, batch), of(a, layout.a_in), of(b, layout.b_out)
 
 
-def _fits(layout: Layout, shapes: tuple[Shape, Shape], kernels: Sequence[Shape]) -> bool:
+def _fits(layout: Layout, shapes: tuple[Shape, Shape], weights: Sequence[Weight]) -> bool:
     sizes = sorted(size for part in _parts(layout, shapes) for size in part)
-    return any(sorted(kernel) == sizes for kernel in kernels)
+    return any(sorted(weight.shape) == sizes for weight in weights)
+
+
+def _require_size(
+    layout: Layout, names: tuple[str, str], shapes: tuple[Shape, Shape], weights: Sequence[Weight]
+) -> None:
+    """Raises if factors of more than two axes have not as many entries as the weight they adapt.
+
+    Plain matrices cannot be misread, so they may adapt a part of a weight. Packed weights do not
+    show their shape, and inside `shard_map` a weight may be a shard where its factors are whole.
+    """
+    if max(map(len, shapes)) == 2 or jax.sharding.get_abstract_mesh().manual_axes:
+        return
+    named, said, _ = names[0].rpartition("/")[2].partition("_lora_")  # as qwix's `w_lora_a`
+    adapted = [
+        weight
+        for weight in weights
+        if weight.is_floating and (weight.name == named if said else weight.name in _KERNELS)
+    ]
+    size = math.prod(size for part in _parts(layout, shapes) for size in part)
+    if adapted and all(math.prod(weight.shape) != size for weight in adapted):
+        name, shape, _ = adapted[0]
+        raise ValueError(
+            f"{names[0]} {shapes[0]} and {names[1]} {shapes[1]} are read as"
+            f" {_described(layout, shapes)}, which is not the {name} {shape} beside them; declare"
+            " their axes with a PairSpec, as specs=[..., *DEFAULT_SPECS]."
+        )
 
 
 def _described(layout: Layout, shapes: tuple[Shape, Shape]) -> str:

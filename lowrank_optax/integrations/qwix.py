@@ -34,7 +34,7 @@ except ModuleNotFoundError as error:
 
 __all__ = ["LoRAProvider", "LoRARule", "scales_of"]
 
-_OPERATIONS = ("dot_general", "einsum", "conv_general_dilated")  # with weights, of a provider
+_ADAPTED, _CONVOLUTION = ("dot_general", "einsum"), "conv_general_dilated"  # qwix adapts both
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +115,7 @@ class LoRAProvider(qwix.PtqProvider):
 
     def conv_general_dilated(self, lhs: Any, rhs: Any, *args: Any, **kwargs: Any) -> jax.Array:
         """Refuses a convolution that a rule for adapters fits."""
-        self._refuse("conv_general_dilated", "convolutions", [rhs])
+        self._refuse(_CONVOLUTION, "convolutions", [rhs])
         return super().conv_general_dilated(lhs, rhs, *args, **kwargs)
 
     def _refuse(self, op: str, what: str, operands: Sequence[Any]) -> None:
@@ -124,7 +124,7 @@ class LoRAProvider(qwix.PtqProvider):
             return
         for operand in operands:
             if name := flax_util.find_param(operand, WithAux):
-                others = tuple(other for other in _OPERATIONS[:2] if other != op)
+                others = tuple(other for other in _ADAPTED if other != op)
                 raise ValueError(
                     f"{_path(name)}: LoRAProvider does not adapt {what}. Leave the module out by"
                     " `module_path`, or the operation by"
@@ -175,7 +175,8 @@ def scales_of(provider: Any) -> Scales:
     def of(path: str) -> float:
         module = path.rpartition("/")[0]
         fitting = [rule for rule in rules if re.fullmatch(rule.module_path, module)]
-        found = {op: scale for op in _OPERATIONS if (scale := _scale_for(op, fitting))}
+        operations = (*_ADAPTED, _CONVOLUTION)
+        found = {op: scale for op in operations if (scale := _scale_for(op, fitting))}
         if not found:
             raise ValueError(f"{path}: no rule for adapters of the provider fits {module!r}")
         if len(set(found.values())) > 1:
@@ -194,7 +195,7 @@ def _scale_for(op: str, rules: Sequence[Any]) -> float | None:
     """The scale of the adapters of an operation by the first rule that fits it, if it has any."""
     rule = next((rule for rule in rules if not rule.op_names or op in rule.op_names), None)
     if isinstance(rule, LoRARule):
-        return rule.config.scale
+        return rule.config.scale if op in _ADAPTED else None
     return float(rule.alpha / rule.rank) if isinstance(rule, qwix.LoraRule) else None
 
 

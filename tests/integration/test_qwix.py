@@ -282,7 +282,7 @@ def test_scales_that_differ_by_operation_are_refused():
         ValueError, match=r"layers/0/w: .*10 for dot_general, 1 for einsum.*scales_"
     ):
         describe(factors, scale=integrations.qwix.scales_of(provider))
-    same = [rule(module_path=".*", op_names=("einsum",), config=of(4.0)), rule(config=of(4.0))]
+    same = [rule(op_names=("einsum", "dot_general"), config=of(4.0)), rule(config=of(9.0))]
     scale_of = integrations.qwix.scales_of
     assert scale_of(integrations.qwix.LoRAProvider(same)).of("l/w") == of(4.0).scale
     only = [rule(module_path=".*", op_names=("einsum",), config=of(4.0)), qwix.QuantizationRule()]

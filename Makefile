@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: setup test integration docs docs-serve demo lint format bench clean
+.PHONY: setup test integration docs docs-serve demo dist lint format bench clean
 
 setup: $(READY)
 
@@ -91,6 +91,11 @@ bench: $(READY)
 	$(PY) -m benchmarks.update_step
 	$(PY) -m benchmarks.train_step --layout separate
 	$(PY) -m benchmarks.gradient_start
+
+dist: $(READY)
+	rm -rf dist
+	$(PY) -m build
+	$(PY) -m twine check --strict dist/*
 
 lint: $(READY)
 	$(PY) -m ruff check .

@@ -7,6 +7,7 @@ from lowrank_optax import (
     engine,
     integrations,
     nn,
+    plots,
     sharding,
     specs,
 )
@@ -77,6 +78,7 @@ __all__ = [
     "oplora",
     "oplora_proj",
     "pair_of_delta",
+    "plots",
     "polora",
     "register_node",
     "scale_by_inverse_sqrt_gram",

@@ -19,7 +19,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from lowrank_optax import adapters
+from lowrank_optax import adapters, plots
 from lowrank_optax.adapters import PeftAdapter, PeftConfig, Spectrum
 
 app = typer.Typer(
@@ -245,22 +245,8 @@ def _finite(x: float) -> float | None:
 
 
 def _draw(found: dict[str, Spectrum], path: Path) -> None:
-    try:
-        import matplotlib.pyplot as plt
-    except ImportError as error:
-        raise ImportError(
-            "--plot needs matplotlib: pip install 'lowrank-optax[cli]' matplotlib"
-        ) from error
-    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
-    for each in found.values():
-        shares = each.values / max(each.norm, np.finfo(float).tiny)
-        axes.plot(range(1, len(shares) + 1), shares, color="tab:blue", alpha=0.3, lw=1)
-    axes.set_xlabel("index")
-    axes.set_ylabel("singular value of ΔK, relative to the first")
-    axes.set_title(f"{len(found)} pairs", loc="left")
-    axes.set_ylim(0, 1.05)
+    figure = plots.spectra(found).figure
     figure.savefig(path, dpi=150)
-    plt.close(figure)
 
 
 def _largest(angles: np.ndarray) -> float:

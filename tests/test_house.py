@@ -23,6 +23,7 @@ PUBLIC_MODULES = {
     "integrations",
     "methods",
     "nn",
+    "plots",
     "sharding",
     "specs",
 }
@@ -67,7 +68,8 @@ ALLOWED = {
     "adapters": {"_core", "adapters", "nn"},
     "specs": {"_core"},
     "integrations": {"_core", "engine", "nn", "integrations", "specs"},
-    "_command_line": {"adapters"},
+    "plots": {"adapters"},
+    "_command_line": {"adapters", "plots"},
     "__main__": {"_command_line"},
 }
 THIRD_PARTY = {"jax", "optax", "numpy"}
@@ -77,7 +79,8 @@ OF_PART = {
     "checkpoints": {"orbax"},
     "specs": {"flax"},
     "integrations": {"flax", "keras", "qwix"},
-    "_command_line": {"matplotlib", "rich", "safetensors", "typer"},
+    "plots": {"matplotlib"},
+    "_command_line": {"rich", "safetensors", "typer"},
 }
 
 METHODS = [

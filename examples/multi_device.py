@@ -23,7 +23,7 @@ from jax.sharding import AxisType, NamedSharding
 from rich.progress import track
 from sklearn.datasets import load_digits
 
-from lowrank_optax import adapters, nn, polora, sharding
+from lowrank_optax import adapters, find_pairs, nn, polora, sharding
 
 BATCH, OUT = 128, pathlib.Path("outputs/multi_device")
 
@@ -84,9 +84,14 @@ def main(
     state = sharding.shard_state(tx, lora)
     step = sharding.train_step(loss_fn, tx, lora)
     show("kernel of `up`", frozen["up"]["base"]["kernel"][...])
-    show("a of `up`", lora["up"]["lora_a"][...])
-    show("b of `up`", lora["up"]["lora_b"][...])
-    show("momentum of that a", state.pairs.mu["up"]["lora_a"][...])
+    found = find_pairs(lora)
+    pair, momentum = (
+        found.take(tree)[[at.path for at in found.pairs].index("up")]
+        for tree in (lora, state.pairs.mu)
+    )
+    show("a of `up`", pair.a)
+    show("b of `up`", pair.b)
+    show("momentum of that a", momentum.a)
 
     # The batch is divided too.
     images, labels = load_digits(return_X_y=True)

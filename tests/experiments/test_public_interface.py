@@ -10,6 +10,7 @@ import pytest
 import lowrank_optax
 
 ROOT = pathlib.Path(__file__).parents[2]
+INTEGRATIONS = ROOT / "lowrank_optax" / "integrations"
 FILES = [
     file
     for folder in ("experiments", "examples", "benchmarks")
@@ -82,8 +83,18 @@ def is_private(name):
     return name.startswith("_") and not name.endswith("__") and name not in OF_NAMED_TUPLES
 
 
+def public_names_of(file):
+    """The `__all__` of a file, which is not imported: its library may not be installed."""
+    for node in ast.parse(file.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    return []
+
+
 def is_public(dotted):
     """Whether each name is in the `__all__` of the module it is taken from, and none is private."""
+    if found := re.fullmatch(r"lowrank_optax\.integrations\.(\w+)\.(\w+)", dotted):
+        return found[2] in public_names_of(INTEGRATIONS / f"{found[1]}.py")
     value = lowrank_optax
     for name in dotted.split(".")[1:]:
         is_module = isinstance(value, types.ModuleType)
@@ -105,6 +116,8 @@ def test_only_public_names_are_used(file):
         "from lowrank_optax._core.linalg import gram",
         "import lowrank_optax._core.linalg",
         "import lowrank_optax.nn.config",
+        "from lowrank_optax import integrations; integrations.qwix._pair",
+        "from lowrank_optax import integrations; integrations.qwix.flax_util",
         "import lowrank_optax.nn.config as settings",
         "from lowrank_optax.nn.config import Initializer",
         "from lowrank_optax.nn import config",

@@ -100,3 +100,17 @@ def test_the_optimizer_hands_its_own_numbers_to_the_backward_pass(kind):
     tx = scaled_oplora(RATE, b2=0.9, damping=0.01, power=0.25)
     after = train(tx, node, steps=1)[0]
     np.testing.assert_allclose(getattr(after, kind), [0.9, 0.01, 0.25], rtol=1e-12)
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2])
+def test_the_projected_momentum_is_that_of_the_dense_gradient(iterations):
+    """The first momentum is the gradient, at the factors that LoRSum gives, over their Grams."""
+    tx = oplora_proj(RATE, iterations=iterations, lmbd=0.0, damping=1e-14)
+    node = shadow(PAIR, KEY, iterations=max(iterations, 1) + 1, momentum_rank=0)
+    loss = lambda node: jnp.mean((nn.lora_apply(X, node) - TARGET) ** 2)
+    updates, state = tx.update(jax.grad(loss)(node), tx.init(node), node)
+    new = optax.apply_updates(node, updates)
+    full = 2 * X.T @ (X @ PAIR.a @ PAIR.b - TARGET) / TARGET.size
+    mu = state.pairs.mu
+    np.testing.assert_allclose(mu.a, full @ new.b.T @ np.linalg.inv(new.b @ new.b.T), atol=1e-9)
+    np.testing.assert_allclose(mu.b, np.linalg.inv(new.a.T @ new.a) @ new.a.T @ full, atol=1e-9)

@@ -60,7 +60,8 @@ def oplora_proj(
         learning_rate: $\eta$, positive, or a schedule; in units of SGD's.
         momentum: $\mu$, in [0, 1).
         iterations: k of LoRSum, from 0. The new factors meet the gradient once more than in
-            `oplora`, so pairs need `shadow(..., iterations=k + 1, momentum_rank=0)`.
+            `oplora`, so pairs need `shadow(..., iterations=k + 1, momentum_rank=0)`, for k = 0 as
+            many as for 1.
         lmbd: $\ell$; the ridge and proximal weight is $\lambda = \eta \ell$.
         scale: the forward scale s: a number, a callable from a pair's path, or a tree.
         damping: added to $\lambda$ inside inversions only, not negative; it shrinks the factors.
@@ -88,6 +89,7 @@ def oplora_proj(
     Source: arXiv 2509.19977, the projected variant.
     """
     check_settings(momentum, iterations, lmbd, damping)
+    products = max(iterations, 1) + 1  # the solved factors' Krylov coordinates, times G once more
 
     def rule(
         pairs: engine.Pairs, grads: Any, params: Any, state: OPLoRAProjState
@@ -115,7 +117,7 @@ def oplora_proj(
             return both(lambda side, x, inv: mix(side, x, inv) / scale**2, full, swap(inverse))
 
         bases = pairs.each(lambda pair, grad: krylov.unpack(pair, grad)[0], params, grads)
-        trust = shadows.trusted(pairs, params, grads, iterations + 1)
+        trust = shadows.trusted(pairs, params, grads, products)
         a, b = approximate(pairs, pairs.each(step, params, bases, pairs.scales), iterations)
         solved = pairs.each(lambda a, b: LoRAPair(a.value, b.value), a, b)
         inverses = pairs.together(invert, pairs.each(regularized, solved))
@@ -148,6 +150,6 @@ def oplora_proj(
         allow_no_pairs=allow_no_pairs,
         init=init,
         node=ShadowedPair,
-        why_unfit=shadows.why_unfit(iterations + 1, with_momentum=False),
+        why_unfit=shadows.why_unfit(products, with_momentum=False),
         name="oplora_proj",
     )

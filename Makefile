@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: setup test integration docs docs-serve demo dist lint format bench clean
+.PHONY: setup test integration docs docs-serve first-day demo dist lint format bench clean
 
 setup: $(READY)
 
@@ -83,6 +83,10 @@ notebooks: $(READY)
 
 notebooks-check: $(READY)
 	$(PY) -m pytest -m notebooks tests/notebooks
+
+# What a stranger does on the first day, in an empty environment away from the checkout.
+first-day: $(READY)
+	.ci/first_day $(PYTHON)
 
 demo: $(READY)
 	$(PY) -m experiments demo

@@ -14,6 +14,7 @@ from sklearn.isotonic import isotonic_regression
 from experiments.headline import SHOWN, Comparison
 from experiments.summary import MethodSummary, tuned_baseline
 from experiments.tables import PROBES
+from lowrank_optax import plots
 
 BLACK, GREY = "black", "0.75"
 COLORS = ["tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple"]
@@ -259,26 +260,29 @@ def _draw_sweeps(
     axes: Axes, summaries: Sequence[MethodSummary], styles: Mapping[str, dict[str, Any]]
 ) -> None:
     """Draws the finished runs of the first seed as lines, the others as crosses at the top."""
-    highlighted, starts = [], []
-    for summary in summaries:
-        look = styles[summary.method]
-        done = [run for run in summary.sweep if run.status == "finished"]
-        lost = [run for run in summary.sweep if run.status != "finished"]
-        rates = [run.config.learning_rate for run in done]
-        losses = [run.validation_loss for run in done]
-        axes.plot(rates, losses, marker="o", markersize=4, **look)
-        if look["color"] != GREY:
-            highlighted += losses
-            starts += [run.curve[0].validation.loss for run in done]
-        crosses = [run.config.learning_rate for run in lost]
-        height = [0.98] * len(lost)
-        axes.plot(crosses, height, "x", transform=axes.get_xaxis_transform(), **look)
-    axes.set(xlabel="peak learning rate", ylabel="final validation loss", xscale="log")
-    axes.set_yscale("log")
-    axes.set_title("Sweep of the first seed; × diverged", fontsize=10)
+    losses = {
+        summary.method: {
+            run.config.learning_rate: run.validation_loss if run.status == "finished" else math.nan
+            for run in summary.sweep
+        }
+        for summary in summaries
+    }
+    baseline = tuned_baseline(summaries)
+    small = {name: {"marker": ".", **look} for name, look in styles.items()}
+    plots.sweeps(losses, baseline.method if baseline else None, axes, small)
+    axes.set(xlabel="peak learning rate", ylabel="final validation loss", yscale="log")
+    axes.set_title("Sweep of the first seed; • best, × diverged", fontsize=10)
     axes.grid(alpha=0.2)
-    if highlighted:
-        axes.set_ylim(0.95 * min(highlighted), min(1.05 * max(highlighted), 1.3 * max(starts)))
+    done = [
+        run
+        for summary in summaries
+        for run in summary.sweep
+        if run.status == "finished" and styles[summary.method]["color"] != GREY
+    ]
+    if done:
+        ends = [run.validation_loss for run in done]
+        start = max(run.curve[0].validation.loss for run in done)
+        axes.set_ylim(0.95 * min(ends), min(1.05 * max(ends), 1.3 * start))
     _log_ticks(axes)
 
 

@@ -1,4 +1,4 @@
-"""Tables and figures of the documentation's pages of methods: `python -m experiments.method_pages`.
+"""Figures and tables of the methods' pages, and the guide's: `python -m experiments.method_pages`.
 
 The tables come from the committed results of the studies and benchmarks. A figure has two panels:
 one step of each method on a small problem, computed here, and loss curves of a study.
@@ -21,6 +21,7 @@ from experiments.tables import NOTHING, markdown
 
 ROOT = Path(__file__).parent.parent
 PAGES = ROOT / "docs" / "methods"
+GUIDE = ROOT / "docs" / "choosing.md"
 COLORS = ("#0f9d8a", "#e07b00", "#4c8eda", "#c2549c", "#a08000")
 NO_BREAK = "\u00a0"
 OTHER_QUESTIONS = {"conditioning", "mechanism", "mechanism-glue"}
@@ -47,6 +48,19 @@ class Page:
     curves: tuple[str, str, tuple[str, ...]] | None
     gradient_start: bool = False
 
+
+CHOICES = (
+    "adamw",
+    "polora-start",
+    "polora",
+    "lora-plus",
+    "lora-rite",
+    "altlora-simultaneous",
+    "altlora-plus-simultaneous",
+    "sds-lora",
+    "oplora",
+)
+"""Columns of the guide's table of rates."""
 
 _STARTS = ("adamw-start", "polora-start", "sds-lora-start")
 _ALTLORA = ("altlora", "altlora-simultaneous", "altlora-sequential")
@@ -148,6 +162,17 @@ def rate_table(page: Page, variants: Sequence[tuple[str, Variant]]) -> str:
     )
 
 
+def rate_overview(variants: Sequence[tuple[str, Variant]]) -> str:
+    """Writes the best rate of the methods that a user would choose, a row a comparison."""
+    rows = []
+    for study, variant in variants:
+        found = [_find(variant, method) for method in CHOICES]
+        if study not in OTHER_QUESTIONS and sum(summary is not None for summary in found) > 1:
+            label = f"[{study}](results/{study}.md)" + f", {variant.name}" * bool(variant.name)
+            rows.append([label, *(_rate(s) if s else NOTHING for s in found)])
+    return markdown(["study", *(f"`{method}`" for method in CHOICES)], rows)
+
+
 def _find(variant: Variant, method: str) -> MethodSummary | None:
     return next((s for s in variant.summaries if s.method == method and s.best), None)
 
@@ -156,13 +181,16 @@ def _cell(summary: MethodSummary | None, baseline: MethodSummary) -> str:
     if summary is None:
         return NOTHING
     split = baseline.reported_split
-    rate = f"{summary.best[0].config.learning_rate:g}" + r"\*" * summary.at_edge
-    loss = f"{statistics.mean(summary.losses(split)):.3g}"
+    rate, loss = _rate(summary), f"{statistics.mean(summary.losses(split)):.3g}"
     if summary is baseline:
         return f"{rate}: {loss}".replace(" ", NO_BREAK)
     verdict = difference(summary.losses(split), baseline.losses(split))
     sign = (" +" if verdict.value < 0 else " –") if verdict.claimed else ""
     return f"{rate}: {loss}{sign}".replace(" ", NO_BREAK)
+
+
+def _rate(summary: MethodSummary) -> str:
+    return f"{summary.best[0].config.learning_rate:g}" + r"\*" * summary.at_edge
 
 
 def cost_table(page: Page) -> str:
@@ -198,7 +226,8 @@ def _rows(file: str) -> dict[str, Any]:
 
 def make_pages(variants: Sequence[tuple[str, Variant]]) -> dict[Path, str]:
     """Writes, in memory, the pages with their generated blocks."""
-    pages = {}
+    overview = replace_block(GUIDE.read_text(), rate_overview(variants), str(GUIDE), "rates")
+    pages = {GUIDE: overview}
     for name, page in PAGE_OF.items():
         path = PAGES / f"{name}.md"
         text = replace_block(path.read_text(), rate_table(page, variants), str(path), "rates")

@@ -35,7 +35,7 @@ from lowrank_optax.methods.sds_lora import SDSLoRAState, sds_lora
 from lowrank_optax.methods.svd_lora import SVDLoRAState, pair_of_delta, svd_lora
 from lowrank_optax.nn.summary import describe
 
-__version__ = "0.2.0.dev0"
+__version__ = "0.2.0"
 
 __all__ = [
     "DEFAULT_SPECS",

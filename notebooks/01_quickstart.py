@@ -22,15 +22,31 @@ import importlib.util
 import subprocess
 import sys
 
+
+def pip(*arguments):
+    command = [sys.executable, "-m", "pip", *arguments]
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(
+            "pip failed, for the reason above. Is there a network? Without one, install what the"
+            f" command asks for, and run this cell again: pip {' '.join(map(str, arguments))}"
+        )
+
+
 # Installs the package, unless a checkout or a wheel is there. An accelerator keeps its JAX plugin.
 if importlib.util.find_spec("lowrank_optax") is None:
     plugins = {"tpu": "libtpu", "cuda12": "jax_cuda12_plugin", "cuda13": "jax_cuda13_plugin"}
     found = [f"jax[{key}]" for key, name in plugins.items() if importlib.util.find_spec(name)]
-    command = [sys.executable, "-m", "pip", "install", "-q", "lowrank-optax[notebooks]", *found]
-    subprocess.run(command, check=True)
+    pip("install", "-q", "lowrank-optax[notebooks]", *found)
+
+import jax
+
+if jax.__version_info__ < (0, 10):
+    raise SystemExit(
+        f"This needs JAX 0.10 or newer, and here is {jax.__version__}. "
+        "Run `pip install -U jax`, and restart the kernel."
+    )
 
 # %%
-import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -39,7 +55,8 @@ from flax import nnx
 from sklearn.datasets import load_sample_image
 from tqdm import tqdm
 
-from lowrank_optax import nn, polora
+from lowrank_optax import nn, plots, polora
+from lowrank_optax.adapters import spectrum
 
 plt.rcParams.update({"figure.dpi": 80, "figure.facecolor": "white", "grid.alpha": 0.3})
 COLORS = {"AdamW": "#777777", "PoLoRA": "#d55e00"}
@@ -212,11 +229,11 @@ for name, rate in best.items():
     curve = curves[name][rate]
     left.semilogy(steps, curve.mean(0), color=COLORS[name], label=f"{name}, rate {rate}")
     left.fill_between(steps, curve.min(0), curve.max(0), color=COLORS[name], alpha=0.25)
-    rates, losses = zip(*sweep[name].items(), strict=True)
-    right.loglog(rates, losses, "o-", color=COLORS[name], label=name)
+styles = {name: {"color": color, "marker": "."} for name, color in COLORS.items()}
+plots.sweeps(sweep, baseline="AdamW", axes=right, styles=styles)
 left.axhline(goal, color="black", ls=":", lw=1, label="AdamW's last loss")
 left.set(title="held-out loss; band: three seeds", xlabel="step", ylim=(goal / 2, 0.2))
-right.set(title="last loss by learning rate", xlabel="learning rate", ylim=(goal / 2, 0.2))
+right.set(title="last loss by learning rate", yscale="log", ylim=(goal / 2, 0.2))
 for axes in (left, right):
     axes.grid(True)
     axes.legend()
@@ -243,24 +260,23 @@ plt.show()
 # ## What changed in the adapters
 #
 # All kernels are as they were; the adapters hold $\Delta K = s\,a\,b$. Its singular values show
-# how it uses its eight directions. The *effective rank* is the exponential of their entropy.
+# how it uses its eight directions. The *effective rank* is the exponential of their entropy. The
+# condition numbers say how evenly each factor uses its rank.
 
 # %%
-figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained", sharey=True)
+figure, axes = plt.subplots(1, 3, figsize=(11, 3), layout="constrained")
 ranks = {}
-for name, model in models.items():
-    found = []
-    for ax, path in zip(axes, nn.lora_scales(model), strict=True):
-        pair = getattr(model, path).pair
-        values = np.linalg.svd(nn.lora_delta(pair, CONFIG.scale), compute_uv=False)[:8]
-        shares = values / values.sum()
-        found.append(float(np.exp(-np.sum(shares * np.log(shares)))))
-        ax.semilogy(range(1, 9), values, "o-", color=COLORS[name], label=name)
-        ax.set(title=path, xlabel="index")
-        ax.grid(True)
-    ranks[name] = sum(found) / len(found)
-axes[0].set_ylabel("singular value of s·a·b")
-axes[-1].legend()
+for ax, (name, model) in zip(axes[1:], models.items(), strict=True):
+    found = {
+        path: spectrum(getattr(model, path).pair, scale)
+        for path, scale in nn.lora_scales(model).items()
+    }
+    look = {"color": COLORS[name], "label": name, "marker": ".", "alpha": 0.8}
+    plots.spectra(found, axes[0], **look)
+    plots.conditions(found, ax).set(title=name, xlim=(1, 1e3))
+    ax.legend()
+    ranks[name] = sum(each.effective_rank for each in found.values()) / len(found)
+axes[0].legend()
 plt.show()
 
 # %% [markdown]

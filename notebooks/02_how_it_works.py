@@ -25,15 +25,31 @@ import importlib.util
 import subprocess
 import sys
 
+
+def pip(*arguments):
+    command = [sys.executable, "-m", "pip", *arguments]
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(
+            "pip failed, for the reason above. Is there a network? Without one, install what the"
+            f" command asks for, and run this cell again: pip {' '.join(map(str, arguments))}"
+        )
+
+
 # Installs the package, unless a checkout or a wheel is there. An accelerator keeps its JAX plugin.
 if importlib.util.find_spec("lowrank_optax") is None:
     plugins = {"tpu": "libtpu", "cuda12": "jax_cuda12_plugin", "cuda13": "jax_cuda13_plugin"}
     found = [f"jax[{key}]" for key, name in plugins.items() if importlib.util.find_spec(name)]
-    command = [sys.executable, "-m", "pip", "install", "-q", "lowrank-optax[notebooks]", *found]
-    subprocess.run(command, check=True)
+    pip("install", "-q", "lowrank-optax[notebooks]", *found)
+
+import jax
+
+if jax.__version_info__ < (0, 10):
+    raise SystemExit(
+        f"This needs JAX 0.10 or newer, and here is {jax.__version__}. "
+        "Run `pip install -U jax`, and restart the kernel."
+    )
 
 # %%
-import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -42,7 +58,8 @@ from sklearn.datasets import load_digits
 from tqdm import tqdm
 
 import lowrank_optax as lo
-from lowrank_optax import LoRAPair, diagnostics, nn
+from lowrank_optax import LoRAPair, diagnostics, nn, plots
+from lowrank_optax.adapters import spectrum
 
 plt.rcParams.update(
     {"figure.dpi": 80, "figure.facecolor": "white", "axes.grid": True, "grid.alpha": 0.3}
@@ -331,7 +348,8 @@ def run(tx, pair, steps=STEPS):
     for _ in range(steps):
         rows = rng.integers(0, len(x_new), BATCH)
         pair, state, numbers = step(pair, state, x_new[rows], y_new[rows])
-        history.append(numbers)
+        used = spectrum(pair.plain(), SCALE).effective_rank
+        history.append(numbers | {"effective rank": used})
     return {key: np.array([numbers[key] for numbers in history]) for key in history[0]}
 
 
@@ -369,18 +387,23 @@ print(f"PoLoRA's largest change of s·a·b is {largest:.4f}; the bound is {POLOR
 # %% [markdown]
 # ## 6. All of them in training
 #
-# Left: the loss on the digits 5 to 9. Right: the cosine between each step's change of the product
-# and $-G$ of all images; a full gradient step would have one. The rates are from one guess each,
-# so the left picture is no contest: `01_quickstart` has a fair one.
+# Left: the loss on the digits 5 to 9. Middle: the cosine between each step's change of the product
+# and $-G$ of all images; a full gradient step would have one. Right: how many directions
+# $s\,a\,b$ uses. The rates are from one guess each, so the left picture is no contest:
+# `01_quickstart` has a fair one.
 
 # %%
-figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.4), layout="constrained")
+figure, (left, middle, right) = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
 for name, record in runs.items():
     left.semilogy(record["loss"], color=COLORS[name], label=name)
     smooth = np.convolve(record["cosine"], np.ones(5) / 5, mode="valid")
-    right.plot(np.arange(2, len(smooth) + 2), smooth, color=COLORS[name], label=name)
+    middle.plot(np.arange(2, len(smooth) + 2), smooth, color=COLORS[name], label=name)
+used = {name: record["effective rank"] for name, record in runs.items()}
+styles = {name: {"color": COLORS[name]} for name in runs}
+plots.effective_ranks(range(1, STEPS + 1), used, axes=right, styles=styles)
 left.set(title="loss on the digits 5 to 9", xlabel="step")
-right.set(title="cosine of the step with -G (mean of 5 steps)", xlabel="step")
+middle.set(title="cosine of the step with -G (mean of 5 steps)", xlabel="step")
+right.set(title="effective rank of s·a·b")
 left.legend(fontsize=9)
 plt.show()
 cosines = {name: float(record["cosine"][:20].mean()) for name, record in runs.items()}

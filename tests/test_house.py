@@ -5,6 +5,7 @@ import importlib
 import math
 import pathlib
 import pydoc
+import re
 import subprocess
 import sys
 import zipfile
@@ -209,3 +210,12 @@ def test_wheel_holds_the_package_and_nothing_else(tmp_path):
     names = zipfile.ZipFile(wheel).namelist()
     assert "lowrank_optax/py.typed" in names
     assert {name.split("/")[0] for name in names if ".dist-info" not in name} == {"lowrank_optax"}
+
+
+def test_the_version_is_the_same_everywhere():
+    """The wheel takes it from the package; the citation and the changelog repeat it."""
+    version = lowrank_optax.__version__
+    assert re.search(r"^version: (.+)$", (ROOT / "CITATION.cff").read_text(), re.M)[1] == version
+    released = re.findall(r"^## (\d\S*)", (ROOT / "CHANGELOG.md").read_text(), re.M)
+    assert released[0] == version
+    assert f"The version is {version}." in (ROOT / "README.md").read_text()

@@ -18,7 +18,7 @@ from lowrank_optax.adapters.name_maps import Module, Names, joined, modules_of
 from lowrank_optax.adapters.pairs import compress, plain_pair
 from lowrank_optax.adapters.peft_config import PeftConfig
 from lowrank_optax.adapters.peft_file import PeftAdapter, read_peft, write_peft
-from lowrank_optax.nn.flax_nnx import kernel_name, kernel_of
+from lowrank_optax.nn.nnx_bases import kernel_name, kernel_of
 from lowrank_optax.nn.nnx_surgery import lora_layers
 
 # A framed pair at the end of its run has rank r up to rounding: then r is enough.

@@ -16,8 +16,9 @@ from flax import nnx
 from lowrank_optax._core.layouts import node_of, variables_of
 from lowrank_optax._core.scales import Scales
 from lowrank_optax.nn.config import LoRAConfig, require_config
-from lowrank_optax.nn.contraction import Contraction, KernelAxes
+from lowrank_optax.nn.contraction import Contraction
 from lowrank_optax.nn.functional import add_adapter
+from lowrank_optax.nn.kernel_axes import KernelAxes
 from lowrank_optax.specs import KERNEL_AXES
 
 try:

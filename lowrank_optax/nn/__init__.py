@@ -5,7 +5,7 @@ with `extra=Frames()` layers for `sds_lora`.
 """
 
 from lowrank_optax.nn.config import Extra, Frames, Initializer, LoRAConfig, Shadows
-from lowrank_optax.nn.contraction import Contraction, KernelAxes
+from lowrank_optax.nn.contraction import Contraction
 from lowrank_optax.nn.diagnosis import check_training_setup
 from lowrank_optax.nn.flax_linen import (
     LinenAdapter,
@@ -15,6 +15,7 @@ from lowrank_optax.nn.flax_linen import (
 )
 from lowrank_optax.nn.flax_nnx import LoRAEinsum, LoRALayer, LoRALinear, LoRALinearGeneral
 from lowrank_optax.nn.functional import lora_apply, lora_delta
+from lowrank_optax.nn.kernel_axes import KernelAxes
 from lowrank_optax.nn.linen_surgery import (
     lora_adapters,
     lora_interceptor,

@@ -28,11 +28,25 @@ from lowrank_optax._core import meshes
 from lowrank_optax._core.layouts import node_of, variables_of
 from lowrank_optax.nn.calls import require_array
 from lowrank_optax.nn.config import LoRAConfig, require_config
-from lowrank_optax.nn.contraction import Contraction, KernelAxes
-from lowrank_optax.nn.functional import add_adapter
+from lowrank_optax.nn.contraction import Contraction
+from lowrank_optax.nn.convolution import Convolution
+from lowrank_optax.nn.functional import add_adapter, apply_adapter
+from lowrank_optax.nn.kernel_axes import KernelAxes
+from lowrank_optax.nn.lookup import Lookup, attend, require_for_lookup
 
-_FlaxLayer = nn.Dense | nn.DenseGeneral | nn.Einsum
+_KERNEL_NAMES: dict[type, str] = {
+    nn.Dense: "kernel",
+    nn.DenseGeneral: "kernel",
+    nn.Einsum: "kernel",
+    nn.Conv: "kernel",
+    nn.Embed: "embedding",
+}
+SUPPORTED = (
+    "nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.Embed and modules with an `einsum_str` and"
+    " one kernel"
+)
 
+KernelUse = Contraction | Convolution | Lookup
 COLLECTION = "lora"
 _DEFAULT_CONFIG = LoRAConfig(rank=8)
 
@@ -87,10 +101,8 @@ class LoRADense(nn.Dense):
             ValueError: if the rank exceeds min(in, out) or the variables hold no adapter.
         """
         y = super().__call__(inputs)
-        contraction = layer_contraction(self, inputs)
-        return adapted_output(
-            self, self.lora, contraction, inputs, y, deterministic=self.deterministic
-        )
+        use = layer_use(self, inputs)
+        return adapted_output(self, self.lora, use, inputs, y, deterministic=self.deterministic)
 
 
 class LoRADenseGeneral(nn.DenseGeneral):
@@ -125,10 +137,8 @@ class LoRADenseGeneral(nn.DenseGeneral):
             ValueError: if the rank exceeds min(in, out) or the variables hold no adapter.
         """
         y = super().__call__(inputs)
-        contraction = layer_contraction(self, inputs)
-        return adapted_output(
-            self, self.lora, contraction, inputs, y, deterministic=self.deterministic
-        )
+        use = layer_use(self, inputs)
+        return adapted_output(self, self.lora, use, inputs, y, deterministic=self.deterministic)
 
 
 class LoRAEinsumDense(nn.Einsum):
@@ -165,10 +175,8 @@ class LoRAEinsumDense(nn.Einsum):
                 variables hold no adapter.
         """
         y = super().__call__(inputs, einsum_str)
-        contraction = layer_contraction(self, inputs, einsum_str)
-        return adapted_output(
-            self, self.lora, contraction, inputs, y, deterministic=self.deterministic
-        )
+        use = layer_use(self, inputs, einsum_str)
+        return adapted_output(self, self.lora, use, inputs, y, deterministic=self.deterministic)
 
 
 LoRAModule = LoRADense | LoRADenseGeneral | LoRAEinsumDense
@@ -177,7 +185,7 @@ LoRAModule = LoRADense | LoRADenseGeneral | LoRAEinsumDense
 def adapted_output(
     layer: nn.Module,
     config: LoRAConfig,
-    contraction: Contraction,
+    use: KernelUse,
     inputs: jax.Array,
     y: jax.Array,
     *,
@@ -188,7 +196,7 @@ def adapted_output(
     Args:
         layer: the layer, while it is being called, after its own parameters exist.
         config: settings of the adapter.
-        contraction: how the layer contracts its kernel with `inputs`.
+        use: how the layer uses its kernel.
         inputs: the layer's input.
         y: the layer's output.
         deterministic: if True, no dropout.
@@ -203,23 +211,51 @@ def adapted_output(
     require_config(config)
     require_array(y, path)
     kernel_shape = nn.meta.unbox(layer.get_variable("params", kernel_name(layer))).shape
-    pair = _factors(layer, config, *contraction.kernel_axes.sizes(kernel_shape))
-    x = inputs.astype(y.dtype)
+    if isinstance(layer, nn.Embed):
+        require_for_lookup(config, path)
+    pair = _factors(layer, config, *use.kernel_axes.sizes(kernel_shape))
+    x = inputs
     if config.dropout and not deterministic:
+        x = x.astype(y.dtype)
         keep = jax.random.bernoulli(layer.make_rng("dropout"), 1 - config.dropout, x.shape)
         keep = meshes.reshard_like(keep, x)
         x = jnp.where(keep, x / (1 - config.dropout), jnp.zeros_like(x))
-    return add_adapter(y, x, pair, config, contraction, kernel_shape)
+    return add_adapter(y, x, pair, config, use, kernel_shape)
+
+
+def attended_output(
+    layer: nn.Embed, config: LoRAConfig, query: jax.Array, y: jax.Array
+) -> jax.Array:
+    """Adds what the adapter of a bound embedding makes of a query to `nn.Embed.attend`'s output.
+
+    Args:
+        layer: the layer, while its `attend` is being called.
+        config: settings of the adapter.
+        query: (..., features).
+        y: the layer's output, (..., num_embeddings).
+
+    Returns:
+        The sum, in the shape and dtype of `y`.
+
+    Raises:
+        ValueError: if the rank exceeds min(in, out), the variables hold no adapter, or it has
+            frames.
+    """
+    require_for_lookup(config, "/".join(layer.path))
+    pair = _factors(layer, config, (), layer.num_embeddings, layer.features)
+    delta = attend(apply_adapter(config), query.astype(y.dtype), pair)
+    return y + meshes.reshard_like(delta, y)
 
 
 def is_adaptable(module: nn.Module) -> bool:
-    """Says whether LoRA can adapt a module: a linear layer of Flax, or one with an `einsum_str`.
+    """Says whether LoRA can adapt a module: a layer of Flax, or one with an `einsum_str`.
 
     Example:
         >>> is_adaptable(nn.Dense(3)), is_adaptable(nn.LayerNorm())
         (True, False)
     """
-    return isinstance(module, _FlaxLayer) or isinstance(getattr(module, "einsum_str", None), str)
+    is_flax = isinstance(module, tuple(_KERNEL_NAMES))
+    return is_flax or isinstance(getattr(module, "einsum_str", None), str)
 
 
 def kernel_name(layer: Any) -> str:
@@ -229,15 +265,16 @@ def kernel_name(layer: Any) -> str:
         layer: one that `is_adaptable`, after its own parameters exist.
 
     Returns:
-        `"kernel"` of Flax's linear layers; of others the one parameter that can be the kernel of
-        `einsum_str`: `Contraction.kernel_among`.
+        That of Flax's layers; of others the one parameter that can be the kernel of `einsum_str`:
+        `Contraction.kernel_among`.
 
     Raises:
         ValueError: it has none, or several.
     """
     params = nn.meta.unbox(layer.variables.get("params", {}))
-    if isinstance(layer, _FlaxLayer):
-        names = ["kernel"] if "kernel" in params else []
+    of_flax = [name for kind, name in _KERNEL_NAMES.items() if isinstance(layer, kind)]
+    if of_flax:
+        names = [name for name in of_flax[:1] if name in params]
     else:
         shapes = {name: x.shape for name, x in params.items() if hasattr(x, "shape")}
         contraction = Contraction.from_einsum(layer.einsum_str)
@@ -251,8 +288,8 @@ def kernel_name(layer: Any) -> str:
     return names[0]
 
 
-def layer_contraction(layer: Any, inputs: jax.Array, einsum_str: str | None = None) -> Contraction:
-    """Describes how a layer contracts its kernel with an input.
+def layer_use(layer: Any, inputs: jax.Array, einsum_str: str | None = None) -> KernelUse:
+    """Describes how a layer uses its kernel.
 
     Args:
         layer: the layer.
@@ -260,11 +297,15 @@ def layer_contraction(layer: Any, inputs: jax.Array, einsum_str: str | None = No
         einsum_str: the contraction that an `nn.Einsum` was called with.
 
     Returns:
-        The contraction.
+        The use.
 
     Raises:
-        ValueError: if an einsum string is no linear layer.
+        ValueError: if an einsum string is no linear layer, or a convolution has groups or a mask.
     """
+    if isinstance(layer, nn.Conv):
+        return Convolution.of(layer)
+    if isinstance(layer, nn.Embed):
+        return Lookup()
     if isinstance(layer, nn.Dense):
         return Contraction.from_dense_general(inputs.ndim, (-1,), (), 1)
     if isinstance(layer, nn.DenseGeneral):

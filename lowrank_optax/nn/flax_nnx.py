@@ -1,9 +1,9 @@
 """LoRA layers for Flax NNX.
 
-`LoRALayer` wraps an `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, or an einsum layer of another
-library: a module with an attribute `einsum_str` and one kernel. `LoRALinear`, `LoRALinearGeneral`
-and `LoRAEinsum` build the layer that they wrap. The base weights stay frozen because one trains
-with respect to `nnx.LoRAParam` only:
+`LoRALayer` wraps an `nnx.Linear`, `nnx.LinearGeneral`, `nnx.Einsum`, `nnx.Conv`, `nnx.Embed`, or an
+einsum layer of another library: a module with an attribute `einsum_str` and one kernel.
+`LoRALinear`, `LoRALinearGeneral` and `LoRAEinsum` build the layer that they wrap. The base weights
+stay frozen because one trains with respect to `nnx.LoRAParam` only:
 
     optimizer = nnx.Optimizer(model, tx, wrt=nnx.LoRAParam)
     grads = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model, batch)
@@ -25,16 +25,23 @@ from typing import Any
 import jax
 from flax import nnx
 
+from lowrank_optax._core import meshes
 from lowrank_optax._core.layouts import node_of, variables_of
 from lowrank_optax.nn.calls import read_call, require_array
 from lowrank_optax.nn.config import LoRAConfig, require_config
-from lowrank_optax.nn.contraction import Contraction, KernelAxes
-from lowrank_optax.nn.functional import add_adapter
+from lowrank_optax.nn.contraction import Contraction
+from lowrank_optax.nn.functional import add_adapter, apply_adapter
+from lowrank_optax.nn.lookup import attend, require_for_lookup
+from lowrank_optax.nn.nnx_bases import (
+    SUPPORTED,
+    kernel_axes_of,
+    kernel_name,
+    kernel_of,
+    kernel_use,
+)
 
 # What a model finds in the place of a base layer's own.
 OWN_NAMES = ("axes", "base", "dropout", "lora", "lora_a", "lora_b", "merged", "pair", "scale")
-
-_FlaxLayer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
 
 
 class LoRALayer(nnx.Module):
@@ -86,7 +93,9 @@ class LoRALayer(nnx.Module):
         require_supported(base, path)
         require_config(lora)
         require_rngs(rngs)
-        self.axes = _kernel_axes(base)
+        if isinstance(base, nnx.Embed):
+            require_for_lookup(lora, path)
+        self.axes = kernel_axes_of(base)
         shape = kernel_of(base).shape
         batch, n_in, n_out = self.axes.sizes(shape)
         lora.check_rank(n_in, n_out, path)
@@ -167,16 +176,36 @@ class LoRALayer(nnx.Module):
             return y
         require_array(y, type(self.base).__name__)
         inputs, einsum_str = read_call(self.base.__call__, args, kwargs)
-        contraction = _contraction(self.base, inputs.ndim, einsum_str)
-        if contraction.kernel_axes != self.axes:
+        use = kernel_use(self.base, inputs.ndim, einsum_str)
+        if use.kernel_axes != self.axes:
             raise ValueError(
-                f"{contraction} gives the kernel axes other roles than the einsum string that the "
+                f"{use} gives the kernel axes other roles than the einsum string that the "
                 "adapter was built for; adapt a layer of its own for this use"
             )
-        x = inputs.astype(y.dtype)
         if self.dropout is not None:
-            x = self.dropout(x)
-        return add_adapter(y, x, self.pair, self.lora, contraction, self.kernel.shape)
+            inputs = self.dropout(inputs.astype(y.dtype))
+        return add_adapter(y, inputs, self.pair, self.lora, use, self.kernel.shape)
+
+    def attend(self, query: jax.Array, **kwargs: Any) -> jax.Array:
+        """Applies the transposed table and its adapter, where the base layer is an `nnx.Embed`.
+
+        Args:
+            query: (..., features).
+            **kwargs: what `nnx.Embed.attend` takes by name.
+
+        Returns:
+            What `nnx.Embed.attend` returns, (..., num_embeddings).
+
+        Raises:
+            AttributeError: the base layer has no such method.
+            ValueError: the adapter has frames.
+        """
+        base: Any = self.base
+        y = base.attend(query, **kwargs)
+        if self.merged:
+            return y
+        delta = attend(apply_adapter(self.lora), query.astype(y.dtype), self.pair)
+        return y + meshes.reshard_like(delta, y)
 
 
 class LoRALinear(LoRALayer):
@@ -292,7 +321,8 @@ def require_supported(module: Any, path: str) -> nnx.Module:
         The module.
 
     Raises:
-        ValueError: if it has an adapter already, or no kernel that `kernel_name` knows.
+        ValueError: if it has an adapter already, no kernel that `kernel_name` knows, or one that
+            is used in another way, as in a convolution with groups.
     """
     if isinstance(module, LoRALayer):
         raise ValueError(
@@ -308,49 +338,13 @@ def require_supported(module: Any, path: str) -> nnx.Module:
         if isinstance(einsum_str := getattr(module, "einsum_str", None), str):
             Contraction.from_einsum(einsum_str)  # which says what LoRA cannot adapt
         raise ValueError(
-            f"{path} is a {type(module).__name__}; LoRA adapts nnx.Linear, nnx.LinearGeneral,"
-            " nnx.Einsum and modules with an `einsum_str` and one kernel: narrow the targets"
+            f"{path} is a {type(module).__name__}; LoRA adapts {SUPPORTED}: narrow the targets"
         )
-    return module
-
-
-def kernel_name(module: Any) -> str | None:
-    """Names the attribute of a module that holds the kernel to adapt.
-
-    Args:
-        module: any module.
-
-    Returns:
-        `"kernel"` of Flax's linear layers. Of another module with a string `einsum_str`, the input
-        first, the one parameter that can be its kernel: `Contraction.kernel_among`. Else None.
-
-    Example:
-        >>> kernel_name(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-        'kernel'
-    """
-    if isinstance(module, _FlaxLayer):
-        return "kernel"
-    einsum_str = getattr(module, "einsum_str", None)
-    if not (isinstance(module, nnx.Module) and isinstance(einsum_str, str)):
-        return None
     try:
-        contraction = Contraction.from_einsum(einsum_str)
-    except ValueError:
-        return None
-    params = [(name, x) for name, x in vars(module).items() if isinstance(x, nnx.Param)]
-    shapes = {name: x.shape for name, x in params if hasattr(x.get_value(), "shape")}
-    found = contraction.kernel_among(shapes, stacked=True)
-    return found[0] if len(found) == 1 else None
-
-
-def kernel_of(base: Any) -> nnx.Variable[Any]:
-    """Returns the variable that holds the kernel of a layer; see `kernel_name`.
-
-    Example:
-        >>> kernel_of(nnx.Linear(2, 3, rngs=nnx.Rngs(0))).shape
-        (2, 3)
-    """
-    return getattr(base, kernel_name(base) or "kernel")
+        kernel_axes_of(module)
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    return module
 
 
 def require_rngs(rngs: Any) -> nnx.Rngs:
@@ -366,23 +360,3 @@ def require_rngs(rngs: Any) -> nnx.Rngs:
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"rngs must be nnx.Rngs, got {type(rngs).__name__}; write rngs=nnx.Rngs(0)")
     return rngs
-
-
-def _kernel_axes(base: Any) -> KernelAxes:
-    if isinstance(base, nnx.Linear):
-        return KernelAxes.in_order(0, 1, 1)
-    if isinstance(base, nnx.LinearGeneral):
-        return KernelAxes.in_order(
-            len(base.batch_axis), len(base.in_features), len(base.out_features)
-        )
-    return Contraction.from_einsum(base.einsum_str).kernel_axes
-
-
-def _contraction(base: Any, ndim: int, einsum_str: str | None) -> Contraction:
-    if isinstance(base, nnx.Linear):
-        return Contraction.from_dense_general(ndim, (-1,), (), 1)
-    if isinstance(base, nnx.LinearGeneral):
-        return Contraction.from_dense_general(
-            ndim, base.axis, tuple(base.batch_axis), len(base.out_features)
-        )
-    return Contraction.from_einsum(base.einsum_str if einsum_str is None else einsum_str)

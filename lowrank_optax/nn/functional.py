@@ -1,6 +1,6 @@
 """The one place where an input meets LoRA factors, and the dense update that they stand for."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from lowrank_optax._core import meshes
 from lowrank_optax._core.nodes import AxisName
 from lowrank_optax.nn.config import LoRAConfig
-from lowrank_optax.nn.contraction import Contraction, KernelAxes
+from lowrank_optax.nn.kernel_axes import KernelAxes
 
 
 def lora_apply(
@@ -60,12 +60,25 @@ def lora_apply(
     return pair.apply(x.astype(operand), scale, axis_name).astype(x.dtype)
 
 
+def apply_adapter(config: LoRAConfig) -> Callable[[jax.Array, Any], jax.Array]:
+    """Returns `lora_apply` with the settings of an adapter: a function of an input and a pair.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from lowrank_optax import LoRAPair
+        >>> apply = apply_adapter(LoRAConfig(rank=1, alpha=3.0))
+        >>> apply(jnp.ones(2), LoRAPair(jnp.ones((2, 1)), jnp.ones((1, 1)))).item()
+        6.0
+    """
+    return lambda x, pair: lora_apply(x, pair, config.scale, config.dtype, config.axis_name)
+
+
 def add_adapter(
     y: jax.Array,
     x: jax.Array,
     pair: Any,
     config: LoRAConfig,
-    contraction: Contraction,
+    use: Any,
     kernel_shape: Sequence[int],
 ) -> jax.Array:
     """Adds what an adapter makes of a layer's input to the layer's output.
@@ -75,7 +88,7 @@ def add_adapter(
         x: its input, after the adapter's dropout.
         pair: the flat factors.
         config: the adapter's settings.
-        contraction: how the layer contracts its kernel with the input.
+        use: how the layer uses its kernel: a `Contraction`, a `Convolution` or a `Lookup`.
         kernel_shape: shape of the kernel.
 
     Returns:
@@ -84,6 +97,7 @@ def add_adapter(
     Example:
         >>> import jax.numpy as jnp
         >>> from lowrank_optax import LoRAPair
+        >>> from lowrank_optax.nn import Contraction
         >>> pair = LoRAPair(jnp.ones((3, 1)), jnp.ones((1, 4)))
         >>> by_heads = Contraction.from_einsum("td,dnh->tnh")
         >>> x, y, config = jnp.ones((5, 3)), jnp.zeros((5, 2, 2)), LoRAConfig(rank=1, alpha=2.0)
@@ -91,10 +105,7 @@ def add_adapter(
         Array([[6., 6.],
                [6., 6.]], dtype=float32)
     """
-    contraction.require_sizes(x.shape, kernel_shape)
-    flat = contraction.flatten_input(x.astype(y.dtype))
-    flat = lora_apply(flat, pair, config.scale, config.dtype, config.axis_name)
-    delta = contraction.unflatten_output(flat, x.shape, kernel_shape)
+    delta = use.adapt(apply_adapter(config), x, pair, y.dtype, kernel_shape)
     return y + meshes.reshard_like(delta, y)
 
 

@@ -35,12 +35,15 @@ from lowrank_optax.nn.calls import read_call
 from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.flax_linen import (
     COLLECTION,
+    SUPPORTED,
+    KernelUse,
     LinenAdapter,
     LoRAModule,
     adapted_output,
+    attended_output,
     is_adaptable,
     kernel_name,
-    layer_contraction,
+    layer_use,
 )
 from lowrank_optax.nn.functional import merge_kernel
 from lowrank_optax.nn.targets import TargetMatcher, Targets
@@ -69,11 +72,11 @@ def lora_interceptor(
 
     Raises:
         TypeError: if `config` is not a `LoRAConfig`.
-        ValueError: if a target is not a `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum` or a module with
-            an `einsum_str` and one kernel, or has LoRA already; if the rank exceeds min(in, out);
-            if the variables hold no adapter for a target, one of another rank, or one for a layer
-            that is no target; at the end of the context, if a target matched nothing while a model
-            or its adapters were initialized in it.
+        ValueError: if a target is not a `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`, `nn.Conv`,
+            `nn.Embed` or a module with an `einsum_str` and one kernel, or has LoRA already; if the
+            rank exceeds min(in, out); if the variables hold no adapter for a target, one of
+            another rank, or one for a layer that is no target; at the end of the context, if a
+            target matched nothing while a model or its adapters were initialized in it.
 
     Example:
         >>> import flax.linen
@@ -98,7 +101,8 @@ def lora_interceptor(
         call: Callable[..., Any], args: Any, kwargs: Any, context: InterceptorContext
     ) -> Any:
         module = context.module
-        if context.method_name != "__call__" or module.scope is None:
+        attends = isinstance(module, nn.Embed) and context.method_name == "attend"
+        if not (attends or context.method_name == "__call__") or module.scope is None:
             return call(*args, **kwargs)
         path = "/".join(module.path)
         begins = module.is_initializing() or (
@@ -124,10 +128,12 @@ def lora_interceptor(
         finally:
             running.pop()
         inputs, einsum_str = read_call(context.orig_method, args, kwargs)
-        contraction = layer_contraction(layer, inputs, einsum_str)
-        kernel = kernel_name(layer)
-        _record(adapters, path, LinenAdapter(contraction.kernel_axes, config.scale, kernel))
-        return adapted_output(layer, config, contraction, inputs, y, deterministic=deterministic)
+        if isinstance(layer, nn.Embed) and context.method_name == "attend":
+            return attended_output(layer, config, inputs, y)
+        use = _use_of(layer, path, inputs, einsum_str)
+        adapter = LinenAdapter(use.kernel_axes, config.scale, kernel_name(layer))
+        _record(adapters, path, adapter)
+        return adapted_output(layer, config, use, inputs, y, deterministic=deterministic)
 
     with nn.intercept_methods(intercept):
         yield adapters
@@ -166,7 +172,7 @@ def lora_adapters(
         module = context.module
         if context.method_name == "__call__" and isinstance(module, LoRAModule):
             given = read_call(context.orig_method, args, kwargs)
-            axes = layer_contraction(module, *given).kernel_axes
+            axes = layer_use(module, *given).kernel_axes
             _record(adapters, "/".join(module.path), LinenAdapter(axes, module.lora.scale))
         return call(*args, **kwargs)
 
@@ -246,11 +252,17 @@ def _require_supported(module: nn.Module, path: str) -> nn.Module:
         raise ValueError(f"{path or 'the model'} already has LoRA; leave it out of the targets")
     if not is_adaptable(module):
         raise ValueError(
-            f"{path or 'the model'} is a {type(module).__name__}; LoRA adapts nn.Dense,"
-            " nn.DenseGeneral, nn.Einsum and modules with an `einsum_str` and one kernel: narrow"
+            f"{path or 'the model'} is a {type(module).__name__}; LoRA adapts {SUPPORTED}: narrow"
             " the targets"
         )
     return module
+
+
+def _use_of(layer: nn.Module, path: str, inputs: jax.Array, einsum_str: str | None) -> KernelUse:
+    try:
+        return layer_use(layer, inputs, einsum_str)
+    except ValueError as error:
+        raise ValueError(f"{path or 'the model'}: {error}") from error
 
 
 def _record(adapters: dict[str, LinenAdapter], path: str, adapter: LinenAdapter) -> None:

@@ -11,15 +11,17 @@ from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.flax_nnx import (
     OWN_NAMES,
     LoRALayer,
-    kernel_name,
     require_rngs,
     require_supported,
 )
 from lowrank_optax.nn.functional import merge_kernel, why_not_mergeable
+from lowrank_optax.nn.nnx_bases import kernel_name
 from lowrank_optax.nn.targets import TargetMatcher, Targets
 
 # Calls that are linear in the kernel, so that merging changes nothing.
-_PLAIN_CALLS = (nnx.Linear.__call__, nnx.LinearGeneral.__call__, nnx.Einsum.__call__)
+_PLAIN_CALLS = tuple(
+    layer.__call__ for layer in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.Embed)
+)
 
 
 class _Edge(NamedTuple):

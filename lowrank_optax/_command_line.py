@@ -324,10 +324,13 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
 
 
 def _delta(source: Any, name: str) -> np.ndarray:
-    """ΔK in torch's layout: (out, in), and (in, out) of an embedding."""
+    """ΔK in torch's layout: (out, in), (in, out) of an embedding, (out, c, k…) of a convolution."""
     a, b = (np.asarray(x, np.float32) for x in source.pair(name))
     delta = source.config.scale(name) * (a @ b)
-    return delta if name in source.embeddings else delta.T
+    if name in source.embeddings:
+        return delta
+    window = source.windows.get(name)
+    return delta.T.reshape(len(delta.T), -1, *window) if window else delta.T
 
 
 def _added(name: str, info: dict[str, Any], data: bytes, delta: np.ndarray) -> bytes:
@@ -358,7 +361,7 @@ def _write(
         modules_to_save=list(config.modules_to_save),
         fan_in_fan_out=config.fan_in_fan_out,
     )
-    adapters.write_peft(out, new, pairs, source.others, source.embeddings)
+    adapters.write_peft(out, new, pairs, source.others, source.embeddings, source.windows)
 
 
 def _tell(out: Path, pairs: dict[str, Any], errors: dict[str, Any]) -> None:

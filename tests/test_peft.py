@@ -425,10 +425,10 @@ A_OF_Q = "base_model.model.q.lora_A.weight"
     ("change", "message"),
     [
         (lambda t: t.pop(A_OF_Q), "q has a factor B alone"),
-        (lambda t: t.update({A_OF_Q: t[A_OF_Q][:1]}), r"shapes \(6, 1\) and \(2, 4\).*rank 2"),
+        (lambda t: t.update({A_OF_Q: t[A_OF_Q][:1]}), r"shapes \(1, 6\) and \(4, 2\).*rank 2"),
         (lambda t: t.update({A_OF_Q: t[A_OF_Q] * np.nan}), "not finite"),
         (lambda t: t.update({A_OF_Q: t[A_OF_Q].astype(np.int8)}), "must be floating"),
-        (lambda t: t.update({A_OF_Q: t[A_OF_Q][None]}), r"shapes \(6, 2, 1\)"),
+        (lambda t: t.update({A_OF_Q: t[A_OF_Q][None]}), r"shapes \(1, 2, 6\)"),
         (lambda t: t.update({"q.lora_A.weight": t.pop(A_OF_Q)}), "does not begin with"),
         (lambda t: t.update({"base_model.model.x.weight": np.ones(3)}), "neither a factor"),
         (lambda t: t.clear(), "holds no factor"),

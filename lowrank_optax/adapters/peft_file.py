@@ -3,12 +3,14 @@
 import contextlib
 import importlib
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -32,12 +34,15 @@ class PeftAdapter(NamedTuple):
         others: whole weights by name: of `modules_to_save`, and of adapted embeddings and heads,
             which PEFT stores too.
         embeddings: the modules that are embeddings, whose factors have keys of their own.
+        windows: the modules that are convolutions, and their windows (k₁, …, k_d). A pair's in axis
+            then stands for c·k₁⋯k_d inputs, channels before places, as in `nn.Convolution`.
     """
 
     config: PeftConfig
     pairs: dict[str, LoRAPair]
     others: dict[str, jax.Array]
     embeddings: frozenset[str] = frozenset()
+    windows: Mapping[str, tuple[int, ...]] = MappingProxyType({})
 
     @property
     def scales(self) -> dict[str, float]:
@@ -76,7 +81,8 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftAdapter:
     with open_peft(folder) as file:
         pairs = {name: file.pair(name) for name in file.modules}
         others = {name: file.other(name) for name in file.others}
-        return PeftAdapter(file.config, pairs, others, frozenset(file.embeddings))
+        embeddings = frozenset(file.embeddings)
+        return PeftAdapter(file.config, pairs, others, embeddings, file.windows)
 
 
 class PeftFile:
@@ -92,6 +98,7 @@ class PeftFile:
         modules: the keys of the factors, by module and side.
         others: the keys of the whole weights, by name.
         embeddings: the modules that are embeddings.
+        windows: the windows of the modules that are convolutions.
     """
 
     def __init__(self, path: Path, config: PeftConfig, file: Any) -> None:
@@ -107,6 +114,8 @@ class PeftFile:
         for name, sides in self.modules.items():
             if set(sides) != {"A", "B"}:
                 raise ValueError(f"{path}: {name} has a factor {next(iter(sides))} alone")
+        shapes = {name: self._shape(sides["A"]) for name, sides in self.modules.items()}
+        self.windows = {name: shape[2:] for name, shape in shapes.items() if len(shape) > 2}
 
     def pair(self, module: str) -> LoRAPair:
         """Reads the pair of a module.
@@ -114,21 +123,32 @@ class PeftFile:
         Raises:
             ValueError: its factors are not what they have to be.
         """
-        a, b = (self._read(self.modules[module][side]).T for side in ("A", "B"))
-        rank = self.config.rank(module)
-        if not (a.ndim == b.ndim == 2 and a.shape[-1] == b.shape[-2] == rank):
+        stored = [self._read(self.modules[module][side]) for side in ("A", "B")]
+        said = " and ".join(str(tuple(x.shape)) for x in stored)
+        rank, window = self.config.rank(module), self.windows.get(module, ())
+        if [x.shape[2:] for x in stored] != [window, (1,) * len(window)] or any(
+            x.ndim < 2 for x in stored
+        ):
             raise ValueError(
-                f"{self._path}: {module} has factors of shapes {tuple(a.shape)} and"
-                f" {tuple(b.shape)}, but the rank {rank} in {CONFIG}"
+                f"{self._path}: {module} has factors of shapes {said}: no LoRA of PEFT"
+            )
+        a, b = (x.reshape(len(x), -1).T for x in stored)
+        if not a.shape[-1] == b.shape[-2] == rank:
+            raise ValueError(
+                f"{self._path}: {module} has factors of shapes {said}, but the rank {rank} in"
+                f" {CONFIG}"
             )
         base = self.others.get(f"{module}.weight")
-        shape = None if base is None else tuple(self._file.get_slice(base).get_shape())
-        if shape is not None and sorted(shape) != sorted((a.shape[0], b.shape[1])):
+        shape = None if base is None else self._shape(base)
+        if shape and sorted((shape[0], math.prod(shape[1:]))) != sorted((len(a), b.shape[1])):
             raise ValueError(
-                f"{self._path}: {module} has factors of shapes {tuple(a.shape)} and"
-                f" {tuple(b.shape)}, but {base} the shape {shape}; this is not plain LoRA"
+                f"{self._path}: {module} has factors of shapes {said}, but {base} the shape"
+                f" {shape}; this is not plain LoRA"
             )
         return LoRAPair(a, b)
+
+    def _shape(self, key: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(key).get_shape())
 
     def other(self, name: str) -> jax.Array:
         """Reads a whole weight."""
@@ -212,6 +232,7 @@ def write_peft(
     pairs: Mapping[str, LoRAPair],
     others: Mapping[str, Any],
     embeddings: Collection[str] = (),
+    windows: Mapping[str, Sequence[int]] = MappingProxyType({}),
 ) -> Path:
     """Writes an adapter as PEFT does, both files or none.
 
@@ -221,6 +242,7 @@ def write_peft(
         pairs: by module name.
         others: whole weights by name. One of an adapted module is written as PEFT's `base_layer`.
         embeddings: the modules of `pairs` that are embeddings.
+        windows: the modules of `pairs` that are convolutions, and their windows.
 
     Returns:
         The folder.
@@ -243,8 +265,11 @@ def write_peft(
         tensors[f"{_PREFIX}{key}"] = jnp.asarray(value)
     for name, pair in pairs.items():
         key = "lora_embedding_{}" if name in embeddings else "lora_{}.weight"
+        window = tuple(windows.get(name, ()))
+        places = {"A": window, "B": (1,) * len(window)}
         for side, factor in zip("AB", pair, strict=True):
-            tensors[f"{_PREFIX}{name}.{key.format(side)}"] = jnp.swapaxes(factor, -1, -2)
+            stored = factor.T.reshape(factor.shape[1], -1, *places[side]) if window else factor.T
+            tensors[f"{_PREFIX}{name}.{key.format(side)}"] = stored
     for key, value in tensors.items():
         if not jnp.all(jnp.isfinite(value)):
             raise ValueError(f"{key} holds numbers that are not finite; nothing is written")

@@ -1,7 +1,11 @@
 """The notebooks: both files of each in step, outputs fit to be shown, and what each concludes."""
 
 import base64
+import importlib.util
 import re
+import subprocess
+import sys
+import types
 
 import nbformat
 import pytest
@@ -10,7 +14,7 @@ from tests.notebooks import runner
 
 PICTURES = 2  # of each notebook, at least
 LARGEST_PICTURE = 100_000  # bytes
-NOT_FOR_READERS = re.compile(r"/(?:work|tmp|root|home|usr)/|site-packages|127\.0\.0\.1|localhost")
+NOT_FOR_READERS = re.compile(r"/(?:work|tmp|root|home|usr|opt)/|site-packages|127\.0\.0\.1|localhost")
 
 each_notebook = pytest.mark.parametrize("source", runner.SOURCES, ids=lambda path: path.stem)
 
@@ -62,6 +66,41 @@ def test_it_says_what_it_is_and_installs_what_it_needs(source):
     assert cells[0].source.startswith("# ")
     assert "lowrank-optax[notebooks]" in cells[1].source
     assert "numbers = {" in cells[-1].source
+
+
+def install(source, monkeypatch, *, installed, code=0, jax_version=(0, 10, 2)):
+    """Runs the first code cell where pip and JAX are others."""
+    version = ".".join(map(str, jax_version))
+    old = types.SimpleNamespace(__version__=version, __version_info__=jax_version)
+    monkeypatch.setitem(sys.modules, "jax", old)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: installed or None)
+    ran = []
+    done = types.SimpleNamespace(returncode=code)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: ran.append(command) or done)
+    exec(runner.read(source).cells[1].source, {})
+    return ran
+
+
+@each_notebook
+def test_the_install_cell_asks_pip_once_for_the_package(source, monkeypatch):
+    assert install(source, monkeypatch, installed=True) == []
+    first = install(source, monkeypatch, installed=False)[0]
+    assert first[:4] == [sys.executable, "-m", "pip", "install"]
+    assert "lowrank-optax[notebooks]" in first
+
+
+@each_notebook
+def test_without_a_network_it_says_what_to_install(source, monkeypatch):
+    with pytest.raises(SystemExit, match=r"pip failed.*network.*lowrank-optax\[notebooks\]"):
+        install(source, monkeypatch, installed=False, code=1)
+
+
+@each_notebook
+def test_an_old_jax_is_named_with_the_remedy(source, monkeypatch):
+    with pytest.raises(
+        SystemExit, match=r"JAX 0.10 or newer, and here is 0.7.2.*pip install -U jax"
+    ):
+        install(source, monkeypatch, installed=True, jax_version=(0, 7, 2))
 
 
 def of_quickstart(found):

@@ -8,12 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from matplotlib.image import imread
 from safetensors import flax, safe_open
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from lowrank_optax import LoRAPair
+from lowrank_optax import LoRAPair, nn
 from lowrank_optax._command_line import app
 from lowrank_optax.adapters import PeftConfig, read_peft, save_peft, write_peft
 from lowrank_optax.adapters.peft_file import CONFIG, WEIGHTS
@@ -252,6 +253,27 @@ def test_merge_adds_to_an_embedding_as_it_lies(tmp_path):
     assert code == 0, output
     found = load_file(tmp_path / "out/model.safetensors")["embed.weight"]
     np.testing.assert_allclose(found, 1 + 2.0 * embed.a @ embed.b, rtol=1e-5, atol=1e-5)
+
+
+def test_merge_adds_to_a_convolution_as_flax_would(tmp_path):
+    """Torch's kernel (out, c, k₁, k₂) is ours, (k₁, k₂, c, out), transposed; so is ΔK."""
+    model = nnx.Sequential(nnx.Conv(3, 8, (2, 3), rngs=nnx.Rngs(0)))
+    config = nn.LoRAConfig(rank=2, alpha=4.0, b_init=jax.nn.initializers.normal(1.0))
+    nn.add_lora(model, "layers/0", config, rngs=nnx.Rngs(1))
+    layer = model.layers[0]
+    as_torch = lambda kernel: np.array(np.transpose(kernel, (3, 2, 0, 1)), order="C")
+    (tmp_path / "base").mkdir()
+    save_file({"conv.weight": as_torch(layer.kernel[...])}, tmp_path / "base/model.safetensors")
+    config = PeftConfig(2, 4.0, target_modules=["conv"])
+    write_peft(tmp_path / "one", config, {"conv": layer.pair}, {}, windows={"conv": (2, 3)})
+    code, output = run("merge", tmp_path / "one", tmp_path / "base", tmp_path / "out")
+    assert code == 0, output
+    nn.merge_lora(model)
+    found = load_file(tmp_path / "out/model.safetensors")["conv.weight"]
+    np.testing.assert_allclose(found, as_torch(layer.kernel[...]), rtol=1e-5, atol=1e-5)
+    code, output = run("convert", tmp_path / "one", tmp_path / "cut", "--rank", 1)
+    assert code == 0, output
+    assert read_peft(tmp_path / "cut").windows == {"conv": (2, 3)}
 
 
 def test_a_damaged_base_model_is_one_line(adapter, tmp_path):

@@ -17,7 +17,7 @@ from flax import linen, nnx
 from lowrank_optax import LoRAPair, frame, nn
 from lowrank_optax.adapters import load_peft, name_maps, plain_pair, read_peft, save_peft
 from lowrank_optax.adapters.peft_config import PeftConfig
-from lowrank_optax.adapters.peft_file import CONFIG, WEIGHTS
+from lowrank_optax.adapters.peft_file import CONFIG, WEIGHTS, write_peft
 from tests.test_claims_sds_lora import SCALE
 from tests.test_foreign_changes import trained_pair
 
@@ -579,3 +579,22 @@ def test_a_killed_save_leaves_whole_adapters_alone(tmp_path):
         for path in whole:
             found = read_peft(path).pairs["q.k"]
             assert float(found.a[0, 0]) == float(found.b[-1, -1]) == int(path.name)
+
+
+def test_convolutions_have_torchs_layout(tmp_path):
+    """A is (r, c, k₁, k₂), B is (out, r, 1, 1); rows of a are channels, then places."""
+    from safetensors.numpy import load_file
+
+    a, b = jnp.arange(24.0).reshape(12, 2), jnp.ones((2, 5))
+    config = PeftConfig.of({"conv": 2}, {"conv": 3.0})
+    folder = write_peft(
+        tmp_path / "one", config, {"conv": LoRAPair(a, b)}, {}, windows={"conv": (2, 3)}
+    )
+    stored = load_file(folder / WEIGHTS)
+    assert stored["base_model.model.conv.lora_A.weight"].shape == (2, 2, 2, 3)
+    assert stored["base_model.model.conv.lora_B.weight"].shape == (5, 2, 1, 1)
+    assert stored["base_model.model.conv.lora_A.weight"][1, 1, 0, 2] == a[6 + 2, 1]
+    found = read_peft(folder)
+    assert found.windows == {"conv": (2, 3)}
+    np.testing.assert_array_equal(found.pairs["conv"].a, a)
+    np.testing.assert_array_equal(found.pairs["conv"].b, b)

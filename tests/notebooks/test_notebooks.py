@@ -14,7 +14,9 @@ from tests.notebooks import runner
 
 PICTURES = 2  # of each notebook, at least
 LARGEST_PICTURE = 100_000  # bytes
-NOT_FOR_READERS = re.compile(r"/(?:work|tmp|root|home|usr|opt)/|site-packages|127\.0\.0\.1|localhost")
+NOT_FOR_READERS = re.compile(
+    r"/(?:work|tmp|root|home|usr|opt)/|site-packages|127\.0\.0\.1|localhost"
+)
 
 each_notebook = pytest.mark.parametrize("source", runner.SOURCES, ids=lambda path: path.stem)
 

@@ -9,6 +9,7 @@ import jax
 
 # A name says LoRA where it stands alone or is set off: `lora_x`, `x-lora`, `loraA`, not `flora`.
 SAYS_LORA = re.compile(r"(?:^|[/_-])(?i:lora)(?:[/_-]|$)|(?:^|[/_-])lora(?=[AB](?:[/_-]|$))")
+MAGNITUDE = "lora_magnitude"  # of DoRA, beside a pair; trained as an ordinary parameter
 _REGEX = re.compile(r"\.\*|[|(\[$^\\]")  # what tells a regular expression from a pattern
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lowrank_optax._core.names import SAYS_LORA
+from lowrank_optax._core.names import MAGNITUDE, SAYS_LORA
 
 _PARTNERS = {"a": "b", "A": "B", "down": "up"}
 _SHOWN = 4
@@ -31,7 +31,10 @@ def near_misses(paths: Sequence[str], leaves: Sequence[Any], paired: Collection[
     shapes = {
         path: tuple(leaf.shape)
         for index, (path, leaf) in enumerate(zip(paths, leaves, strict=True))
-        if index not in paired and SAYS_LORA.search(path) and _could_be_factor(leaf)
+        if index not in paired
+        and SAYS_LORA.search(path)
+        and not path.endswith(MAGNITUDE)
+        and _could_be_factor(leaf)
     }
     if not shapes:
         return ""

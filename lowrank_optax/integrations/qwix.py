@@ -48,6 +48,7 @@ class LoRARule(qwix.QuantizationRule):
 
     Raises:
         TypeError: `config` is no `LoRAConfig`.
+        ValueError: it asks for DoRA.
 
     Example:
         >>> LoRARule(module_path=".*attn.*", config=LoRAConfig(rank=4)).config.scale
@@ -57,7 +58,10 @@ class LoRARule(qwix.QuantizationRule):
     config: LoRAConfig
 
     def __post_init__(self) -> None:
-        require_config(self.config)
+        if require_config(self.config).dora:
+            raise ValueError(
+                "LoRAProvider has no DoRA: a weight's use does not say what else is in the output"
+            )
 
 
 class LoRAProvider(qwix.PtqProvider):

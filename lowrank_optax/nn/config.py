@@ -163,6 +163,9 @@ class LoRAConfig:
         rank: r, at least 1 and at most min(in, out) of every adapted kernel.
         alpha: positive numerator of the scale.
         rslora: divide by the square root of the rank instead of the rank.
+        dora: train the norms of the kernel's columns beside the factors (DoRA). They are the leaves
+            `lora_magnitude`, no pairs, and so the optimizer's `fallback` trains them: where the
+            rate of a method is not AdamW's, as with `polora`, give it `optax.adamw(1e-3)`, say.
         dropout: probability in [0, 1) of dropping an entry of the adapter's input.
         a_init: initializer of `a`, called as `a_init(key, (in, r), dtype)` for each batch entry.
         b_init: initializer of `b`, called as `b_init(key, (r, out), dtype)`; zeros by default, so
@@ -182,12 +185,13 @@ class LoRAConfig:
         >>> LoRAConfig(rank=4, alpha=16.0, rslora=True).scale
         8.0
 
-    Source: LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732.
+    Source: LoRA, arXiv 2106.09685; rsLoRA, arXiv 2312.03732; DoRA, arXiv 2402.09353.
     """
 
     rank: int
     alpha: float = 16.0
     rslora: bool = False
+    dora: bool = False
     dropout: float = 0.0
     a_init: Initializer = DEFAULT_A_INIT
     b_init: Initializer = DEFAULT_B_INIT

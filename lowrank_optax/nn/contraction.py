@@ -202,6 +202,29 @@ class Contraction:
         flat = apply(self.flatten_input(x.astype(dtype)), pair)
         return self.unflatten_output(flat, x.shape, kernel_shape)
 
+    def flatten_bias(self, bias: jax.Array, kernel_shape: Sequence[int]) -> jax.Array:
+        """Lays a layer's bias, which stands in the order of its output, out as flat columns.
+
+        Args:
+            bias: of as many numbers as the kernel has batch and output entries.
+            kernel_shape: shape of the kernel.
+
+        Returns:
+            (batch..., out).
+
+        Example:
+            >>> heads = Contraction.from_einsum("td,ndh->htn")
+            >>> heads.flatten_bias(jnp.arange(6.0).reshape(3, 2), (2, 4, 3)).tolist()
+            [0.0, 2.0, 4.0, 1.0, 3.0, 5.0]
+        """
+        sizes = dict(zip(self.kernel, kernel_shape, strict=True))
+        stands = [label for label in self.y if label in sizes]
+        batch = [label for label in self.kernel if label in self.y and label in self.x]
+        out = [label for label in self.kernel if label in self.y and label not in self.x]
+        bias = bias.reshape([sizes[label] for label in stands])
+        ordered = jnp.transpose(bias, [stands.index(label) for label in (*batch, *out)])
+        return ordered.reshape(*(sizes[label] for label in batch), -1)
+
     def flatten_input(self, x: jax.Array) -> jax.Array:
         """Lays the input out so that a matmul with flat factors is right.
 

@@ -101,6 +101,10 @@ class Convolution:
         of_patches = jax.checkpoint(lambda x, pair: apply(self.patches(x), pair))
         return of_patches(x.astype(dtype), pair)
 
+    def flatten_bias(self, bias: jax.Array, kernel_shape: Sequence[int]) -> jax.Array:
+        """Returns the bias, which is flat; see `Contraction.flatten_bias`."""
+        return bias
+
     def patches(self, x: jax.Array) -> jax.Array:
         """Cuts an input into patches.
 

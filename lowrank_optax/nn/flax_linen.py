@@ -26,10 +26,16 @@ import jax.numpy as jnp
 
 from lowrank_optax._core import meshes
 from lowrank_optax._core.layouts import node_of, variables_of
+from lowrank_optax._core.names import MAGNITUDE
 from lowrank_optax.nn.calls import require_array
 from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.contraction import Contraction
 from lowrank_optax.nn.convolution import Convolution
+from lowrank_optax.nn.dora import (
+    add_directional_adapter,
+    initial_magnitudes,
+    require_for_dora,
+)
 from lowrank_optax.nn.functional import add_adapter, apply_adapter
 from lowrank_optax.nn.kernel_axes import KernelAxes
 from lowrank_optax.nn.lookup import Lookup, attend, require_for_lookup
@@ -41,6 +47,7 @@ _KERNEL_NAMES: dict[type, str] = {
     nn.Conv: "kernel",
     nn.Embed: "embedding",
 }
+LINEAR = (nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv)  # x K + bias, and no more
 SUPPORTED = (
     "nn.Dense, nn.DenseGeneral, nn.Einsum, nn.Conv, nn.Embed and modules with an `einsum_str` and"
     " one kernel"
@@ -220,7 +227,17 @@ def adapted_output(
         keep = jax.random.bernoulli(layer.make_rng("dropout"), 1 - config.dropout, x.shape)
         keep = meshes.reshard_like(keep, x)
         x = jnp.where(keep, x / (1 - config.dropout), jnp.zeros_like(x))
-    return add_adapter(y, x, pair, config, use, kernel_shape)
+    if not config.dora:
+        return add_adapter(y, x, pair, config, use, kernel_shape)
+    require_for_dora(layer, LINEAR, path)
+    kernel = nn.meta.unbox(layer.get_variable("params", kernel_name(layer)))
+    bias = nn.meta.unbox(layer.get_variable("params", "bias"))
+    if not layer.has_variable(COLLECTION, MAGNITUDE):
+        _require_mutable(layer, path)
+        start = initial_magnitudes(kernel, use.kernel_axes, path)
+        layer.put_variable(COLLECTION, MAGNITUDE, start)
+    magnitude = _variable(layer, MAGNITUDE)
+    return add_directional_adapter(y, x, pair, magnitude, config, use, kernel, bias)
 
 
 def attended_output(
@@ -324,11 +341,7 @@ def _factors(
     """Reads the node of a layer, creating it first where the collection may be written."""
     path = "/".join(layer.path) or type(layer).__name__
     if not layer.has_variable(COLLECTION, "lora_a"):
-        if not layer.is_mutable_collection(COLLECTION):
-            raise ValueError(
-                f"{path}: the variables hold no adapter for this layer. Pass the 'lora' collection "
-                "that init made; under nn.scan or nn.vmap add 'lora': 0 to variable_axes"
-            )
+        _require_mutable(layer, path)
         config.check_rank(n_in, n_out, path)
         new = config.init_pair(layer.make_rng(COLLECTION), batch, n_in, n_out)
         for name, leaf in variables_of(new).items():
@@ -341,6 +354,15 @@ def _factors(
             f"rank {config.rank}; use the config that the adapter was made with"
         )
     return node
+
+
+def _require_mutable(layer: nn.Module, path: str) -> None:
+    if not layer.is_mutable_collection(COLLECTION):
+        raise ValueError(
+            f"{path}: the variables hold no adapter for this layer, or not all of it. Pass the"
+            " 'lora' collection that init made; under nn.scan or nn.vmap add 'lora': 0 to"
+            " variable_axes"
+        )
 
 
 def _variable(layer: nn.Module, name: str) -> Any:

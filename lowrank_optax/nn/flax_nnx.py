@@ -30,10 +30,17 @@ from lowrank_optax._core.layouts import node_of, variables_of
 from lowrank_optax.nn.calls import read_call, require_array
 from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.contraction import Contraction
+from lowrank_optax.nn.dora import (
+    add_directional_adapter,
+    initial_magnitudes,
+    require_for_dora,
+)
 from lowrank_optax.nn.functional import add_adapter, apply_adapter
 from lowrank_optax.nn.lookup import attend, require_for_lookup
 from lowrank_optax.nn.nnx_bases import (
+    LINEAR,
     SUPPORTED,
+    bias_of,
     kernel_axes_of,
     kernel_name,
     kernel_of,
@@ -41,7 +48,10 @@ from lowrank_optax.nn.nnx_bases import (
 )
 
 # What a model finds in the place of a base layer's own.
-OWN_NAMES = ("axes", "base", "dropout", "lora", "lora_a", "lora_b", "merged", "pair", "scale")
+OWN_NAMES = (
+    *("axes", "base", "dropout", "lora", "lora_a", "lora_b", "lora_magnitude", "merged"),
+    *("pair", "scale"),
+)
 
 
 class LoRALayer(nnx.Module):
@@ -62,6 +72,7 @@ class LoRALayer(nnx.Module):
         axes: roles of the base kernel's axes; *in* and *out* below are the flattened ones.
         lora_a: `nnx.LoRAParam`, (stacked..., batch..., in, r).
         lora_b: `nnx.LoRAParam`, (stacked..., batch..., r, out).
+        lora_magnitude: `nnx.LoRAParam`, (stacked..., batch..., out), with `lora.dora`.
         lora_m_a, lora_f_in, …: `nnx.LoRAParam`, what `lora.extra` adds; a layer without it lacks
             the attributes.
         dropout: `nnx.Dropout` on the adapter's input, or None.
@@ -104,6 +115,10 @@ class LoRALayer(nnx.Module):
         self.lora = lora
         for name, leaf in variables_of(pair).items():
             setattr(self, name, nnx.LoRAParam(leaf))
+        if lora.dora:
+            require_for_dora(base, LINEAR, path)
+            start = initial_magnitudes(self.kernel[...], self.axes, path)
+            self.lora_magnitude = nnx.LoRAParam(start)
         self.merged = False
         self.dropout: nnx.Dropout | None = nnx.data(None)
         if lora.dropout > 0:
@@ -184,6 +199,10 @@ class LoRALayer(nnx.Module):
             )
         if self.dropout is not None:
             inputs = self.dropout(inputs.astype(y.dtype))
+        if self.lora.dora:
+            layer = (use, self.kernel[...], bias_of(self.base))
+            magnitude = self.lora_magnitude[...]
+            return add_directional_adapter(y, inputs, self.pair, magnitude, self.lora, *layer)
         return add_adapter(y, inputs, self.pair, self.lora, use, self.kernel.shape)
 
     def attend(self, query: jax.Array, **kwargs: Any) -> jax.Array:

@@ -31,8 +31,10 @@ from flax import traverse_util
 from flax.linen.module import InterceptorContext
 
 from lowrank_optax._core.layouts import node_of
+from lowrank_optax._core.names import MAGNITUDE
 from lowrank_optax.nn.calls import read_call
 from lowrank_optax.nn.config import LoRAConfig, require_config
+from lowrank_optax.nn.dora import merge_directional_kernel
 from lowrank_optax.nn.flax_linen import (
     COLLECTION,
     SUPPORTED,
@@ -46,6 +48,7 @@ from lowrank_optax.nn.flax_linen import (
     layer_use,
 )
 from lowrank_optax.nn.functional import merge_kernel
+from lowrank_optax.nn.kernel_axes import KernelAxes
 from lowrank_optax.nn.targets import TargetMatcher, Targets
 
 
@@ -291,12 +294,26 @@ def _add_deltas(
                 "lora_adapters(model, variables, x)"
             )
         leaves = {path[-1]: nn.meta.unbox(x) for path, x in factors.items() if path[:-1] == scope}
-        pair = node_of(leaves.get)
         axes, scale, kernel_key = adapters[name]
         boxed = params[*scope, kernel_key]
         try:
-            kernel = merge_kernel(nn.meta.unbox(boxed), pair, sign * scale, axes)
+            kernel = _merged(nn.meta.unbox(boxed), leaves, sign, scale, axes)
         except ValueError as error:
             raise ValueError(f"{name or 'the model'}: {error}") from error
         params[*scope, kernel_key] = nn.meta.replace_boxed(boxed, kernel)
     return traverse_util.unflatten_dict(params)
+
+
+def _merged(
+    kernel: jax.Array, leaves: Mapping[str, Any], sign: int, scale: float, axes: KernelAxes
+) -> jax.Array:
+    """A kernel with its adapter's update added or taken out."""
+    pair = node_of(leaves.get)
+    if MAGNITUDE not in leaves:
+        return merge_kernel(kernel, pair, sign * scale, axes)
+    if sign < 0:
+        raise ValueError(
+            "DoRA scales the merged kernel's columns, and what they were is lost; keep the"
+            " parameters that were merged"
+        )
+    return merge_directional_kernel(kernel, pair, leaves[MAGNITUDE], scale, axes)

@@ -2,12 +2,16 @@
 
 from typing import Any
 
+import jax
 from flax import nnx
 
 from lowrank_optax.nn.contraction import Contraction
 from lowrank_optax.nn.convolution import Convolution
 from lowrank_optax.nn.kernel_axes import KernelAxes
 from lowrank_optax.nn.lookup import Lookup
+
+# The layers whose output is x K + bias, and no more.
+LINEAR = (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv)
 
 KernelUse = Contraction | Convolution | Lookup
 
@@ -62,6 +66,16 @@ def kernel_of(base: Any) -> nnx.Variable[Any]:
         (2, 3)
     """
     return getattr(base, kernel_name(base) or "kernel")
+
+
+def bias_of(base: Any) -> jax.Array | None:
+    """Returns the bias of a layer of Flax, None if it has none.
+
+    Example:
+        >>> bias_of(nnx.Linear(2, 3, rngs=nnx.Rngs(0))).shape
+        (3,)
+    """
+    return None if base.bias is None else base.bias[...]
 
 
 def kernel_axes_of(base: Any) -> KernelAxes:

@@ -8,6 +8,7 @@ from flax import nnx
 
 from lowrank_optax._core.names import join_keys
 from lowrank_optax.nn.config import LoRAConfig, require_config
+from lowrank_optax.nn.dora import merge_directional_kernel
 from lowrank_optax.nn.flax_nnx import (
     OWN_NAMES,
     LoRALayer,
@@ -168,7 +169,7 @@ def unmerge_lora(model: nnx.Module) -> list[str]:
         The paths of the layers unmerged by this call, sorted.
 
     Raises:
-        ValueError: if there is no LoRA layer.
+        ValueError: if there is no LoRA layer, or one with DoRA.
 
     Example:
         >>> from flax import nnx
@@ -178,6 +179,12 @@ def unmerge_lora(model: nnx.Module) -> list[str]:
         True
     """
     layers = {path: layer for path, layer in lora_layers(model).items() if layer.merged}
+    for path, layer in layers.items():
+        if layer.lora.dora:
+            raise ValueError(
+                f"{path or 'the layer'}: DoRA scales the merged kernel's columns, and what they"
+                " were is lost; merge an nnx.clone(model), and keep the model itself"
+            )
     for layer in layers.values():
         _add_to_kernel(layer, -1)
     return sorted(layers)
@@ -356,8 +363,13 @@ def lora_layers(model: nnx.Module) -> dict[str, LoRALayer]:
 
 
 def _add_to_kernel(layer: LoRALayer, sign: int) -> None:
-    kernel = layer.kernel
-    kernel[...] = merge_kernel(kernel[...], layer.pair, sign * layer.scale, layer.axes)
+    kernel, pair = layer.kernel, layer.pair
+    if layer.lora.dora:
+        magnitude = layer.lora_magnitude[...]
+        merged = merge_directional_kernel(kernel[...], pair, magnitude, layer.scale, layer.axes)
+    else:
+        merged = merge_kernel(kernel[...], pair, sign * layer.scale, layer.axes)
+    kernel[...] = merged
     layer.merged = not layer.merged
 
 

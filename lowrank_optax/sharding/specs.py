@@ -10,6 +10,7 @@ from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 
 from lowrank_optax._core.layouts import PairMatcher
 from lowrank_optax._core.linalg import SIDES
+from lowrank_optax._core.names import MAGNITUDE, join_keys
 from lowrank_optax._core.pairing import PairLeaves, find_pairs
 from lowrank_optax.sharding.placement import axis_size, mesh_of
 from lowrank_optax.sharding.recipes import Recipe, entries
@@ -45,9 +46,12 @@ def partition_specs(
     pairing = find_pairs(params, specs)
     leaves = pairing.treedef.flatten_up_to(params)
     found: list[Any] = [None] * len(leaves)
+    at = {path: index for index, path in enumerate(pairing.paths)}
     for pair in pairing.pairs:
         for role, spec in _pair_specs(pair, leaves, mesh, recipe).items():
-            found[pair.leaves[role]] = spec
+            index = pair.leaves.get(role, at.get(join_keys(filter(None, [pair.path, role]))))
+            if index is not None:
+                found[index] = spec
     for index, (path, leaf) in enumerate(zip(pairing.paths, leaves, strict=True)):
         if found[index] is None:
             found[index] = recipe(path, tuple(leaf.shape), mesh)
@@ -153,12 +157,12 @@ def shard_state(tx: optax.GradientTransformation, params: Any) -> Any:
 def _pair_specs(
     pair: PairLeaves, leaves: Sequence[Any], mesh: Mesh, recipe: Recipe
 ) -> dict[str, jax.P]:
-    """Shards the leaves of one pair like the kernel that the recipe is asked about."""
+    """Shards a pair, and DoRA's magnitudes, like the kernel that the recipe is asked about."""
     shape_a, shape_b = pair.shapes(leaves)
     spec = recipe(pair.path, (*shape_a[:-1], shape_b[-1]), mesh)
     padded = (*spec, *[None] * (len(shape_a) - len(spec)))
     batch, sides = padded[:-2], {"in": padded[-2], "out": padded[-1]}
-    result: dict[str, jax.P] = {}
+    result = {MAGNITUDE: jax.P(*batch, sides["out"])}
     for role, index in pair.leaves.items():
         ndim = len(leaves[index].shape)
         if role in SIDES:

@@ -165,7 +165,7 @@ def test_what_cannot_be_adapted_is_refused_by_name():
 def test_a_dense_stack_of_convolutions():
     """Layers made by nnx.vmap have a pair for each."""
     make = nnx.vmap(lambda rngs: nnx.Conv(3, 3, (3,), rngs=rngs), in_axes=0, out_axes=0)
-    model = nnx.Sequential(make(nnx.Rngs(0).fork(split=4)))
+    model = nnx.Sequential(make(nnx.Rngs(0).split(4)))
     nn.add_lora(model, "layers/0", nn.LoRAConfig(rank=2), rngs=nnx.Rngs(1))
     assert model.layers[0].lora_a.shape == (4, 9, 2)
     x = jnp.ones((2, 5, 3))

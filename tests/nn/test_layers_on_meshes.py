@@ -29,6 +29,7 @@ EXTRAS: dict[str, nn.Extra | None] = {
     "Shampoo": nn.Shadows(1, metric=Metric("shampoo")),
 }
 CONFIGS = {name: nn.LoRAConfig(2, 3.0, extra=x) for name, x in EXTRAS.items()}
+CONFIGS["DoRA"] = nn.LoRAConfig(2, 3.0, dora=True)
 
 D, F, LAYERS = 12, 20, 2
 HEADS = (4, 2)

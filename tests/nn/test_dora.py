@@ -1,0 +1,224 @@
+"""DoRA against its dense equation: outputs, gradients, merging, and what it cannot adapt."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen, nnx
+
+from lowrank_optax import altlora_plus, nn, oplora, polora, sds_lora
+from lowrank_optax.nn.dora import column_norms
+
+NORMAL = jax.nn.initializers.normal(1.0)
+CONFIG = nn.LoRAConfig(rank=2, alpha=3.0, dora=True, b_init=NORMAL)
+BIAS: dict[str, Any] = {"bias_init": NORMAL}
+CASES = {
+    "linear": (lambda rngs: nnx.Linear(5, 4, rngs=rngs, **BIAS), (3, 5)),
+    "no bias": (lambda rngs: nnx.Linear(5, 4, use_bias=False, rngs=rngs), (5,)),
+    "general": (
+        lambda rngs: nnx.LinearGeneral((2, 3), (4, 2), axis=(-2, -1), rngs=rngs, **BIAS),
+        (3, 2, 3),
+    ),
+    "experts": (
+        lambda rngs: nnx.LinearGeneral(5, (2, 3), batch_axis={0: 4}, rngs=rngs, **BIAS),
+        (4, 3, 5),
+    ),
+    "einsum": (
+        lambda rngs: nnx.Einsum("btd,ndh->bnth", (2, 5, 3), (2, 3), rngs=rngs, **BIAS),
+        (2, 3, 5),
+    ),
+    "convolution": (
+        lambda rngs: nnx.Conv(3, 6, (3, 2), strides=2, rngs=rngs, **BIAS),
+        (2, 7, 6, 3),
+    ),
+}
+each = pytest.mark.parametrize(("make", "shape"), CASES.values(), ids=CASES)
+
+
+def adapted(make, config=CONFIG):
+    model = nnx.Sequential(make(nnx.Rngs(0)))
+    assert nn.add_lora(model, "layers/0", config, rngs=nnx.Rngs(1)) == ["layers/0"]
+    return model
+
+
+def moved(model):
+    """Other magnitudes than those of the start."""
+    magnitude = model.layers[0].lora_magnitude
+    magnitude[...] = magnitude[...] * jnp.linspace(0.5, 2.0, magnitude.size).reshape(
+        magnitude.shape
+    )
+    return model
+
+
+def dense(layer, factors, x):
+    """The equation: the base layer with the kernel m / ‖V‖ ∘ V, where ‖V‖ is constant."""
+    a, b, magnitude = factors
+    matrix = layer.axes.to_matrix(layer.base.kernel[...]) + layer.scale * a @ b
+    norms = jax.lax.stop_gradient(jnp.linalg.norm(matrix, axis=-2, keepdims=True))
+    base = nnx.clone(layer.base)
+    kernel = magnitude[..., None, :] / norms * matrix
+    base.kernel = nnx.Param(layer.axes.from_matrix(kernel, base.kernel.shape))
+    return base(x)
+
+
+def factors_of(layer):
+    return layer.lora_a[...], layer.lora_b[...], layer.lora_magnitude[...]
+
+
+@each
+def test_it_starts_as_the_base_model_bit_for_bit(make, shape):
+    model, x = adapted(make, nn.LoRAConfig(rank=2, dora=True)), jnp.ones(shape)
+    np.testing.assert_array_equal(model(x), model.layers[0].base(x))
+
+
+@each
+def test_outputs_and_gradients_are_those_of_the_equation(make, shape):
+    model, x = moved(adapted(make)), jax.random.normal(jax.random.key(3), shape)
+    layer = model.layers[0]
+    expected = dense(layer, factors_of(layer), x)
+    np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-4)
+    assert float(jnp.abs(model(x) - layer.base(x)).max()) > 0.1
+    loss = lambda y: jnp.sum(jnp.sin(y))
+    found = nnx.grad(lambda m: loss(m(x)), argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+    found = found["layers"][0]
+    wanted = jax.grad(lambda f: loss(dense(layer, f, x)))(factors_of(layer))
+    for name, gradient in zip(("a", "b", "magnitude"), wanted, strict=True):
+        got = found[f"lora_{name}"][...]
+        np.testing.assert_allclose(got, gradient, rtol=1e-3, atol=1e-3, err_msg=name)
+
+
+@each
+def test_gradients_of_the_factors_are_those_of_a_pair_on_the_direction(make, shape):
+    """s G bᵀ and s aᵀ G, G the gradient in V: so every method for pairs stays right."""
+    model, x = moved(adapted(make)), jax.random.normal(jax.random.key(3), shape)
+    layer = model.layers[0]
+    loss = lambda y: jnp.sum(jnp.sin(y))
+    found = nnx.grad(lambda m: loss(m(x)), argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+    a, b, magnitude = factors_of(layer)
+    matrix = layer.axes.to_matrix(layer.base.kernel[...]) + layer.scale * a @ b
+    ratio = magnitude[..., None, :] / jnp.linalg.norm(matrix, axis=-2, keepdims=True)
+    nn.merge_lora(model)
+    whole = nnx.grad(lambda m: loss(m(x)))(model)["layers"][0]["base"]["kernel"][...]
+    gradient = layer.axes.to_matrix(whole) * ratio
+    found, turned = found["layers"][0], lambda x: jnp.swapaxes(x, -1, -2)
+    scale = layer.scale
+    np.testing.assert_allclose(
+        found["lora_a"][...], scale * gradient @ turned(b), rtol=2e-3, atol=2e-3
+    )
+    np.testing.assert_allclose(
+        found["lora_b"][...], scale * turned(a) @ gradient, rtol=2e-3, atol=2e-3
+    )
+
+
+@each
+def test_merging_gives_the_same_outputs(make, shape):
+    model, x = moved(adapted(make)), jax.random.normal(jax.random.key(3), shape)
+    y = model(x)
+    merged = nnx.clone(model)
+    nn.merge_lora(merged)
+    with pytest.raises(ValueError, match=r"layers/0: DoRA scales.*nnx.clone"):
+        nn.unmerge_lora(merged)
+    assert nn.unload_lora(model) == ["layers/0"]
+    np.testing.assert_allclose(model(x), y, rtol=1e-4, atol=1e-4)
+
+
+def test_linen_and_nnx_agree():
+    model, x = moved(adapted(CASES["linear"][0])), jax.random.normal(jax.random.key(3), (3, 5))
+    layer = model.layers[0]
+    dense_layer = linen.Dense(4)
+    with nn.lora_interceptor(".*", CONFIG) as adapters:
+        variables = dense_layer.init(jax.random.key(0), x)
+        np.testing.assert_allclose(
+            variables["lora"]["lora_magnitude"],
+            jnp.linalg.norm(variables["params"]["kernel"], axis=0),
+            rtol=1e-6,
+        )
+        params = {"kernel": layer.base.kernel[...], "bias": layer.base.bias[...]}
+        lora = dict(zip(("lora_a", "lora_b", "lora_magnitude"), factors_of(layer), strict=True))
+        variables = {"params": params, "lora": lora}
+        y = dense_layer.apply(variables, x)
+        without = {name: x for name, x in lora.items() if name != "lora_magnitude"}
+        with pytest.raises(ValueError, match="no adapter for this layer, or not all"):
+            dense_layer.apply({"params": params, "lora": without}, x)
+    np.testing.assert_allclose(y, model(x), atol=1e-5)
+    merged = nn.merge_lora_variables(variables, adapters)
+    np.testing.assert_allclose(dense_layer.apply({"params": merged}, x), y, atol=1e-5)
+    with pytest.raises(ValueError, match="keep the parameters"):
+        nn.unmerge_lora_variables(variables, adapters)
+    with_module = nn.LoRADense(4, lora=CONFIG)
+    np.testing.assert_allclose(with_module.apply(variables, x), y, atol=1e-6)
+
+
+METHODS = {
+    "polora": (None, lambda s: polora(0.3, scale=s, fallback=optax.adamw(1e-2))),
+    "altlora_plus": (None, lambda s: altlora_plus(0.03, scale=s)),
+    "oplora": (nn.Shadows(momentum_rank=0), lambda s: oplora(0.1, momentum=0.0, scale=s)),
+    "sds_lora": (nn.Frames(), lambda s: sds_lora(0.01, total_steps=60, warmup_steps=5, scale=s)),
+}
+
+
+@pytest.mark.parametrize(("extra", "make"), METHODS.values(), ids=METHODS)
+def test_methods_train_factors_and_magnitudes(extra, make):
+    config = nn.LoRAConfig(rank=2, dora=True, extra=extra)
+    model = adapted(CASES["linear"][0], config)
+    layer, x = model.layers[0], jax.random.normal(jax.random.key(3), (40, 5))
+    start = layer.lora_magnitude[...]
+    target = 2.0 * nnx.Linear(5, 4, rngs=nnx.Rngs(5))(x)
+    optimizer = nnx.Optimizer(model, make(nn.lora_scales(model)), wrt=nnx.LoRAParam)
+    loss = lambda model: optax.l2_loss(model(x), target).mean()
+
+    @nnx.jit
+    def step(model, optimizer):
+        value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+        optimizer.update(model, grads)
+        return value
+
+    losses = [float(step(model, optimizer)) for _ in range(60)]
+    assert losses[-1] < 0.7 * losses[0], losses
+    assert float(jnp.abs(layer.lora_magnitude[...] - start).min()) > 1e-3
+
+
+def test_norms_without_a_dense_sum_are_right_to_rounding():
+    model = moved(adapted(CASES["linear"][0]))
+    layer = model.layers[0]
+    matrix = layer.base.kernel[...] + layer.scale * layer.lora_a[...] @ layer.lora_b[...]
+    found = column_norms(layer.base.kernel[...], layer.pair, layer.scale, layer.axes)
+    np.testing.assert_allclose(found, jnp.linalg.norm(matrix, axis=0), rtol=1e-5)
+
+
+def test_bfloat16_layers_keep_their_dtype():
+    make = lambda rngs: nnx.Linear(5, 4, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs)
+    model = moved(adapted(make))
+    y = model(jnp.ones((3, 5)))
+    assert y.dtype == jnp.bfloat16
+    expected = dense(model.layers[0], factors_of(model.layers[0]), jnp.ones((3, 5)))
+    np.testing.assert_allclose(y.astype(float), expected.astype(float), rtol=0.05, atol=0.1)
+
+
+def test_what_dora_cannot_adapt():
+    zeros = lambda rngs: nnx.Linear(5, 4, kernel_init=nnx.initializers.zeros, rngs=rngs)
+    with pytest.raises(ValueError, match=r"layers/0: 4 of the 4 columns .* are zero"):
+        adapted(zeros)
+    with pytest.raises(ValueError, match=r"layers/0: DoRA adapts Linear.*this is a Embed"):
+        adapted(lambda rngs: nnx.Embed(5, 4, rngs=rngs))
+    integer = nnx.Linear(5, 4, rngs=nnx.Rngs(0))
+    integer.kernel = nnx.Param(jnp.ones((5, 4), jnp.int8))
+    with pytest.raises(ValueError, match=r"layers/0: .*the kernel is of int8"):
+        adapted(lambda rngs: integer)
+    with (
+        nn.lora_interceptor(".*", CONFIG),
+        pytest.raises(ValueError, match="columns of its kernel are zero"),
+    ):
+        linen.Dense(3, kernel_init=nnx.initializers.zeros).init(jax.random.key(0), jnp.ones((1, 3)))
+
+
+def test_layers_that_are_made_together():
+    """nnx.vmap makes them where values are traced; magnitudes are stacked like the factors."""
+    make = nnx.vmap(lambda rngs: nn.LoRALinear(5, 4, lora=CONFIG, rngs=rngs))
+    stacked = make(nnx.Rngs(0).split(3))
+    assert stacked.lora_magnitude.shape == (3, 4)
+    state = nnx.state(stacked, nnx.LoRAParam)
+    polora(0.1).init(state)  # no warning that a magnitude looks like a factor

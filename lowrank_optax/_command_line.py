@@ -157,6 +157,8 @@ def combine(
     if partly := set.union(*(set(each.pairs) for each in found)) - everywhere:
         raise ValueError(f"not in all adapters: {', '.join(sorted(partly))}")
     _require_same_others(found)
+    if any(each.config.use_dora for each in found):
+        raise ValueError("adapters with DoRA have no sum: their outputs are not linear in ΔK")
     pairs, errors = {}, {}
     for name in track(found[0].pairs, "combining", console=_ERR, transient=True):
         scaled = [w * each.config.scale(name) for w, each in zip(weights, found, strict=True)]
@@ -305,7 +307,9 @@ def _merge_into(copy: Path, path: Path, source: Any) -> set[str]:
             file.seek(start + begin)
             data = file.read(end - begin)
             file.seek(start + begin)
-            file.write(_added(f"{path}: {key}", tensors[key], data, _delta(source, name)))
+            magnitude = source.magnitude(name) if name in source.magnitudes else None
+            delta = _delta(source, name)
+            file.write(_added(f"{path}: {key}", tensors[key], data, delta, magnitude))
     return here
 
 
@@ -333,7 +337,9 @@ def _delta(source: Any, name: str) -> np.ndarray:
     return delta.T.reshape(len(delta.T), -1, *window) if window else delta.T
 
 
-def _added(name: str, info: dict[str, Any], data: bytes, delta: np.ndarray) -> bytes:
+def _added(
+    name: str, info: dict[str, Any], data: bytes, delta: np.ndarray, magnitude: Any
+) -> bytes:
     dtype, shape = info["dtype"], tuple(info["shape"])
     if dtype not in _FLOATS:
         raise ValueError(f"{name} is of {dtype}; merge into the weights it was made from")
@@ -341,7 +347,12 @@ def _added(name: str, info: dict[str, Any], data: bytes, delta: np.ndarray) -> b
         raise ValueError(f"{name} has the shape {shape}, but the adapter's is {delta.shape}")
     weight = np.frombuffer(data, _FLOATS[dtype]).reshape(shape)
     wide = np.promote_types(weight.dtype, np.float32)
-    return (weight.astype(wide) + delta).astype(weight.dtype).tobytes()
+    total = weight.astype(wide) + delta
+    if magnitude is not None:  # DoRA's; the outputs are the first axis
+        rows = total.reshape(len(total), -1)
+        ratio = np.asarray(magnitude, wide) / np.linalg.norm(rows, axis=1)
+        total = (ratio[:, None] * rows).reshape(total.shape)
+    return total.astype(weight.dtype).tobytes()
 
 
 def _write(
@@ -360,8 +371,11 @@ def _write(
         base_model=config.base_model,
         modules_to_save=list(config.modules_to_save),
         fan_in_fan_out=config.fan_in_fan_out,
+        use_dora=config.use_dora,
     )
-    adapters.write_peft(out, new, pairs, source.others, source.embeddings, source.windows)
+    adapters.write_peft(
+        out, new, pairs, source.others, source.embeddings, source.windows, source.magnitudes
+    )
 
 
 def _tell(out: Path, pairs: dict[str, Any], errors: dict[str, Any]) -> None:

@@ -323,7 +323,7 @@ PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
     ("changes", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA', not 'LORA'"),
-        ({"use_dora": True}, "use_dora=True, which is not supported"),
+        ({"use_qalora": True}, "use_qalora=True, which is not supported"),
         ({"bias": "all"}, "bias='all'"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"init_lora_weights": "pissa_niter_4"}, "changes the base model"),

@@ -7,7 +7,7 @@ side by side in one: they share a, and each has its part of b.
 """
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -136,9 +136,12 @@ class Module(NamedTuple):
 
     def of(self, pair: LoRAPair) -> LoRAPair:
         """Takes the module's factors out of the pair's."""
-        width = pair.b.shape[-1] // self.parts
-        columns = slice(self.part * width, (self.part + 1) * width)
-        return LoRAPair(pair.a[self.at], pair.b[self.at][..., columns])
+        return LoRAPair(pair.a[self.at], self.of_outputs(pair.b))
+
+    def of_outputs(self, x: Any) -> Any:
+        """Takes the module's part out of what has the pair's outputs as its last axis."""
+        width = x.shape[-1] // self.parts
+        return x[self.at][..., self.part * width : (self.part + 1) * width]
 
 
 def modules_of(path: str, pair: LoRAPair, names: Names) -> list[Module]:

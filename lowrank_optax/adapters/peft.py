@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +11,7 @@ from flax import nnx
 
 from lowrank_optax._core.layouts import PairMatcher, variables_of
 from lowrank_optax._core.linalg import SIDES, compute_dtype
-from lowrank_optax._core.names import join_keys
+from lowrank_optax._core.names import MAGNITUDE, join_keys
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.pairing import Pairing, find_pairs
 from lowrank_optax._core.scales import scales
@@ -32,6 +33,8 @@ def save_peft(
     names: Names = None,
     scale: Any = None,
     specs: Sequence[PairMatcher] | None = None,
+    embeddings: Collection[str] = (),
+    windows: Mapping[str, Sequence[int]] = MappingProxyType({}),
     rank: int | None = None,
     dtype: Any = None,
     base_model: str = "",
@@ -53,6 +56,8 @@ def save_peft(
         scale: of a tree, the forward scales: a number, a callable from a path, or numbers by path.
             An NNX model knows its own.
         specs: of a tree, the layouts of its pairs.
+        embeddings: of a tree, the paths of the pairs that adapt embeddings.
+        windows: of a tree, the windows (k₁, …, k_d) of the convolutions, by path of the pair.
         rank: cut every pair to the nearest one of this rank. By default a framed pair is written at
             rank r where that is exact, and at 2r where not; others as they are.
         dtype: of the written factors. By default that of the parameters, and float32 (or float64)
@@ -72,8 +77,9 @@ def save_peft(
     Raises:
         FileExistsError: the folder exists.
         ValueError: no pairs, two pairs of one name, a stacked pair whose name has no `{}`, a scale
-            that is missing, a rank above a pair's, an original of another structure, merged layers
-            with `original`, a whole weight of an adapted module or without a module.
+            that is missing, DoRA in some layers alone, a rank above a pair's, an original of
+            another structure, merged layers with `original`, a whole weight of an adapted module
+            or without a module.
         ImportError: `safetensors` is not installed.
 
     Example:
@@ -87,7 +93,8 @@ def save_peft(
     """
     pairs: dict[str, LoRAPair] = {}
     found_scales, errors = {}, {}
-    for entry in _entries(source, specs, scale):
+    as_embeddings, as_windows, magnitudes = set(), {}, {}
+    for entry in _entries(source, specs, scale, embeddings, windows):
         change = None if original is None else _change(source, original, entry.path)
         pair, error = _written_pair(entry, rank, change)
         for module in modules_of(entry.path, pair, names):
@@ -96,6 +103,12 @@ def save_peft(
                 raise ValueError(f"{entry.path}: {name!r} is also the name of another pair")
             pairs[name] = jax.tree.map(lambda x: x.astype(dtype or x.dtype), module.of(pair))
             found_scales[name] = float(entry.scale)
+            if entry.is_embedding:
+                as_embeddings.add(name)
+            if entry.window:
+                as_windows[name] = entry.window
+            if entry.magnitude is not None:
+                magnitudes[name] = module.of_outputs(entry.magnitude)
             errors[name] = float(error[module.at])
     others = dict(modules_to_save or {})
     config = PeftConfig.of(
@@ -103,9 +116,14 @@ def save_peft(
         found_scales,
         use_rslora=use_rslora,
         base_model=base_model,
+        use_dora=bool(magnitudes),
         modules_to_save=sorted({_module_to_save(name, pairs) for name in others}),
     )
-    write_peft(folder, config, pairs, others)
+    if magnitudes and (without := sorted(pairs.keys() - magnitudes.keys())):
+        raise ValueError(
+            f"PEFT has DoRA in all modules or in none, and these have none: {', '.join(without)}"
+        )
+    write_peft(folder, config, pairs, others, as_embeddings, as_windows, magnitudes)
     return errors
 
 
@@ -162,29 +180,55 @@ def load_peft(
     modules = [modules_of(entry.path, entry.node, names) for entry in entries]
     wanted = {module.name for each in modules for module in each}
     _require_same_names(folder, wanted, set(adapter.pairs))
-    loaded = [_loaded(entry, each, adapter) for entry, each in zip(entries, modules, strict=True)]
+    each = list(zip(entries, modules, strict=True))
+    loaded = [_loaded(entry, of_entry, adapter) for entry, of_entry in each]
+    magnitudes = [_loaded_magnitude(folder, entry, of_entry, adapter) for entry, of_entry in each]
     if isinstance(target, nnx.Module):
-        for entry, pair in zip(entries, loaded, strict=True):
-            _put_into(layers[entry.path], pair)
+        for entry, pair, magnitude in zip(entries, loaded, magnitudes, strict=True):
+            _put_into(layers[entry.path], pair, magnitude)
         return target
     found = find_pairs(target, specs)
-    return found.merge(found.put(loaded, target), found.rest(target))
+    leaves = found.treedef.flatten_up_to(found.merge(found.put(loaded, target), found.rest(target)))
+    for entry, magnitude in zip(entries, magnitudes, strict=True):
+        if magnitude is not None:
+            leaves[found.paths.index(_magnitude_path(entry.path))] = magnitude
+    return found.treedef.unflatten(leaves)
 
 
 class _Entry(NamedTuple):
-    """One pair of a source: its path, node and forward scale."""
+    """One pair of a source: its path, node and forward scale, and what else its layer says."""
 
     path: str
     node: Any
     scale: Any
+    magnitude: Any = None
+    is_embedding: bool = False
+    window: tuple[int, ...] = ()
 
 
-def _entries(source: Any, specs: Sequence[PairMatcher] | None, scale: Any) -> Iterator[_Entry]:
+def _entries(
+    source: Any,
+    specs: Sequence[PairMatcher] | None,
+    scale: Any,
+    embeddings: Collection[str] = (),
+    windows: Mapping[str, Sequence[int]] = MappingProxyType({}),
+) -> Iterator[_Entry]:
     if isinstance(source, nnx.Module):
-        if scale is not None:
-            raise ValueError("an NNX model knows the scales of its adapters: leave `scale` out")
+        if scale is not None or embeddings or windows:
+            raise ValueError(
+                "an NNX model knows the scales and kinds of its layers: leave `scale`, `embeddings`"
+                " and `windows` out"
+            )
         for path, layer in lora_layers(source).items():
-            yield _Entry(path, layer.pair, layer.scale)
+            base = layer.base
+            yield _Entry(
+                path,
+                layer.pair,
+                layer.scale,
+                layer.lora_magnitude[...] if layer.lora.dora else None,
+                isinstance(base, nnx.Embed),
+                tuple(base.kernel_size) if isinstance(base, nnx.Conv) else (),
+            )
         return
     found: Pairing = find_pairs(source, specs)
     if not found.pairs:
@@ -194,8 +238,22 @@ def _entries(source: Any, specs: Sequence[PairMatcher] | None, scale: Any) -> It
             "a tree of parameters does not hold the scales of its pairs: give `scale`, as to the"
             " optimizer"
         )
+    paths = {at.path for at in found.pairs}
+    if unknown := sorted({*embeddings, *windows} - paths):
+        raise ValueError(
+            f"`embeddings` and `windows` name no pair: {', '.join(unknown)}; the pairs are"
+            f" {', '.join(sorted(paths))}"
+        )
+    leaves = found.treedef.flatten_up_to(source)
+    at_path = dict(zip(found.paths, leaves, strict=True))
     for at, node, value in zip(found.pairs, found.take(source), scales(found, scale), strict=True):
-        yield _Entry(at.path, node, value)
+        magnitude = at_path.get(_magnitude_path(at.path))
+        window = tuple(windows.get(at.path, ()))
+        yield _Entry(at.path, node, value, magnitude, at.path in embeddings, window)
+
+
+def _magnitude_path(path: str) -> str:
+    return join_keys(filter(None, [path, MAGNITUDE]))
 
 
 def _change(model: Any, original: nnx.Module, path: str) -> jax.Array:
@@ -287,7 +345,25 @@ def _loaded(entry: _Entry, modules: Sequence[Module], adapter: PeftAdapter) -> L
     return jax.tree.map(lambda x, y: x.astype(y.dtype), pair, LoRAPair(node.a, node.b))
 
 
-def _put_into(layer: Any, pair: LoRAPair) -> None:
+def _loaded_magnitude(
+    folder: Any, entry: _Entry, modules: Sequence[Module], adapter: PeftAdapter
+) -> jax.Array | None:
+    """DoRA's magnitudes of an entry from those of its modules."""
+    own = entry.magnitude
+    if (own is not None) != adapter.config.use_dora:
+        raise ValueError(
+            f"{entry.path}: {folder} has use_dora={adapter.config.use_dora}, and this adapter has"
+            f" not; make it with LoRAConfig(dora={adapter.config.use_dora})"
+        )
+    if own is None:
+        return None
+    parts = modules[0].parts
+    flat = [adapter.magnitudes[module.name] for module in modules]
+    rows = [jnp.concatenate(flat[i : i + parts]) for i in range(0, len(flat), parts)]
+    return jnp.stack(rows).reshape(own.shape).astype(own.dtype)
+
+
+def _put_into(layer: Any, pair: LoRAPair, magnitude: jax.Array | None) -> None:
     """Writes a pair into a layer; what the layer has beside starts anew."""
     node: Any = pair
     if layer.lora.extra is not None:
@@ -295,6 +371,8 @@ def _put_into(layer: Any, pair: LoRAPair) -> None:
     for name, value in variables_of(node).items():
         variable = getattr(layer, name)
         variable[...] = value.astype(variable[...].dtype)
+    if magnitude is not None:
+        layer.lora_magnitude[...] = magnitude
 
 
 def _require_same_names(folder: Any, wanted: set[str], there: set[str]) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 # Settings that change what the factors mean, and which of their values change nothing.
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "use_dora": (None, False),
     "use_qalora": (None, False),
     "lora_bias": (None, False),
     "bias": (None, "none"),
@@ -44,6 +43,7 @@ class PeftConfig:
         modules_to_save: names of modules that are stored whole.
         fan_in_fan_out: whether the base model keeps its weights as (in, out), as GPT-2's Conv1D
             does. The factors are the same.
+        use_dora: whether every module has DoRA's magnitudes.
 
     Example:
         >>> config = PeftConfig(r=8, alpha=16.0, rank_pattern={"layers.0.q": 4})
@@ -62,6 +62,7 @@ class PeftConfig:
     target_modules: Sequence[str] = ()
     modules_to_save: Sequence[str] = ()
     fan_in_fan_out: bool = False
+    use_dora: bool = False
 
     def rank(self, module: str) -> int:
         """Returns the rank of a module."""
@@ -82,7 +83,7 @@ class PeftConfig:
         Args:
             ranks: by module name.
             scales: by module name.
-            others: `use_rslora`, `base_model`, `modules_to_save`, `fan_in_fan_out`.
+            others: `use_rslora`, `base_model`, `modules_to_save`, `fan_in_fan_out`, `use_dora`.
 
         Raises:
             ValueError: a name that no pattern of PEFT tells from the others.
@@ -148,6 +149,7 @@ class PeftConfig:
             target_modules=_names(values, "target_modules"),
             modules_to_save=_names(values, "modules_to_save"),
             fan_in_fan_out=values.get("fan_in_fan_out") is True,
+            use_dora=values.get("use_dora") is True,
         )
 
     def text(self) -> str:
@@ -162,6 +164,7 @@ class PeftConfig:
             "rank_pattern": dict(self.rank_pattern),
             "alpha_pattern": dict(self.alpha_pattern),
             "use_rslora": self.use_rslora,
+            "use_dora": self.use_dora,
             "target_modules": list(self.target_modules),
             "modules_to_save": list(self.modules_to_save) or None,
             "lora_dropout": 0.0,

@@ -22,6 +22,7 @@ from lowrank_optax.adapters.peft_config import PeftConfig
 WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?")
+_MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.weight)?")
 _MAX_CONFIG = 1 << 20
 
 
@@ -35,7 +36,8 @@ class PeftAdapter(NamedTuple):
             which PEFT stores too.
         embeddings: the modules that are embeddings, whose factors have keys of their own.
         windows: the modules that are convolutions, and their windows (k₁, …, k_d). A pair's in axis
-            then stands for c·k₁⋯k_d inputs, channels before places, as in `nn.Convolution`.
+            then stands for c·k₁⋯k_d inputs, channels before places, as in our own layers.
+        magnitudes: DoRA's, (out,), by module name; empty without DoRA.
     """
 
     config: PeftConfig
@@ -43,6 +45,7 @@ class PeftAdapter(NamedTuple):
     others: dict[str, jax.Array]
     embeddings: frozenset[str] = frozenset()
     windows: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+    magnitudes: Mapping[str, jax.Array] = MappingProxyType({})
 
     @property
     def scales(self) -> dict[str, float]:
@@ -82,7 +85,8 @@ def read_peft(folder: str | os.PathLike[str]) -> PeftAdapter:
         pairs = {name: file.pair(name) for name in file.modules}
         others = {name: file.other(name) for name in file.others}
         embeddings = frozenset(file.embeddings)
-        return PeftAdapter(file.config, pairs, others, embeddings, file.windows)
+        magnitudes = {name: file.magnitude(name) for name in file.magnitudes}
+        return PeftAdapter(file.config, pairs, others, embeddings, file.windows, magnitudes)
 
 
 class PeftFile:
@@ -99,6 +103,7 @@ class PeftFile:
         others: the keys of the whole weights, by name.
         embeddings: the modules that are embeddings.
         windows: the windows of the modules that are convolutions.
+        magnitudes: the keys of DoRA's magnitudes, by module.
     """
 
     def __init__(self, path: Path, config: PeftConfig, file: Any) -> None:
@@ -106,6 +111,7 @@ class PeftFile:
         self.modules: dict[str, dict[str, str]] = {}
         self.others: dict[str, str] = {}
         self.embeddings: set[str] = set()
+        self.magnitudes: dict[str, str] = {}
         self._path, self._file = path, file
         for key in list(file.keys()):
             self._sort(key)
@@ -114,6 +120,11 @@ class PeftFile:
         for name, sides in self.modules.items():
             if set(sides) != {"A", "B"}:
                 raise ValueError(f"{path}: {name} has a factor {next(iter(sides))} alone")
+        if set(self.magnitudes) != (set(self.modules) if config.use_dora else set()):
+            raise ValueError(
+                f"{path}: {CONFIG} says use_dora={config.use_dora}, but the file has magnitudes of"
+                f" {', '.join(sorted(self.magnitudes)) or 'no module'}"
+            )
         shapes = {name: self._shape(sides["A"]) for name, sides in self.modules.items()}
         self.windows = {name: shape[2:] for name, shape in shapes.items() if len(shape) > 2}
 
@@ -150,6 +161,20 @@ class PeftFile:
     def _shape(self, key: str) -> tuple[int, ...]:
         return tuple(self._file.get_slice(key).get_shape())
 
+    def magnitude(self, module: str) -> jax.Array:
+        """Reads DoRA's magnitudes of a module, (out,).
+
+        Raises:
+            ValueError: they do not fit the module's pair.
+        """
+        value = self._read(self.magnitudes[module]).ravel()
+        if value.shape != self._shape(self.modules[module]["B"])[:1]:
+            raise ValueError(
+                f"{self._path}: {self.magnitudes[module]} has {value.size} numbers, which are not"
+                " one for each output"
+            )
+        return value
+
     def other(self, name: str) -> jax.Array:
         """Reads a whole weight."""
         return self._read(self.others[name])
@@ -179,6 +204,8 @@ class PeftFile:
             sides[found["side"]] = key
             if found["kind"]:
                 self.embeddings.add(found["module"])
+        elif found := _MAGNITUDE.fullmatch(name):
+            self.magnitudes[found["module"]] = key
         elif any(f".{module}." in f".{name}" for module in self.config.modules_to_save):
             self.others[name] = key
         elif ".base_layer." in name:
@@ -233,6 +260,7 @@ def write_peft(
     others: Mapping[str, Any],
     embeddings: Collection[str] = (),
     windows: Mapping[str, Sequence[int]] = MappingProxyType({}),
+    magnitudes: Mapping[str, jax.Array] = MappingProxyType({}),
 ) -> Path:
     """Writes an adapter as PEFT does, both files or none.
 
@@ -243,6 +271,7 @@ def write_peft(
         others: whole weights by name. One of an adapted module is written as PEFT's `base_layer`.
         embeddings: the modules of `pairs` that are embeddings.
         windows: the modules of `pairs` that are convolutions, and their windows.
+        magnitudes: DoRA's, (out,), of all modules or of none.
 
     Returns:
         The folder.
@@ -270,6 +299,10 @@ def write_peft(
         for side, factor in zip("AB", pair, strict=True):
             stored = factor.T.reshape(factor.shape[1], -1, *places[side]) if window else factor.T
             tensors[f"{_PREFIX}{name}.{key.format(side)}"] = stored
+    for name, value in magnitudes.items():
+        window = tuple(windows.get(name, ()))
+        shaped = value.reshape(1, -1, *[1] * len(window)) if window else value
+        tensors[f"{_PREFIX}{name}.lora_magnitude_vector"] = shaped
     for key, value in tensors.items():
         if not jnp.all(jnp.isfinite(value)):
             raise ValueError(f"{key} holds numbers that are not finite; nothing is written")

@@ -1,0 +1,123 @@
+"""PEFT's files of what is no plain linear layer: convolutions, embeddings, DoRA."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+from lowrank_optax import nn
+from lowrank_optax.adapters import load_peft, read_peft, save_peft
+from lowrank_optax.adapters.peft_file import CONFIG, WEIGHTS
+
+NORMAL = jax.nn.initializers.normal(1.0)
+TOKENS = jnp.array([[3, 0, 3, 1]])
+
+
+class Model(nnx.Module):
+    def __init__(self, seed):
+        rngs = nnx.Rngs(seed)
+        self.embed = nnx.Embed(7, 6, rngs=rngs)
+        self.conv = nnx.Conv(6, 5, (3,), rngs=rngs)
+        self.head = nnx.Linear(5, 4, rngs=rngs)
+
+    def __call__(self, tokens):
+        return self.head(jnp.tanh(self.conv(self.embed(tokens))))
+
+
+def adapted(seed, targets="embed|conv|head", **options):
+    model = Model(0)
+    config = nn.LoRAConfig(rank=2, b_init=NORMAL, **options)
+    nn.add_lora(model, targets, config, rngs=nnx.Rngs(seed))
+    return model
+
+
+def test_a_model_of_all_kinds_goes_there_and_back(tmp_path):
+    model, other = adapted(1), adapted(2)
+    save_peft(tmp_path / "one", model)
+    found = read_peft(tmp_path / "one")
+    assert found.embeddings == {"embed"}
+    assert found.windows == {"conv": (3,)}
+    assert float(jnp.abs(other(TOKENS) - model(TOKENS)).max()) > 0.1
+    load_peft(tmp_path / "one", other)
+    np.testing.assert_allclose(other(TOKENS), model(TOKENS), rtol=1e-6)
+
+
+def test_a_linen_tree_says_what_its_pairs_adapt(tmp_path):
+    class LinenModel(linen.Module):
+        @linen.compact
+        def __call__(self, tokens):
+            x = linen.Embed(7, 6, name="embed")(tokens)
+            return linen.Conv(5, (3,), name="conv")(x)
+
+    config = nn.LoRAConfig(rank=2, b_init=NORMAL)
+    with nn.lora_interceptor("embed|conv", config):
+        lora = LinenModel().init(jax.random.key(0), TOKENS)["lora"]
+    kinds = {"embeddings": ["embed"], "windows": {"conv": (3,)}}
+    save_peft(tmp_path / "one", lora, scale=config.scale, **kinds)
+    found = read_peft(tmp_path / "one")
+    assert (found.embeddings, found.windows) == ({"embed"}, {"conv": (3,)})
+    zeros = jax.tree.map(jnp.zeros_like, lora)
+    loaded = load_peft(tmp_path / "one", zeros, scale=config.scale)
+    jax.tree.map(np.testing.assert_array_equal, loaded, lora)
+    with pytest.raises(ValueError, match="name no pair: embedding; the pairs are conv, embed"):
+        save_peft(tmp_path / "two", lora, scale=config.scale, embeddings=["embedding"])
+    with pytest.raises(ValueError, match="an NNX model knows"):
+        save_peft(tmp_path / "two", adapted(1), embeddings=["embed"])
+
+
+def with_magnitudes(seed, targets="conv|head"):
+    model = adapted(seed, targets, dora=True)
+    for name in targets.split("|"):
+        magnitude = getattr(model, name).lora_magnitude
+        magnitude[...] = (1.0 + seed) * magnitude[...]
+    return model
+
+
+def test_dora_goes_there_and_back(tmp_path):
+    model, other = with_magnitudes(1), with_magnitudes(2)
+    save_peft(tmp_path / "one", model)
+    assert json.loads((tmp_path / "one" / CONFIG).read_text())["use_dora"] is True
+    found = read_peft(tmp_path / "one")
+    assert {name: x.shape for name, x in found.magnitudes.items()} == {"conv": (5,), "head": (4,)}
+    load_peft(tmp_path / "one", other)
+    np.testing.assert_allclose(other(TOKENS), model(TOKENS), rtol=1e-6)
+
+
+def test_dora_of_a_tree_goes_there_and_back(tmp_path):
+    state = nnx.to_pure_dict(nnx.state(with_magnitudes(1), nnx.LoRAParam))
+    scale = 8.0
+    save_peft(tmp_path / "one", state, scale=scale, windows={"conv": (3,)})
+    zeros = jax.tree.map(jnp.zeros_like, state)
+    loaded = load_peft(tmp_path / "one", zeros, scale=scale)
+    jax.tree.map(np.testing.assert_array_equal, loaded, state)
+
+
+def test_dora_in_some_layers_alone_is_refused(tmp_path):
+    model = adapted(1, "conv")
+    nn.add_lora(model, "head", nn.LoRAConfig(rank=2, dora=True), rngs=nnx.Rngs(3))
+    with pytest.raises(ValueError, match="in all modules or in none, and these have none: conv"):
+        save_peft(tmp_path / "one", model)
+    assert not (tmp_path / "one").exists()
+    save_peft(tmp_path / "plain", adapted(1, "conv|head"))
+    with pytest.raises(ValueError, match=r"conv: .*use_dora=False.*LoRAConfig\(dora=False\)"):
+        load_peft(tmp_path / "plain", with_magnitudes(1))
+    save_peft(tmp_path / "dora", with_magnitudes(1))
+    with pytest.raises(ValueError, match=r"conv: .*use_dora=True.*LoRAConfig\(dora=True\)"):
+        load_peft(tmp_path / "dora", adapted(1, "conv|head"))
+
+
+def test_magnitudes_that_do_not_fit_are_named(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    save_peft(tmp_path / "one", with_magnitudes(1))
+    weights = tmp_path / "one" / WEIGHTS
+    tensors, key = load_file(weights), "base_model.model.head.lora_magnitude_vector"
+    save_file({**tensors, key: tensors[key][:2]}, weights)
+    with pytest.raises(ValueError, match=r"head.lora_magnitude_vector has 2 numbers"):
+        read_peft(tmp_path / "one")
+    save_file({name: x for name, x in tensors.items() if name != key}, weights)
+    with pytest.raises(ValueError, match="use_dora=True, but the file has magnitudes of conv"):
+        read_peft(tmp_path / "one")

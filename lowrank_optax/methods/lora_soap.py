@@ -114,7 +114,9 @@ def lora_soap(
     engine.check_decay("b1", b1)
     engine.check_decay("b2", b2)
     engine.check("eps", eps, lambda v: v >= 0, "must not be negative")
-    engine.check("every", every, lambda v: v >= 1 and v == int(v), "must be a whole number above 0")
+    engine.check(
+        "every", every, lambda v: v >= 1 and v == int(v), "must be a whole number, 1 or more"
+    )
 
     def rule(
         pairs: engine.Pairs, grads: Any, params: Any, state: LoRASOAPState

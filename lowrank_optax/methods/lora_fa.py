@@ -122,9 +122,8 @@ def lora_fa(
         return pairs.descend(directions, params), LoRAFAState(mu, nu)
 
     def init(pair: LoRAPair) -> LoRAFAState:
-        like_b = lambda side, x: jnp.zeros_like(x, dtype=engine.compute_dtype(x))
-        zeros = both(like_b, only("b", pair))
-        return LoRAFAState(zeros, zeros)
+        zero = lambda side, x: jnp.zeros_like(x, dtype=engine.compute_dtype(x))
+        return LoRAFAState(*(both(zero, only("b", pair)) for _ in range(2)))  # not one buffer
 
     return engine.lift(
         rule,

@@ -137,8 +137,8 @@ def lora_pro(
         return pairs.descend(directions, params), LoRAProState(mu, nu)
 
     def init(pair: LoRAPair) -> LoRAProState:
-        zeros = jnp.zeros_like(product(pair.a, pair.b))
-        return LoRAProState(zeros, zeros)
+        dense = product(pair.a, pair.b)
+        return LoRAProState(jnp.zeros_like(dense), jnp.zeros_like(dense))  # not one buffer
 
     return engine.lift(
         rule,

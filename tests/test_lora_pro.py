@@ -210,3 +210,18 @@ def test_how_far_the_efficient_form_is_from_the_papers():
         cosines.append(np.vdot(x, y) / np.linalg.norm(x) / np.linalg.norm(y))
         pair = optax.apply_updates(pair, updates)
     assert 0.72 < min(cosines) <= max(cosines) < 0.76
+
+
+@each_form
+def test_components_of_zeros_change_nothing(make):
+    """There both Gram matrices are singular, and the sums of eigenvalues in Y are zero."""
+    padded = LoRAPair(np.pad(PAIR.a, ((0, 0), (0, 2))), np.pad(PAIR.b, ((0, 2), (0, 0))))
+    tx = make(0.01, scale=SCALE)
+    (live, _), (whole, state) = (
+        tx.update(gradients(pair), tx.init(pair), pair) for pair in (PAIR, padded)
+    )
+    assert state.skipped == 0
+    np.testing.assert_allclose(whole.a[:, :RANK], live.a, atol=1e-9)
+    np.testing.assert_allclose(whole.b[:RANK], live.b, atol=1e-9)
+    assert not whole.a[:, RANK:].any()
+    assert not whole.b[RANK:].any()

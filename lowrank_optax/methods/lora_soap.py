@@ -27,6 +27,8 @@ the long axis:
 - Q comes before the step that it is used in, so that the first step is one; the released code only
   makes Q in the first update, and uses a new Q from the next step on
   (`test_trajectory_equals_a_dense_one`).
+- ε comes after the bias correction of v, and decay shrinks the old x, as in optax's AdamW
+  (`test_of_rank_one_it_is_adamw`). In the released code ε comes before, and decay after the move.
 - Columns are not sorted again; the power iteration keeps the largest eigenvalues in front.
 - `every` is 1, where the released code has 10 for its large matrices; the betas are Adam's, where
   it has 0.95 for both.

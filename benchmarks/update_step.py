@@ -25,9 +25,13 @@ from lowrank_optax import (
     altlora,
     altlora_plus,
     engine,
+    lora_fa,
     lora_muon,
+    lora_pro_efficient,
     lora_rite,
+    lora_soap,
     polora,
+    reflora,
     scaled_adamw,
 )
 
@@ -108,6 +112,12 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "polora two-sided": lambda: polora(1e-3, partner="gram"),
     "scaled_adamw": lambda: scaled_adamw(1e-3),
     "lora_rite": lambda: lora_rite(1e-3),
+    "lora_fa": lambda: lora_fa(1e-3),
+    # Not `lora_pro`: its dense moments of these pairs are 3.5 GB at a quarter of the width.
+    "lora_pro_efficient": lambda: lora_pro_efficient(1e-3),
+    "lora_soap": lambda: lora_soap(1e-3),
+    "reflora": lambda: reflora(1e-3, warmup_steps=0),
+    "reflora scalar": lambda: reflora(1e-3, refactoring="scalar", warmup_steps=0),
     "products alone": lambda: products_alone("ab"),
     "altlora alternating": lambda: altlora(1e-3, order="alternating"),
     "altlora_plus alternating": lambda: altlora_plus(1e-3, order="alternating"),

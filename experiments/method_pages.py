@@ -120,6 +120,12 @@ PAGE_OF = {
         ("lora-rite",),
         ("lm", "rank-32", ("lora-rite",)),
     ),
+    "lora_fa": Page(("lora-fa",), {}, ("lora-fa",), None),
+    "lora_pro": Page(
+        ("lora-pro", "lora-pro-efficient"), {}, ("lora-pro", "lora-pro-efficient"), None
+    ),
+    "reflora": Page(("reflora", "reflora-scalar"), {}, ("reflora", "reflora-scalar"), None),
+    "lora_soap": Page(("lora-soap",), {}, ("lora-soap",), None),
     "lora_muon": Page(
         ("lora-muon",),
         {"`lora_muon`": "lora_muon"},

@@ -205,6 +205,24 @@ METHODS: dict[str, Method] = {
         _unscaled("lora_rite"),
         {"clip_unmagnified_grad": 1.0},
     ),
+    "lora-fa": Method("LoRA-FA: a frozen, AdamW on projected gradients of b", _scaled("lora_fa")),
+    "lora-pro": Method(
+        "LoRA-Pro: Adam with dense moments of the equivalent gradient", _scaled("lora_pro")
+    ),
+    "lora-pro-efficient": Method(
+        "LoRA-Pro's efficient form: Adam on the adjusted gradients", _scaled("lora_pro_efficient")
+    ),
+    "reflora": Method(
+        "RefLoRA: Adam on gradients of balanced factors, 10 steps of warm-up",
+        _unscaled("reflora"),
+        {"refactoring": "full", "warmup_steps": 10},
+    ),
+    "reflora-scalar": Method(
+        "RefLoRA-S: Adam at rates by the ratio of the factors' norms, 10 steps of warm-up",
+        _unscaled("reflora"),
+        {"refactoring": "scalar", "warmup_steps": 10},
+    ),
+    "lora-soap": Method("SOAP on the rank axis", _unscaled("lora_soap"), {"every": 1}),
     "sgd": Method("LoRA with momentum SGD", _sgd, {"momentum": 0.9}),
     "full-adamw": Method("AdamW on all weights, no adapters", _adamw, make_adapters=_whole_model),
     "svd-lora": Method(

@@ -23,12 +23,21 @@ from lowrank_optax._core.shadows import Metric, ShadowedPair, shadow
 from lowrank_optax._core.states import skipped
 from lowrank_optax.methods.altlora import AltLoRAPlusState, AltLoRAState, altlora, altlora_plus
 from lowrank_optax.methods.inverse_sqrt_gram import scale_by_inverse_sqrt_gram
+from lowrank_optax.methods.lora_fa import LoRAFAState, lora_fa
 from lowrank_optax.methods.lora_muon import LoRAMuonState, lora_muon
 from lowrank_optax.methods.lora_plus import LoRAPlusState, lora_plus
+from lowrank_optax.methods.lora_pro import (
+    LoRAProEfficientState,
+    LoRAProState,
+    lora_pro,
+    lora_pro_efficient,
+)
 from lowrank_optax.methods.lora_rite import LoRARITEState, lora_rite
+from lowrank_optax.methods.lora_soap import LoRASOAPState, lora_soap
 from lowrank_optax.methods.oplora import oplora
 from lowrank_optax.methods.oplora_proj import OPLoRAProjState, oplora_proj
 from lowrank_optax.methods.polora import PoLoRAState, polora
+from lowrank_optax.methods.reflora import RefLoRAState, reflora
 from lowrank_optax.methods.scaled_adamw import ScaledAdamWState, scaled_adamw
 from lowrank_optax.methods.scaled_oplora import scaled_oplora
 from lowrank_optax.methods.sds_lora import SDSLoRAState, sds_lora
@@ -42,16 +51,21 @@ __all__ = [
     "AltLoRAPlusState",
     "AltLoRAState",
     "FramedPair",
+    "LoRAFAState",
     "LoRAMuonState",
     "LoRAPair",
     "LoRAPlusState",
+    "LoRAProEfficientState",
+    "LoRAProState",
     "LoRARITEState",
+    "LoRASOAPState",
     "Member",
     "Metric",
     "OPLoRAProjState",
     "PairSpec",
     "Pairing",
     "PoLoRAState",
+    "RefLoRAState",
     "SDSLoRAState",
     "SVDLoRAState",
     "ScaledAdamWState",
@@ -69,9 +83,13 @@ __all__ = [
     "find_pairs",
     "frame",
     "integrations",
+    "lora_fa",
     "lora_muon",
     "lora_plus",
+    "lora_pro",
+    "lora_pro_efficient",
     "lora_rite",
+    "lora_soap",
     "lorsum",
     "nn",
     "notices",
@@ -80,6 +98,7 @@ __all__ = [
     "pair_of_delta",
     "plots",
     "polora",
+    "reflora",
     "register_node",
     "scale_by_inverse_sqrt_gram",
     "scale_gradients",

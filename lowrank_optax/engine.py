@@ -182,7 +182,8 @@ def lift(
         specs: layouts of the pairs, see `find_pairs`.
         allow_no_pairs: whether parameters without any pair are taken, and left to the fallback.
         init: the `state_type` of one pair at the start, from the pair. By default zeros, shaped
-            like the factors or, where `Small`, r×r for each side; in float32 or better.
+            like the factors or, where `Small`, r×r for each side; in float32 or better. A side
+            that is None, as `only` leaves it, is one of which the state holds nothing.
         node: the kind of pair that the rule understands. Fields with a default may be absent.
         why_unfit: says why a pair does not fit this method, and the remedy; empty if it fits.
         name: the method's name, for messages.

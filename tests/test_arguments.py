@@ -13,11 +13,16 @@ from lowrank_optax import (
     LoRAPair,
     altlora,
     altlora_plus,
+    lora_fa,
     lora_muon,
     lora_plus,
+    lora_pro,
+    lora_pro_efficient,
     lora_rite,
+    lora_soap,
     oplora,
     oplora_proj,
+    reflora,
     scaled_adamw,
     scaled_oplora,
     sds_lora,
@@ -99,6 +104,36 @@ def test_lora_rite_refuses_nonsense(keywords, message):
         lora_rite(**{"learning_rate": 0.1, **keywords})
 
 
+ADAM_NUMBERS = [
+    ({"learning_rate": 0.0}, "`learning_rate` must be positive"),
+    ({"b1": 1.0}, r"`b1` must lie in \[0, 1\)"),
+    ({"b2": -0.1}, r"`b2` must lie in \[0, 1\)"),
+    ({"eps": -1.0}, "`eps` must not be negative"),
+    ({"weight_decay": -0.1}, "`weight_decay` must not be negative"),
+]
+DAMPING = ({"damping": 0.0}, "`damping` must be positive")
+
+
+@pytest.mark.parametrize(
+    ("make", "keywords", "message"),
+    [
+        *(
+            (make, *numbers)
+            for make in (lora_fa, lora_pro, lora_pro_efficient, lora_soap, reflora)
+            for numbers in ADAM_NUMBERS
+        ),
+        *((make, *DAMPING) for make in (lora_fa, lora_pro, lora_pro_efficient, reflora)),
+        (lora_soap, {"every": 0}, "`every` must be a whole number, 1 or more, got 0"),
+        (lora_soap, {"every": 1.5}, "`every` must be a whole number"),
+        (reflora, {"warmup_steps": -1}, "`warmup_steps` must not be negative"),
+        (reflora, {"refactoring": "half"}, "`refactoring` must be one of full, scalar, got 'half'"),
+    ],
+)
+def test_adams_relatives_refuse_nonsense(make, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        make(**{"learning_rate": 0.1, **keywords})
+
+
 def test_update_with_other_gradients_than_parameters():
     tx = altlora(0.1)
     state = tx.init(PARAMS)
@@ -142,6 +177,10 @@ BETAS = optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0)
             partial(lora_rite, 0.1, 0.8, 0.9, eps=1e-3),
             optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0),
         ),
+        *(
+            (partial(make, 0.1, 0.8, 0.9, eps=1e-3), BETAS)
+            for make in (lora_fa, lora_pro, lora_pro_efficient, lora_soap, reflora)
+        ),
         (partial(oplora, 0.1), optax.adamw(0.1)),
         (partial(oplora_proj, 0.1), optax.adamw(0.1)),
         (partial(scaled_oplora, 0.1), optax.adamw(0.1)),
@@ -160,7 +199,20 @@ def test_other_leaves_go_to_adam_by_default(tx, expected):
 
 @pytest.mark.parametrize(
     "name",
-    ["altlora", "altlora_plus", "polora", "lora_plus", "lora_rite", "lora_muon", "scaled_adamw"],
+    [
+        "altlora",
+        "altlora_plus",
+        "lora_fa",
+        "lora_muon",
+        "lora_plus",
+        "lora_pro",
+        "lora_pro_efficient",
+        "lora_rite",
+        "lora_soap",
+        "polora",
+        "reflora",
+        "scaled_adamw",
+    ],
 )
 def test_every_number_of_an_optimizer_can_be_injected(name):
     """`optax.inject_hyperparams` traces the defaults too."""

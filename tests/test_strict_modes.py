@@ -13,9 +13,14 @@ from lowrank_optax import (
     LoRAPair,
     altlora,
     altlora_plus,
+    lora_fa,
     lora_plus,
+    lora_pro,
+    lora_pro_efficient,
     lora_rite,
+    lora_soap,
     nn,
+    reflora,
     scaled_adamw,
     sds_lora,
 )
@@ -82,6 +87,20 @@ def test_strict_mode_changes_nothing(method, mode):
         np.testing.assert_allclose(new, old, rtol=1e-3, atol=1e-4)
 
 
+WITH_BIAS_CORRECTION = (
+    altlora,
+    altlora_plus,
+    lora_fa,
+    lora_plus,
+    lora_pro,
+    lora_pro_efficient,
+    lora_rite,
+    lora_soap,
+    reflora,
+    scaled_adamw,
+)
+
+
 def is_bias_correction(error):
     """Whether a promotion is that of a bias correction, a float to the power of the count."""
     lines = [frame.line for frame in traceback.extract_tb(error.__traceback__)]
@@ -106,7 +125,7 @@ def test_strict_dtype_promotion_refuses_bias_corrections_alone(method):
         tx = method(**({"fallback": optax.sgd(0.05)} if method.is_alias else {}))
     params = make_params(method)
     with jax.numpy_dtype_promotion("strict"):
-        if method.make in (altlora, altlora_plus, lora_plus, scaled_adamw, lora_rite):
+        if method.make in WITH_BIAS_CORRECTION:
             with pytest.raises(ValueError, match="no available implicit dtype") as error:
                 train(tx, params)
             assert is_bias_correction(error.value)

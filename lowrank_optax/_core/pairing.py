@@ -65,7 +65,8 @@ class PairLeaves:
         values = {role: leaves[i] for role, i in self.leaves.items() if role in kind._fields}
         values = {role: None if _is_masked(x) else x for role, x in values.items()}
         for role in SIDES:
-            values[role] = layouts.to_matrix(values[role], *self.layout.axes(role))
+            if values[role] is not None:
+                values[role] = layouts.to_matrix(values[role], *self.layout.axes(role))
         return kind(**values)
 
     def put(self, leaves: list[Any], pair: Any, like: Sequence[Any]) -> None:

@@ -25,8 +25,8 @@ class PairwiseState(NamedTuple):
         skipped: how often small algebra failed and its result was taken as zero; int32 scalar,
             summed over pairs.
         pairs: the method's own state, a NamedTuple. Each field is a tree shaped like the parameters
-            with `MaskedNode` in place of unpaired leaves, or, if declared `Small`, a list with one
-            entry a pair (without pairs, a zero).
+            with `MaskedNode` in place of unpaired leaves and of factors of which the method holds
+            nothing, or, if declared `Small`, a list with one entry a pair (without pairs, a zero).
         fallback: state of the transformation of the unpaired leaves.
     """
 
@@ -154,7 +154,8 @@ class StateForm:
 
     def _require_shapes(self, found: Pairing, values: Sequence[Any], pairs: Sequence[Any]) -> None:
         for at, pair, value in zip(found.pairs, pairs, values, strict=True):
-            own, needed = ([jnp.shape(x) for x in node] for node in (value, pair))
+            own = [jnp.shape(x) for x in value if x is not None]
+            needed = [jnp.shape(y) for x, y in zip(value, pair, strict=True) if x is not None]
             if own != needed:
                 raise ValueError(
                     f"{at.path}: the state of {self._name} is for factors of shapes {own}, but the"

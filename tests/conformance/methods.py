@@ -12,12 +12,17 @@ from lowrank_optax import (
     altlora,
     altlora_plus,
     frame,
+    lora_fa,
     lora_muon,
     lora_plus,
+    lora_pro,
+    lora_pro_efficient,
     lora_rite,
+    lora_soap,
     oplora,
     oplora_proj,
     polora,
+    reflora,
     scale_by_inverse_sqrt_gram,
     scaled_adamw,
     scaled_oplora,
@@ -64,6 +69,11 @@ class Method(NamedTuple):
         learning_rate: a rate at which the method trains the pairs of this folder.
         vectors: how many state vectors of in + out numbers a pair has besides.
         matrices: how many r×r matrices the state has at most for each factor.
+        moves: the factors that it trains, and of which its state has copies.
+        remains: the part of the loss below which 30 steps bring it; where a factor rests, the best
+            that the other one can do is far from zero.
+        dense: how many in×out matrices the state has for each pair, which are made and used on
+            meshes by sums as long as the factors.
         is_alias: whether it serves any parameter tree with a learning rate of its own, and so
             passes the suite that optax has for contributed optimizers.
     """
@@ -77,6 +87,9 @@ class Method(NamedTuple):
     learning_rate: float = 0.05
     vectors: int = 0
     matrices: int = 1
+    moves: str = "ab"
+    remains: float = 0.5
+    dense: int = 0
     is_alias: bool = True
 
     def __call__(self, learning_rate: Any = None, **more: Any) -> optax.GradientTransformation:
@@ -101,6 +114,13 @@ METHODS = [
     Method("scaled_adamw", scaled_adamw, {}, 2),
     Method("scaled_adamw-sequential", scaled_adamw, {"order": "sequential"}, 2),
     Method("lora_rite", lora_rite, {}, 1, matrices=2),
+    Method("lora_fa", lora_fa, {}, 2, moves="b", remains=0.8),
+    Method("lora_pro", lora_pro, {}, 0, dense=2),
+    Method("lora_pro_efficient", lora_pro_efficient, {}, 2),
+    Method("lora_soap", lora_soap, {}, 2, matrices=2),
+    Method("lora_soap-every-3", lora_soap, {"every": 3}, 2, matrices=2),
+    Method("reflora", reflora, {"warmup_steps": 1}, 2),
+    Method("reflora-scalar", reflora, {"refactoring": "scalar", "warmup_steps": 1}, 2),
     Method("polora", polora, {}, 1, learning_rate=0.5, vectors=1),
     Method(
         "polora-paper",

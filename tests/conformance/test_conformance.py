@@ -134,8 +134,12 @@ def assert_equal(x, y):
 def test_loss_falls_and_every_leaf_moves(method):
     params = make_params(method)
     after, _ = run(method, params, steps=30)
-    assert loss_of(after) < 0.5 * loss_of(params)
-    leaves = jax.tree.leaves(trained(params)), jax.tree.leaves(trained(after))
+    assert loss_of(after) < method.remains * loss_of(params)
+    (pairs, rest), (pairs_after, rest_after) = trained(params), trained(after)
+    for before, now in zip(pairs, pairs_after, strict=True):
+        moved = [side for side, x, y in zip("ab", before, now, strict=True) if jnp.any(x != y)]
+        assert "".join(moved) == method.moves
+    leaves = jax.tree.leaves(rest), jax.tree.leaves(rest_after)
     assert all(jnp.any(before != now) for before, now in zip(*leaves, strict=True))
 
 
@@ -292,8 +296,8 @@ def test_donation(method):
     tx, params = method(), make_params(method)
     expected, _ = run(method, params)
     step = jax.jit(step_of(tx), donate_argnums=(0, 1), keep_unused=True)
-    params, state = jax.tree.map(jnp.copy, params), jax.jit(tx.init)(params)
-    for _ in range(3):
+    params, state = jax.tree.map(jnp.copy, params), tx.init(params)  # not under jit: no two
+    for _ in range(3):  # leaves may be one buffer, which cannot be donated twice
         donated = jax.tree.leaves((params, state))
         params, state = step(params, state)
         assert all(leaf.is_deleted() for leaf in donated)
@@ -493,6 +497,6 @@ def test_state_bytes(method):
     state = jax.eval_shape(functools.partial(method().init), method.node(pair))
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
     counters, small = 16, method.matrices * 2 * pair.a.shape[-1] ** 2 * 4
-    vectors = method.vectors * (64 + 32) * 4
-    assert size(state) - method.state_copies * size(pair) <= counters + small + vectors
-    assert size(state) >= method.state_copies * size(pair)
+    vectors = (method.vectors * (64 + 32) + method.dense * 64 * 32) * 4
+    copies = method.state_copies * size(engine.only(method.moves, pair))
+    assert copies <= size(state) <= copies + counters + small + vectors

@@ -133,7 +133,8 @@ def assert_steps_are_those_of_one_device(name, tx, mesh, make_step):
             assert jax.tree.map(jax.typeof, grads) == jax.tree.map(jax.typeof, params)
             assert_equal(jax.device_get(grads), alone)
             params, state = step(place(grads), state, params)  # an Auto mesh may lay them anyhow
-    assert_sends_small_matrices_alone(step)
+    if not next(m for m in METHODS if m.name == name).dense:
+        assert_sends_small_matrices_alone(step)
     assert_lies_as((params, state), (start, begin))
     assert_equal(jax.device_get((params, state)), expected.end)
 

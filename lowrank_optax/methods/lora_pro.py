@@ -116,7 +116,7 @@ def lora_pro(
         >>> tx.init(params).pairs.mu[0].shape
         (4, 3)
 
-    Source: arXiv 2407.18242, the AdamW algorithm of its appendix.
+    Source: arXiv 2407.18242, its form with AdamW.
     """
     _check(b1, b2, eps, damping)
 

@@ -32,6 +32,7 @@ from lowrank_optax.nn.nnx_surgery import (
 )
 from lowrank_optax.nn.starts import gradient_start, gradient_triplets, start_pair
 from lowrank_optax.nn.summary import AdapterSummary, LoRASummary, lora_summary
+from lowrank_optax.nn.weight_starts import split_kernel, weight_start
 
 __all__ = [
     "AdapterSummary",
@@ -65,8 +66,10 @@ __all__ = [
     "merge_lora_variables",
     "remove_lora",
     "replace_lora",
+    "split_kernel",
     "start_pair",
     "unload_lora",
     "unmerge_lora",
     "unmerge_lora_variables",
+    "weight_start",
 ]

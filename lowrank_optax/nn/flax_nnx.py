@@ -32,7 +32,8 @@ from lowrank_optax.nn.contraction import Contraction, KernelAxes
 from lowrank_optax.nn.functional import add_adapter
 
 # What a model finds in the place of a base layer's own.
-OWN_NAMES = ("axes", "base", "dropout", "lora", "lora_a", "lora_b", "merged", "pair", "scale")
+_FLAGS = ("corrected", "merged")
+OWN_NAMES = ("axes", "base", *_FLAGS, "dropout", "lora", "lora_a", "lora_b", "pair", "scale")
 
 _FlaxLayer = nnx.Linear | nnx.LinearGeneral | nnx.Einsum
 
@@ -59,6 +60,7 @@ class LoRALayer(nnx.Module):
             the attributes.
         dropout: `nnx.Dropout` on the adapter's input, or None.
         merged: whether the kernel already contains the update; the adapter is then skipped.
+        corrected: whether a start has subtracted s·a·b from the kernel.
 
     Raises:
         ValueError: if the base is not a supported layer, has an adapter already, or its kernel is
@@ -95,7 +97,7 @@ class LoRALayer(nnx.Module):
         self.lora = lora
         for name, leaf in variables_of(pair).items():
             setattr(self, name, nnx.LoRAParam(leaf))
-        self.merged = False
+        self.merged = self.corrected = False
         self.dropout: nnx.Dropout | None = nnx.data(None)
         if lora.dropout > 0:
             stack = self.axes.stack_shape(shape)

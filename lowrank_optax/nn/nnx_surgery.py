@@ -136,7 +136,7 @@ def merge_lora(model: nnx.Module) -> list[str]:
         ['layers/0']
     """
     layers = {path: layer for path, layer in lora_layers(model).items() if not layer.merged}
-    _refuse_shared_kernels(model, layers)
+    refuse_shared_kernels(model, layers)
     for path, layer in layers.items():
         if reason := why_not_mergeable(layer.kernel[...].dtype):
             raise ValueError(f"{path or 'the layer'}: {reason}")
@@ -216,7 +216,8 @@ def remove_lora(model: nnx.Module) -> list[str]:
         The paths of the layers that were put back, sorted.
 
     Raises:
-        ValueError: if there is no LoRA layer, one is merged, or the model itself is the LoRA layer.
+        ValueError: if there is no LoRA layer, one is merged or started so that its kernel changed,
+            or the model itself is the LoRA layer.
 
     Example:
         >>> from flax import nnx
@@ -230,6 +231,11 @@ def remove_lora(model: nnx.Module) -> list[str]:
             raise ValueError(
                 f"{path or 'the model'} is merged: call unmerge_lora first to drop the adapter, or "
                 "unload_lora to keep it in the kernel"
+            )
+        if layer.corrected:
+            raise ValueError(
+                f"{path or 'the model'}: a start has changed its kernel, which without the adapter"
+                " is not what it was; unload_lora keeps what the model computes"
             )
     return replace_lora(model, lambda path, layer: layer.base)
 
@@ -359,7 +365,17 @@ def _add_to_kernel(layer: LoRALayer, sign: int) -> None:
     layer.merged = not layer.merged
 
 
-def _refuse_shared_kernels(model: nnx.Module, layers: dict[str, LoRALayer]) -> None:
+def refuse_shared_kernels(model: nnx.Module, layers: dict[str, LoRALayer]) -> None:
+    """Refuses layers whose kernel another module has too, for which it would change.
+
+    Raises:
+        ValueError: there is one.
+
+    Example:
+        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+        >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+        >>> refuse_shared_kernels(model, lora_layers(model))
+    """
     owners: dict[int, list[str]] = {}
     for keys, module in nnx.iter_graph(model):
         if isinstance(module, nnx.Module):
@@ -370,5 +386,5 @@ def _refuse_shared_kernels(model: nnx.Module, layers: dict[str, LoRALayer]) -> N
         holders = owners[id(layer.kernel)]
         if len(holders) > 1:
             raise ValueError(
-                f"{path}: its kernel is shared by {', '.join(holders)}; merging changes them all"
+                f"{path}: its kernel is shared by {', '.join(holders)}; a change would change all"
             )

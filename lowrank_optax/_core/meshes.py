@@ -186,7 +186,7 @@ def whole(x: jax.Array) -> jax.Array:
 
 
 def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
-    """Lays a concrete array out as another one of its shape lies on its mesh, if on any.
+    """Lays a concrete array out as another one of its shape, if that lies on a mesh.
 
     Example:
         >>> import jax.numpy as jnp

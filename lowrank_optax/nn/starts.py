@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from flax import nnx
 from rich.progress import Progress
 
-from lowrank_optax._core import meshes
 from lowrank_optax._core.arguments import check_choice, check_integer, check_positive
 from lowrank_optax._core.frames import FramedPair
 from lowrank_optax._core.layouts import variables_of
@@ -253,7 +252,7 @@ def write_node(layer: LoRALayer, node: Any) -> None:
     """
     for name, value in variables_of(node).items():
         variable = getattr(layer, name)
-        variable[...] = meshes.placed_like(value.astype(variable[...].dtype), variable[...])
+        variable[...] = value.astype(variable[...].dtype)
 
 
 def _checked(

@@ -240,6 +240,5 @@ def _write(layer: LoRALayer, pair: LoRAPair, key: jax.Array) -> None:
     write_node(layer, node)
     written = jax.tree.map(meshes.whole, layer.pair)
     rest = merge_kernel(adapted, written, -layer.scale, layer.axes)
-    kernel = layer.kernel
-    kernel[...] = meshes.placed_like(rest.astype(kernel[...].dtype), kernel[...])
+    layer.kernel[...] = rest.astype(layer.kernel[...].dtype)
     layer.corrected = True

@@ -276,6 +276,26 @@ def test_sharded_kernels_stay_where_they_lie(kind):
     np.testing.assert_allclose(expected(X), before, atol=1e-5)
 
 
+def test_splitting_keeps_dtype_and_place_of_a_kernel(x64):
+    mesh = jax.make_mesh((2, 2), ("x", "y"), axis_types=(AxisType.Auto,) * 2)
+    lying = NamedSharding(mesh, jax.P("x", "y"))
+    kernel = jnp.asarray(np.random.default_rng(0).standard_normal((IN, OUT)))
+    for method in METHODS:
+        pair, rest = nn.split_kernel(
+            jax.device_put(kernel, lying), RANK, method, scale=1.5, dtype=jnp.float64
+        )
+        assert rest.sharding == lying
+        assert rest.dtype == pair.a.dtype == jnp.float64
+        np.testing.assert_allclose(rest + 1.5 * pair.a @ pair.b, kernel, atol=1e-13)
+        rounded, rest = nn.split_kernel(kernel, RANK, method, dtype=jnp.bfloat16)
+        wide = [x.astype(jnp.float64) for x in rounded]
+        np.testing.assert_allclose(rest + wide[0] @ wide[1], kernel, atol=1e-6)
+    leading = nn.split_kernel(kernel, RANK, dtype=jnp.float64)[0]
+    u, sigma, v = np.linalg.svd(kernel)
+    expected = (u[:, :RANK] * sigma[:RANK]) @ v[:RANK]
+    np.testing.assert_allclose(leading.a @ leading.b, expected, atol=1e-12)
+
+
 def merged(model):
     nn.merge_lora(model)
 

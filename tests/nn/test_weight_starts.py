@@ -288,6 +288,7 @@ def test_splitting_keeps_dtype_and_place_of_a_kernel(x64):
         assert rest.dtype == pair.a.dtype == jnp.float64
         np.testing.assert_allclose(rest + 1.5 * pair.a @ pair.b, kernel, atol=1e-13)
         rounded, rest = nn.split_kernel(kernel, RANK, method, dtype=jnp.bfloat16)
+        assert rounded.a.dtype == rounded.b.dtype == jnp.bfloat16
         wide = [x.astype(jnp.float64) for x in rounded]
         np.testing.assert_allclose(rest + wide[0] @ wide[1], kernel, atol=1e-6)
     leading = nn.split_kernel(kernel, RANK, dtype=jnp.float64)[0]

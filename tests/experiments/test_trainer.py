@@ -281,7 +281,7 @@ def test_a_start_from_the_weights_keeps_the_model_and_begins_at_its_loss(
     assert started.curve[0].validation.loss == pytest.approx(
         run.result.curve[0].validation.loss, rel=1e-4
     )
-    assert started.curve[-1].validation.loss < 0.8 * started.curve[0].validation.loss
+    assert started.curve[-1].validation.loss < 0.9 * started.curve[0].validation.loss
     assert started.config.method_options["start"] == {"method": method.removeprefix("adamw-")}
     after = leaves(tiny_digits.build_model(0, LowRank()), nnx.Param)
     assert all(np.array_equal(x, y) for x, y in zip(before, after, strict=True))

@@ -15,6 +15,7 @@ from typing import Any
 
 from experiments.hunt import is_attempt
 from experiments.report import Variant, read_variants, replace_block, write_pages
+from experiments.start import WeightStart, parse_start
 from experiments.study import load_study, study_names
 from experiments.summary import MethodSummary, difference, tuned_baseline
 from experiments.tables import NOTHING, markdown
@@ -62,6 +63,7 @@ CHOICES = (
 )
 """Columns of the guide's table of rates."""
 
+_WEIGHT_STARTS = ("adamw-pissa", "adamw-olora", "polora-pissa")
 _STARTS = ("adamw-start", "polora-start", "sds-lora-start")
 _ALTLORA = ("altlora", "altlora-simultaneous", "altlora-sequential")
 _ALTLORA_PLUS = ("altlora-plus", "altlora-plus-simultaneous", "altlora-plus-sequential")
@@ -80,6 +82,7 @@ PAGE_OF = {
         ("lm", "peers", ("adamw", "adamw-start", "polora", "polora-start")),
         gradient_start=True,
     ),
+    "weight_starts": Page(_WEIGHT_STARTS, {}, _WEIGHT_STARTS, None, gradient_start=True),
     "altlora": Page(
         (*_ALTLORA, *_ALTLORA_PLUS),
         {"`altlora`": "altlora", "`altlora_plus`": "altlora_plus"},
@@ -358,8 +361,12 @@ def one_step(method: str, *, usual: bool) -> tuple[list[float], float]:
     loss_of = lambda model, batch: jnp.mean((model(batch) - batch @ target) ** 2)
     options = {key: value for key, value in row.options.items() if key != "start"}
     if "start" in row.options:
-        start = {k: v for k, v in row.options["start"].items() if k != "batches"}
-        nn.gradient_start(model, loss_of, [x], progress=False, **start)
+        start = parse_start(row.options["start"])
+        if isinstance(start, WeightStart):
+            nn.weight_start(model, start.method, progress=False)
+        else:
+            settings = start.model_dump(exclude={"batches"})
+            nn.gradient_start(model, loss_of, [x], progress=False, **settings)
     if options.get("warmup_steps"):
         options["warmup_steps"] = 2
     scales = {"layers/0": model.layers[0].scale} if hasattr(model.layers[0], "scale") else {}

@@ -73,7 +73,8 @@ class Method:
         summary: One line for `python -m experiments list`.
         make: Called with the `Setting` and the options.
         options: What is passed on besides, and stored with every result; a study may change it.
-            `start`, if there, is not passed on: it holds the values of a `Start`.
+            `start`, if there, is not passed on: it holds the values of a `Start`, or of a
+            `WeightStart`.
         make_adapters: Makes `adapters`.
     """
 
@@ -173,14 +174,20 @@ _RIDGE = {"momentum": 0.9, "lmbd": 1e-2}
 _LORA_ONE = {"method": "lora_one", "gamma": 128.0, "keep_function": False, "batches": 8}
 _START = {"start": _LORA_ONE}
 _TINY_START = {"start": {**_LORA_ONE, "gamma": 1e6}}
+_PISSA, _OLORA = ({"start": {"method": method}} for method in ("pissa", "olora"))
 _FRAMES_START = {"start": {**_LORA_ONE, "method": "frames"}}
 
 METHODS: dict[str, Method] = {
     "adamw": Method("LoRA with AdamW, the baseline", _adamw),
     "adamw-start": Method("LoRA with AdamW, started from the gradient", _adamw, _START),
+    "adamw-pissa": Method("LoRA with AdamW, started from the kernel (PiSSA)", _adamw, _PISSA),
+    "adamw-olora": Method("LoRA with AdamW, started from the kernel (OLoRA)", _adamw, _OLORA),
     "polora": Method("PoLoRA, one-sided, exact radius", _scaled("polora"), _POLORA),
     "polora-start": Method(
         "PoLoRA, started from the gradient", _scaled("polora"), {**_POLORA, **_TINY_START}
+    ),
+    "polora-pissa": Method(
+        "PoLoRA, started from the kernel (PiSSA)", _scaled("polora"), {**_POLORA, **_PISSA}
     ),
     "polora-two-sided": Method(
         "PoLoRA, whitened by the other factor too", _scaled("polora"), _TWO_SIDED

@@ -1,7 +1,7 @@
-"""The options of a method in a study; `start` has adapters start from the gradient."""
+"""The options of a method in a study; `start` has adapters start from gradient or weights."""
 
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, ValidationError
 
@@ -26,17 +26,36 @@ class Start(Record):
     batches: int = Field(default=8, gt=0)
 
 
-def parse_start(values: Mapping[str, Any]) -> Start:
+class WeightStart(Record):
+    """A start of the adapters from the kernels, which it corrects; see `nn.weight_start`.
+
+    Attributes:
+        method: Which start.
+    """
+
+    method: Literal["pissa", "pissa_fast", "olora"]
+
+    @property
+    def keep_function(self) -> bool:
+        """True: the model computes what it did."""
+        return True
+
+
+_OF_WEIGHTS = get_args(WeightStart.model_fields["method"].annotation)
+
+
+def parse_start(values: Mapping[str, Any]) -> Start | WeightStart:
     """Checks the option `start` of a method.
 
     Raises:
         ExperimentError: There is no such setting, or a value does not fit.
     """
+    kind = WeightStart if values.get("method") in _OF_WEIGHTS else Start
     try:
-        return Start.model_validate(values)
+        return kind.model_validate(values)
     except ValidationError as error:
         raise ExperimentError(
-            f"start.{first_problem(error)} (settings of a start: {', '.join(Start.model_fields)})"
+            f"start.{first_problem(error)} (settings of a start: {', '.join(kind.model_fields)})"
         ) from error
 
 

@@ -29,7 +29,7 @@ from experiments.schema import (
     Status,
     current_environment,
 )
-from experiments.start import options_of, parse_start
+from experiments.start import WeightStart, options_of, parse_start
 from experiments.task import Batch, OnStep, Task, ignore_steps
 from lowrank_optax import find_pairs, nn
 
@@ -285,6 +285,9 @@ class Trainer:
         model, start = self.task.build_model(seed, self.method.adapters), self._start
         if start is not None:
             model = nnx.clone(model)  # the start corrects kernels, which the task's models share
+        if isinstance(start, WeightStart):
+            nn.weight_start(model, start.method, seed=seed, progress=False)
+        elif start is not None:
 
             def loss(model: Any, batch: Batch) -> jax.Array:
                 sums = self.task.totals(model, batch)

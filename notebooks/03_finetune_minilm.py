@@ -90,7 +90,8 @@ print(f"JAX {jax.__version__} on {jax.device_count()} {jax.devices()[0].platform
 ARCHIVE = "vaderSentiment-3.3.1.tar.gz"
 cache = Path(tempfile.gettempdir()) / "lowrank_optax_reviews"
 if not Path(ARCHIVE).exists() and not (cache / ARCHIVE).exists():
-    pip("download", "-qq", "--no-deps", "--no-binary", ":all:", "vaderSentiment==3.3.1", "-d", cache)
+    wanted = ("--no-deps", "--no-binary", ":all:", "vaderSentiment==3.3.1")
+    pip("download", "-qq", *wanted, "-d", cache)
 path = Path(ARCHIVE) if Path(ARCHIVE).exists() else cache / ARCHIVE
 
 within = "vaderSentiment-3.3.1/additional_resources/hutto_ICWSM_2014.tar.gz"

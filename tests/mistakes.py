@@ -13,7 +13,7 @@ SETUP = """
 import jax, jax.numpy as jnp, optax
 from flax import linen, nnx
 from lowrank_optax import *
-from lowrank_optax import nn
+from lowrank_optax import adapters, nn
 pair = LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 5)))
 params = {"q": pair}
 rank_one = LoRAPair(pair.a[:, :1], pair.b[:1])
@@ -60,6 +60,12 @@ MISTAKES = {
         "nn.gradient_start(adapted, lambda model, x: 0.0 * loss_fn(model, x), [jnp.ones((2, 6))])",
         "nn.gradient_start(adapted, loss_fn, [jnp.ones((2, 6))], gamma=0)",
         'nn.gradient_start(adapted, loss_fn, [jnp.ones((2, 6))], method="pissa")',
+        "nn.weight_start(model)",
+        'nn.weight_start(adapted, "svd")',
+        "adapted.up.kernel[...] = jnp.ones((6, 6)); nn.weight_start(adapted)",
+        "nn.weight_start(adapted); nn.remove_lora(adapted)",
+        'nn.weight_start(adapted); adapters.save_peft("folder", adapted)',
+        "nn.split_kernel(jnp.ones((6, 5)), 6)",
         'with nn.lora_interceptor("query", config): dense.init(key, jnp.ones((1, 4)))',
         "frame(LoRAPair(jnp.ones((2, 4)), jnp.ones((4, 3))), key)",
         "shadow(pair, key, momentum_rank=9)",

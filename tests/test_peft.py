@@ -516,6 +516,35 @@ def test_a_start_that_changed_the_kernels_is_written_for_the_original_base(tmp_p
         save_peft(tmp_path / "new", model, original=nnx.Linear(6, 4, rngs=nnx.Rngs(0)))
 
 
+@pytest.mark.parametrize("use_rslora", [False, True])
+@pytest.mark.parametrize("method", ["pissa", "pissa_fast", "olora"])
+def test_a_start_from_the_weights_is_written_for_the_original_base(method, use_rslora, tmp_path):
+    """What the file adds to the original kernels is what training has added to them."""
+    original = Model(nnx.Rngs(7))
+    model = nnx.clone(original)
+    config = nn.LoRAConfig(2, alpha=6.0, rslora=use_rslora)
+    nn.add_lora(model, "query|value", config, rngs=nnx.Rngs(0))
+    nn.weight_start(model, method, progress=False)
+    with pytest.raises(ValueError, match=r"query: a start has changed its kernel, .*`original`"):
+        save_peft(tmp_path / "out", model)
+    model.query.lora_b[...] += 0.1
+    errors = save_peft(tmp_path / "out", model, original=original, use_rslora=use_rslora)
+    assert max(errors.values()) < 1e-5
+    found = read_peft(tmp_path / "out")
+    assert (found.config.r, found.config.use_rslora) == (4, use_rslora)
+    for name, layer in (("query", model.query), ("value", model.value)):
+        now = layer.kernel[...] + layer.scale * layer.pair.a @ layer.pair.b
+        written = found.scales[name] * found.pairs[name].a @ found.pairs[name].b
+        np.testing.assert_allclose(getattr(original, name).kernel[...] + written, now, atol=1e-5)
+    # Beside its own kernels the pair is written as it is, and does not fit other ones.
+    save_peft(tmp_path / "own", model, original=model)
+    own = read_peft(tmp_path / "own")
+    assert own.config.r == 2
+    np.testing.assert_allclose(own.pairs["query"].a, model.query.pair.a, rtol=1e-6)
+    with pytest.raises(ValueError, match=r"query: a start has changed its kernel, .*load into"):
+        load_peft(tmp_path / "own", model)
+
+
 def test_numbers_that_are_not_finite_are_not_written(tmp_path):
     broken = LoRAPair(jnp.full((6, 2), jnp.nan), pair().b)
     with pytest.raises(ValueError, match=r"q\.lora_A\.weight holds numbers that are not finite"):

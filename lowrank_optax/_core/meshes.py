@@ -171,6 +171,31 @@ def sharding_like(like: jax.Array, *operands: jax.Array) -> NamedSharding | None
     return None if mesh is None else NamedSharding(mesh, jax.P(*_entries(like)))
 
 
+def whole(x: jax.Array) -> jax.Array:
+    """Puts all of an array on every device of its mesh, as what needs a whole matrix wants it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> whole(jnp.ones(2)).tolist()
+        [1.0, 1.0]
+    """
+    sharding = x.sharding
+    if not isinstance(sharding, NamedSharding):
+        return x
+    return jax.device_put(x, NamedSharding(sharding.mesh, jax.P()))
+
+
+def placed_like(x: jax.Array, like: jax.Array) -> jax.Array:
+    """Lays a concrete array out as another one of its shape, if that lies on a mesh.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> placed_like(jnp.ones(2), jnp.zeros(2)).tolist()
+        [1.0, 1.0]
+    """
+    return jax.device_put(x, like.sharding) if isinstance(like.sharding, NamedSharding) else x
+
+
 def reshard_like(x: jax.Array, like: jax.Array) -> jax.Array:
     """Gives an array the sharding of another one with as many axes on an Explicit mesh.
 

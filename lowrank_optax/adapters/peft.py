@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lowrank_optax._core.layouts import PairMatcher, variables_of
+from lowrank_optax._core.layouts import PairMatcher
 from lowrank_optax._core.linalg import SIDES, compute_dtype
 from lowrank_optax._core.names import MAGNITUDE, join_keys
 from lowrank_optax._core.nodes import LoRAPair
@@ -20,7 +20,8 @@ from lowrank_optax.adapters.pairs import compress, plain_pair
 from lowrank_optax.adapters.peft_config import PeftConfig
 from lowrank_optax.adapters.peft_file import PeftAdapter, read_peft, write_peft
 from lowrank_optax.nn.nnx_bases import kernel_name, kernel_of
-from lowrank_optax.nn.nnx_surgery import lora_layers
+from lowrank_optax.nn.nnx_surgery import find_lora_layers, lora_layers
+from lowrank_optax.nn.starts import write_node
 
 # A framed pair at the end of its run has rank r up to rounding: then r is enough.
 _EXACT = 1e-6
@@ -66,9 +67,10 @@ def save_peft(
         use_rslora: whether alphas are written for rsLoRA's scales.
         modules_to_save: whole weights to write beside, such as those of a head, by their name in
             the base model (`"classifier.weight"`), in torch's layout.
-        original: of an NNX model whose kernels were changed, as by a gradient start with
-            `keep_function=True`: the model as it was, with adapters or without. What its kernels
-            differ by is written too, as r further components of each pair.
+        original: of an NNX model whose kernels were changed, as by `nn.weight_start`, or by a
+            gradient start with `keep_function=True`: the model as it was, with adapters or without.
+            What its kernels differ by is written too, as r further components of each pair. The
+            model itself writes the pairs alone, which then need its kernels as their base.
 
     Returns:
         The relative error of each written pair by module name; 0 where nothing was cut. With
@@ -78,8 +80,8 @@ def save_peft(
         FileExistsError: the folder exists.
         ValueError: no pairs, two pairs of one name, a stacked pair whose name has no `{}`, a scale
             that is missing, DoRA in some layers alone, a rank above a pair's, an original of
-            another structure, merged layers with `original`, a whole weight of an adapted module
-            or without a module.
+            another structure, merged layers with `original`, kernels that a start has changed
+            without it, a whole weight of an adapted module or without a module.
         ImportError: `safetensors` is not installed.
 
     Example:
@@ -94,6 +96,8 @@ def save_peft(
     pairs: dict[str, LoRAPair] = {}
     found_scales, errors = {}, {}
     as_embeddings, as_windows, magnitudes = set(), {}, {}
+    if original is None:
+        _require_uncorrected(source, "give `original`, the model as it was before the start")
     for entry in _entries(source, specs, scale, embeddings, windows):
         change = None if original is None else _change(source, original, entry.path)
         pair, error = _written_pair(entry, rank, change)
@@ -154,7 +158,8 @@ def load_peft(
     Raises:
         FileNotFoundError, ValueError, ImportError: as `read_peft`. ValueError too for modules of
             the file that have no pair and pairs that are not in the file, both listed, for whole
-            weights, other shapes or scales, and merged layers; nothing is changed then.
+            weights, other shapes or scales, layers that are merged, or whose kernel a start has
+        changed; nothing is changed then.
 
     Example:
         >>> import tempfile, jax.numpy as jnp
@@ -177,6 +182,7 @@ def load_peft(
     layers = lora_layers(target) if isinstance(target, nnx.Module) else {}
     for path, layer in layers.items():
         _require_unmerged(path, layer)
+    _require_uncorrected(target, "load into a model with its own kernels")
     modules = [modules_of(entry.path, entry.node, names) for entry in entries]
     wanted = {module.name for each in modules for module in each}
     _require_same_names(folder, wanted, set(adapter.pairs))
@@ -298,12 +304,21 @@ def _require_unmerged(path: str, layer: Any) -> None:
         )
 
 
+def _require_uncorrected(model: Any, remedy: str) -> None:
+    for path, layer in find_lora_layers(model) if isinstance(model, nnx.Module) else ():
+        if layer.corrected:
+            raise ValueError(
+                f"{path or 'the layer'}: a start has changed its kernel, and a pair alone does not"
+                f" fit the kernel that it was; {remedy}"
+            )
+
+
 def _written_pair(
     entry: "_Entry", rank: int | None, change: jax.Array | None
 ) -> tuple[LoRAPair, jax.Array]:
     """A node as the plain pair that is written, and the error of each."""
     node = entry.node
-    if change is not None:
+    if change is not None and jnp.any(change):
         *batch, _, n_out = change.shape
         eye = jnp.broadcast_to(jnp.eye(n_out), (*batch, n_out, n_out))
         further, error = compress(LoRAPair(change / entry.scale, eye), node.a.shape[-1])
@@ -365,12 +380,8 @@ def _loaded_magnitude(
 
 def _put_into(layer: Any, pair: LoRAPair, magnitude: jax.Array | None) -> None:
     """Writes a pair into a layer; what the layer has beside starts anew."""
-    node: Any = pair
-    if layer.lora.extra is not None:
-        node = layer.lora.extra.add_to(pair, jax.random.key(0))
-    for name, value in variables_of(node).items():
-        variable = getattr(layer, name)
-        variable[...] = value.astype(variable[...].dtype)
+    extra = layer.lora.extra
+    write_node(layer, pair if extra is None else extra.add_to(pair, jax.random.key(0)))
     if magnitude is not None:
         layer.lora_magnitude[...] = magnitude
 

@@ -22,17 +22,16 @@ from lowrank_optax.nn.linen_surgery import (
     merge_lora_variables,
     unmerge_lora_variables,
 )
+from lowrank_optax.nn.nnx_merging import merge_lora, unload_lora, unmerge_lora
 from lowrank_optax.nn.nnx_surgery import (
     add_lora,
     lora_scales,
-    merge_lora,
     remove_lora,
     replace_lora,
-    unload_lora,
-    unmerge_lora,
 )
 from lowrank_optax.nn.starts import gradient_start, gradient_triplets, start_pair
 from lowrank_optax.nn.summary import AdapterSummary, LoRASummary, lora_summary
+from lowrank_optax.nn.weight_starts import split_kernel, weight_start
 
 __all__ = [
     "AdapterSummary",
@@ -66,8 +65,10 @@ __all__ = [
     "merge_lora_variables",
     "remove_lora",
     "replace_lora",
+    "split_kernel",
     "start_pair",
     "unload_lora",
     "unmerge_lora",
     "unmerge_lora_variables",
+    "weight_start",
 ]

@@ -48,10 +48,9 @@ from lowrank_optax.nn.nnx_bases import (
 )
 
 # What a model finds in the place of a base layer's own.
-OWN_NAMES = (
-    *("axes", "base", "dropout", "lora", "lora_a", "lora_b", "lora_magnitude", "merged"),
-    *("pair", "scale"),
-)
+_FLAGS = ("corrected", "merged")
+_FACTORS = ("lora_a", "lora_b", "lora_magnitude")
+OWN_NAMES = ("axes", "base", *_FLAGS, "dropout", "lora", *_FACTORS, "pair", "scale")
 
 
 class LoRALayer(nnx.Module):
@@ -77,6 +76,7 @@ class LoRALayer(nnx.Module):
             the attributes.
         dropout: `nnx.Dropout` on the adapter's input, or None.
         merged: whether the kernel already contains the update; the adapter is then skipped.
+        corrected: whether a start has subtracted s·a·b from the kernel.
 
     Raises:
         ValueError: if the base is not a supported layer, has an adapter already, or its kernel is
@@ -119,7 +119,7 @@ class LoRALayer(nnx.Module):
             require_for_dora(base, LINEAR, path)
             start = initial_magnitudes(self.kernel[...], self.axes, path)
             self.lora_magnitude = nnx.LoRAParam(start)
-        self.merged = False
+        self.merged = self.corrected = False
         self.dropout: nnx.Dropout | None = nnx.data(None)
         if lora.dropout > 0:
             stack = self.axes.stack_shape(shape)

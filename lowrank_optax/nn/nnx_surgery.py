@@ -1,4 +1,4 @@
-"""Adding LoRA to an existing NNX model, folding it into the kernels, and taking it off again."""
+"""Adding LoRA to an existing NNX model, and taking it off again."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -8,21 +8,14 @@ from flax import nnx
 
 from lowrank_optax._core.names import join_keys
 from lowrank_optax.nn.config import LoRAConfig, require_config
-from lowrank_optax.nn.dora import merge_directional_kernel
 from lowrank_optax.nn.flax_nnx import (
     OWN_NAMES,
     LoRALayer,
     require_rngs,
     require_supported,
 )
-from lowrank_optax.nn.functional import merge_kernel, why_not_mergeable
 from lowrank_optax.nn.nnx_bases import kernel_name
 from lowrank_optax.nn.targets import TargetMatcher, Targets
-
-# Calls that are linear in the kernel, so that merging changes nothing.
-_PLAIN_CALLS = tuple(
-    layer.__call__ for layer in (nnx.Linear, nnx.LinearGeneral, nnx.Einsum, nnx.Conv, nnx.Embed)
-)
 
 
 class _Edge(NamedTuple):
@@ -115,106 +108,6 @@ def _warn_of_taken_names(layers: dict[str, nnx.Module]) -> None:
         )
 
 
-def merge_lora(model: nnx.Module) -> list[str]:
-    """Folds s·a·b into the base kernels, in place; the adapters stay but are skipped.
-
-    The sum is formed in at least float32 and rounded to the kernel's dtype. Gradients of merged
-    adapters are zero: merge for inference. Layers that are merged already are left alone.
-
-    Args:
-        model: a model with LoRA layers, or a LoRA layer.
-
-    Returns:
-        The paths of the layers merged by this call, sorted.
-
-    Raises:
-        ValueError: if there is no LoRA layer; a kernel is shared with another layer, which would
-            change too; or a kernel's dtype cannot hold the sum, as int8. Nothing is merged then.
-
-    Example:
-        >>> from flax import nnx
-        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-        >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
-        >>> merge_lora(model)
-        ['layers/0']
-    """
-    layers = {path: layer for path, layer in lora_layers(model).items() if not layer.merged}
-    _refuse_shared_kernels(model, layers)
-    for path, layer in layers.items():
-        if reason := why_not_mergeable(layer.kernel[...].dtype):
-            raise ValueError(f"{path or 'the layer'}: {reason}")
-    for path, layer in layers.items():
-        if type(layer.base).__call__ not in _PLAIN_CALLS:
-            warnings.warn(
-                f"{path or 'the layer'}: {type(layer.base).__name__} has its own __call__, and"
-                " merging is exact only where that is linear in the kernel; compare outputs",
-                stacklevel=2,
-            )
-        _add_to_kernel(layer, 1)
-    return sorted(layers)
-
-
-def unmerge_lora(model: nnx.Module) -> list[str]:
-    """Subtracts s·a·b from the base kernels that `merge_lora` added it to, in place.
-
-    Both directions round to the kernel's dtype, so the kernel comes back to within its rounding
-    (about one unit in the last place of the larger of kernel and merged kernel), not bit for bit;
-    in bfloat16 that is a relative 2⁻⁸. Merge an `nnx.clone(model)` where exactness matters.
-    The factors must not have changed since the merge.
-
-    Args:
-        model: a model with LoRA layers, or a LoRA layer.
-
-    Returns:
-        The paths of the layers unmerged by this call, sorted.
-
-    Raises:
-        ValueError: if there is no LoRA layer, or one with DoRA.
-
-    Example:
-        >>> from flax import nnx
-        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-        >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
-        >>> merge_lora(model) == unmerge_lora(model)
-        True
-    """
-    layers = {path: layer for path, layer in lora_layers(model).items() if layer.merged}
-    for path, layer in layers.items():
-        if layer.lora.dora:
-            raise ValueError(
-                f"{path or 'the layer'}: DoRA scales the merged kernel's columns, and what they"
-                " were is lost; merge an nnx.clone(model), and keep the model itself"
-            )
-    for layer in layers.values():
-        _add_to_kernel(layer, -1)
-    return sorted(layers)
-
-
-def unload_lora(model: nnx.Module) -> list[str]:
-    """Merges every adapter and puts the plain base layers back, in place.
-
-    Args:
-        model: a model with LoRA layers below its root.
-
-    Returns:
-        The paths of the layers that were put back, sorted.
-
-    Raises:
-        ValueError: as `merge_lora`, or if the model itself is the LoRA layer.
-
-    Example:
-        >>> from flax import nnx
-        >>> model = nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
-        >>> _ = add_lora(model, 'layers/0', LoRAConfig(rank=2), rngs=nnx.Rngs(1))
-        >>> unload_lora(model)
-        ['layers/0']
-        >>> type(model.layers[0]).__name__
-        'Linear'
-    """
-    merge_lora(model)
-    return replace_lora(model, lambda path, layer: layer.base)
-
-
 def remove_lora(model: nnx.Module) -> list[str]:
     """Drops every adapter and puts the plain base layers back, in place.
 
@@ -225,7 +118,8 @@ def remove_lora(model: nnx.Module) -> list[str]:
         The paths of the layers that were put back, sorted.
 
     Raises:
-        ValueError: if there is no LoRA layer, one is merged, or the model itself is the LoRA layer.
+        ValueError: if there is no LoRA layer, one is merged or started so that its kernel changed,
+            or the model itself is the LoRA layer.
 
     Example:
         >>> from flax import nnx
@@ -239,6 +133,11 @@ def remove_lora(model: nnx.Module) -> list[str]:
             raise ValueError(
                 f"{path or 'the model'} is merged: call unmerge_lora first to drop the adapter, or "
                 "unload_lora to keep it in the kernel"
+            )
+        if layer.corrected:
+            raise ValueError(
+                f"{path or 'the model'}: a start has changed its kernel, which without the adapter"
+                " is not what it was; unload_lora keeps what the model computes"
             )
     return replace_lora(model, lambda path, layer: layer.base)
 
@@ -297,7 +196,7 @@ def _edges(root: nnx.Module) -> Iterator[_Edge]:
     entered = {id(root)}
 
     def walk(parent: Any, prefix: str) -> Iterator[_Edge]:
-        for key, child in _children(parent):
+        for key, child in children(parent):
             path = f"{prefix}/{key}" if prefix else str(key)
             if isinstance(child, nnx.Module):
                 yield _Edge(path, parent, key, child)
@@ -308,7 +207,13 @@ def _edges(root: nnx.Module) -> Iterator[_Edge]:
     yield from walk(root, "")
 
 
-def _children(node: Any) -> list[tuple[Any, Any]]:
+def children(node: Any) -> list[tuple[Any, Any]]:
+    """Lists keys and values of what a module, dict, list or tuple holds.
+
+    Example:
+        >>> children({"a": 1})
+        [('a', 1)]
+    """
     if isinstance(node, nnx.Pytree):
         return [(k, v) for k, v in vars(node).items() if not k.startswith("_pytree__")]
     if isinstance(node, dict):
@@ -360,29 +265,3 @@ def lora_layers(model: nnx.Module) -> dict[str, LoRALayer]:
     if not layers:
         raise ValueError("the model has no LoRA layer: call add_lora first")
     return layers
-
-
-def _add_to_kernel(layer: LoRALayer, sign: int) -> None:
-    kernel, pair = layer.kernel, layer.pair
-    if layer.lora.dora:
-        magnitude = layer.lora_magnitude[...]
-        merged = merge_directional_kernel(kernel[...], pair, magnitude, layer.scale, layer.axes)
-    else:
-        merged = merge_kernel(kernel[...], pair, sign * layer.scale, layer.axes)
-    kernel[...] = merged
-    layer.merged = not layer.merged
-
-
-def _refuse_shared_kernels(model: nnx.Module, layers: dict[str, LoRALayer]) -> None:
-    owners: dict[int, list[str]] = {}
-    for keys, module in nnx.iter_graph(model):
-        if isinstance(module, nnx.Module):
-            for _, value in _children(module):
-                if isinstance(value, nnx.Variable):
-                    owners.setdefault(id(value), []).append(join_keys(keys))
-    for path, layer in layers.items():
-        holders = owners[id(layer.kernel)]
-        if len(holders) > 1:
-            raise ValueError(
-                f"{path}: its kernel is shared by {', '.join(holders)}; merging changes them all"
-            )

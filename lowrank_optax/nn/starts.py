@@ -29,6 +29,7 @@ from lowrank_optax._core.sketch import Triplets, leading_triplets
 from lowrank_optax.nn.config import Frames, LoRAConfig
 from lowrank_optax.nn.flax_nnx import LoRALayer
 from lowrank_optax.nn.functional import merge_kernel, why_not_mergeable
+from lowrank_optax.nn.nnx_merging import refuse_shared_kernels
 from lowrank_optax.nn.nnx_surgery import lora_layers, replace_lora
 
 _BLOCKS = {"lora_one": 1, "lora_ga": 2, "frames": 1}
@@ -74,8 +75,8 @@ def gradient_start(
         TypeError: batches that are no list, such as one array.
         ValueError: no LoRA layer, a merged one, an argument out of range, no batches; a layer whose
             gradient is zero, not finite, or of a lower rank than its adapter; a kernel that is not
-            floating and would have to be corrected; frames for adapters without, or another
-            method for adapters with `Frames(warmup=False)`.
+            floating or shared, and would have to be corrected, or was by an earlier start; frames
+            for adapters without, or another method for adapters with `Frames(warmup=False)`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -94,6 +95,8 @@ def gradient_start(
     layers = lora_layers(model)
     for path, layer in layers.items():
         _require_startable(path, layer, method, keep_function)
+    if keep_function:
+        refuse_shared_kernels(model, layers)
     replace_lora(model, lambda path, layer: _plain(layer))
     try:
         graph, factors, *rest = nnx.split(model, nnx.LoRAParam, ...)
@@ -238,6 +241,21 @@ def start_pair(triplets: Triplets, rank: int, method: str, gamma: float) -> Any:
     return LoRAPair(left * size[..., None, :], -size[..., None] * right)
 
 
+def write_node(layer: LoRALayer, node: Any) -> None:
+    """Writes a node into the variables of a layer, in their dtypes and shardings.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> layer = LoRALayer(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), LoRAConfig(1), rngs=nnx.Rngs(1))
+        >>> write_node(layer, LoRAPair(jnp.ones((3, 1)), jnp.ones((1, 2))))
+        >>> layer.pair.b.tolist()
+        [[1.0, 1.0]]
+    """
+    for name, value in variables_of(node).items():
+        variable = getattr(layer, name)
+        variable[...] = value.astype(variable[...].dtype)
+
+
 def _checked(
     method: str, gamma: Any, keep_function: Any, iterations: Any, batches: Any
 ) -> tuple[float, bool]:
@@ -262,6 +280,11 @@ def _require_batches(batches: Any) -> None:
 def _require_startable(path: str, layer: LoRALayer, method: str, keep_function: bool) -> None:
     if layer.merged:
         raise ValueError(f"{path}: is merged; call unmerge_lora first")
+    if layer.corrected:
+        raise ValueError(
+            f"{path}: a start has changed its kernel already; start a model that has its own"
+            " kernels, or call weight_start, which counts the adapter to the kernel"
+        )
     kernel = layer.kernel[...]
     if keep_function and why_not_mergeable(kernel.dtype):
         raise ValueError(
@@ -313,9 +336,7 @@ def _start(
     node = start_pair(triplets, layer.lora.rank, method, gamma)
     if method != "frames" and layer.lora.extra is not None:
         node = layer.lora.extra.add_to(node, key)
-    for name, value in variables_of(node).items():
-        variable = getattr(layer, name)
-        variable[...] = value.astype(variable[...].dtype)
+    write_node(layer, node)
     if keep_function:
-        kernel = layer.kernel
+        kernel, layer.corrected = layer.kernel, True
         kernel[...] = merge_kernel(kernel[...], layer.pair, -layer.scale, layer.axes)

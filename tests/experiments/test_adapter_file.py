@@ -186,11 +186,12 @@ def test_a_method_without_adapters_says_what_its_file_holds(run_tiny, tmp_path):
     assert len(list(tmp_path.glob("*.safetensors"))) == 2
 
 
-def test_a_start_that_corrects_the_kernels_is_refused_by_name(tmp_path):
+@pytest.mark.parametrize("method", ["polora-start", "polora-pissa"])
+def test_a_start_that_corrects_the_kernels_is_refused_by_name(method, tmp_path):
     study = Study(
         task="digits",
         plan=PLAN,
-        learning_rates={"adamw": (0.1,), "polora-start": (0.1,)},
+        learning_rates={"adamw": (0.1,), method: (0.1,)},
         method_options={"polora-start": {"start": {"keep_function": True}}},
     )
 
@@ -200,5 +201,5 @@ def test_a_start_that_corrects_the_kernels_is_refused_by_name(tmp_path):
         )
 
     assert len(plan()) == 2
-    with pytest.raises(ExperimentError, match="the start of 'polora-start' corrects the kernels"):
+    with pytest.raises(ExperimentError, match=f"the start of '{method}' corrects the kernels"):
         plan(save_adapter=True)

@@ -23,6 +23,8 @@ OF_NAMED_TUPLES = {"_asdict", "_field_defaults", "_fields", "_make", "_replace"}
 
 # Methods of `nn.gradient_start`.
 STARTS = {"lora_one", "lora_ga"}
+# Modules of PEFT in torch, which `benchmarks/peers_torch.py` makes by hand.
+OF_PEFT = {"lora_A", "lora_B"}
 
 
 def violations(source):
@@ -42,7 +44,7 @@ def violations(source):
             found += [
                 f"line {node.lineno}: the key {key!r}"
                 for key in re.findall(r"\blora_\w*", node.value)
-                if key not in {*lowrank_optax.__all__, *lowrank_optax.nn.__all__, *STARTS}
+                if key not in {*lowrank_optax.__all__, *lowrank_optax.nn.__all__, *STARTS, *OF_PEFT}
             ]
     return found + sorted(name for name in used if not is_public(name))
 

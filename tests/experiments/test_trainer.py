@@ -269,3 +269,20 @@ def test_a_start_from_the_gradient_keeps_the_model_and_is_made_anew_for_each_see
     assert all(np.array_equal(x, y) for x, y in zip(starts[0], starts[1], strict=True))
     assert not any(np.allclose(x, y) for x, y in zip(starts[0], starts[2], strict=True))
     assert all(np.any(leaf) for leaf in starts[0])  # neither factor begins at zero
+
+
+@pytest.mark.parametrize("method", ["adamw-pissa", "adamw-olora"])
+def test_a_start_from_the_weights_keeps_the_model_and_begins_at_its_loss(
+    method, run, tiny_digits, plan
+):
+    before = leaves(tiny_digits.build_model(0, LowRank()), nnx.Param)
+    trainer = Trainer(tiny_digits, method, plan)
+    started = trainer.run(1e-2, seed=0).result
+    assert started.curve[0].validation.loss == pytest.approx(
+        run.result.curve[0].validation.loss, rel=1e-4
+    )
+    assert started.curve[-1].validation.loss < 0.9 * started.curve[0].validation.loss
+    assert started.config.method_options["start"] == {"method": method.removeprefix("adamw-")}
+    after = leaves(tiny_digits.build_model(0, LowRank()), nnx.Param)
+    assert all(np.array_equal(x, y) for x, y in zip(before, after, strict=True))
+    assert all(np.any(leaf) for leaf in leaves(trainer._build_model(0), nnx.LoRAParam))

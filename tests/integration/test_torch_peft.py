@@ -4,8 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from lowrank_optax import LoRAPair
+from lowrank_optax import LoRAPair, nn
 from lowrank_optax.adapters import read_peft, save_peft
 
 WHY = "`make integration` has an environment with it"
@@ -219,3 +220,59 @@ def test_a_saved_classifier_comes_along(tmp_path):
     weight = model.classifier.modules_to_save["default"].weight
     np.testing.assert_array_equal(found.others["classifier.weight"], weight.detach().numpy())
     assert all(jnp.any(pair.a) for pair in found.pairs.values())
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("theirs", ["pissa", "pissa_niter_16", "olora"])
+def test_starts_from_the_weights_are_those_of_peft(theirs, dtype, rslora):
+    """PEFT's `pissa`, `pissa_niter_16`, `olora`: the pair and the kernel of `nn.split_kernel`."""
+    torch.manual_seed(0)
+    layer = torch.nn.Linear(24, 16, bias=False).to(dtype)
+    # Singular values with a gap, so that the fast start is as exact as the other.
+    u, sigma, v = torch.linalg.svd(layer.weight.detach().float(), full_matrices=False)
+    sigma[3:] *= 0.2
+    layer.weight.data = (u @ torch.diag(sigma) @ v).to(dtype)
+    weight = layer.weight.detach().clone()
+    config = peft.LoraConfig(
+        r=3, lora_alpha=6, target_modules=["proj"], use_rslora=rslora, init_lora_weights=theirs
+    )
+    model = peft.get_peft_model(torch.nn.ModuleDict({"proj": layer}), config)
+    adapted = model.base_model.model["proj"]
+    scale = nn.LoRAConfig(3, 6.0, rslora=rslora).scale
+    assert scale == pytest.approx(adapted.scaling["default"])
+    kernel = jnp.asarray(weight.float().numpy().T)
+    kernel = kernel.astype(jnp.bfloat16 if dtype == torch.bfloat16 else jnp.float32)
+    method = {"pissa_niter_16": "pissa_fast"}.get(theirs, theirs)
+    pair, rest = nn.split_kernel(kernel, 3, method, scale=scale)
+    to_numpy = lambda x: x.detach().float().numpy().T
+    a, b = (to_numpy(getattr(adapted, name)["default"].weight) for name in ("lora_A", "lora_B"))
+    # PEFT rounds its factors to the weight's dtype, after subtracting them; ours stay float32.
+    near = 1e-5 if dtype == torch.float32 else 2.0**-7
+    np.testing.assert_allclose(pair.a @ pair.b, a @ b, atol=near)
+    for ours, other in ((pair.a.T @ pair.a, a.T @ a), (pair.b @ pair.b.T, b @ b.T)):
+        np.testing.assert_allclose(np.abs(ours), np.abs(other), atol=near)  # up to signs
+    base = to_numpy(adapted.base_layer.weight)
+    unit = 2.0**-7 * np.abs(base) if dtype == torch.bfloat16 else 0
+    assert np.all(np.abs(np.asarray(rest, np.float32) - base) <= unit + 1e-5)
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_a_started_and_trained_adapter_fits_the_original_model(method, tmp_path):
+    """What `nn.weight_start` changed goes into the file: PEFT adds it to the original weights."""
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"proj": torch.nn.Linear(24, 16)}).eval()
+    original = nnx.Dict(proj=nnx.Linear(24, 16, rngs=nnx.Rngs(0)))
+    original.proj.kernel[...] = jnp.asarray(model["proj"].weight.detach().numpy().T)
+    original.proj.bias[...] = jnp.asarray(model["proj"].bias.detach().numpy())
+    ours = nnx.clone(original)
+    config = nn.LoRAConfig(3, 6.0, rslora=True)
+    nn.add_lora(ours, "proj", config, rngs=nnx.Rngs(1))
+    nn.weight_start(ours, method, progress=False)
+    ours.proj.lora_b[...] += 0.1
+    save_peft(tmp_path / "out", ours, original=original, use_rslora=True)
+    loaded = peft.PeftModel.from_pretrained(model, tmp_path / "out").eval()
+    x = torch.randn(5, 24)
+    with torch.no_grad():
+        theirs = loaded.base_model.model["proj"](x).numpy()
+    np.testing.assert_allclose(ours.proj(jnp.asarray(x.numpy())), theirs, atol=1e-4)

@@ -261,7 +261,6 @@ def test_stacked_layers_get_stacked_factors():
         (["query", "valeu"], {}, r"match no module: valeu\."),
         ([], {}, "targets is empty"),
         ("norm", {}, "layers/0/norm is a LayerNorm"),
-        ("embed", {}, "embed is a Embed"),
         ("attention", {}, "layers/0/attention is a MultiHeadAttention"),
         (lambda path, module: False, {}, "the predicate"),
         ("query", {"rank": 0}, "rank must be at least 1"),

@@ -31,7 +31,7 @@ PACKAGES_peft  := 'torch==2.13.0' 'peft==0.21.2' 'pytorch_optimizer==4.1.0' 'tra
 PACKAGES_jax   := 'qwix==0.1.8' 'google-tunix==0.1.7' 'keras==3.15.1' 'equinox==0.13.8' 'quax==0.4.6' safetensors typer
 PACKAGES_gemma := 'gemma==4.0.1' 'sentencepiece==0.2.2' safetensors
 PACKAGES_easydel := 'easydel==0.3.0' 'torch==2.13.0' 'pillow==13.0.0'
-TESTS_peft     := test_torch_peft.py test_torch_optimizers.py
+TESTS_peft     := test_torch_peft.py test_torch_optimizers.py test_torch_layers.py
 TESTS_jax      := test_equinox.py test_flax.py test_keras.py test_quax.py test_qwix.py test_tunix.py
 TESTS_gemma    := test_gemma.py
 TESTS_easydel  := test_easydel.py

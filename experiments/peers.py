@@ -21,6 +21,21 @@ HIGHLIGHTS = (
 """What runs where all peers would take too long."""
 
 
+OTHERS = (
+    "scaled-adamw",
+    "lora-fa",
+    "lora-pro",
+    "lora-pro-efficient",
+    "reflora",
+    "reflora-scalar",
+    "lora-soap",
+    "adamw-pissa",
+    "adamw-olora",
+    "polora-pissa",
+)
+"""Further optimizers, and starts from the weights, on four studies."""
+
+
 def around(rate: float, count: int = 5) -> tuple[float, ...]:
     """Returns `count` rates of the grid 1, 3, 10, … around one of it.
 
@@ -62,6 +77,12 @@ def peers(adamw: float, polora: float, count: int = 5) -> dict[str, tuple[float,
         "sds-lora-start": tenth,
         "full-adamw": tenth,
     }
+    return {method: around(center, count) for method, center in centers.items()}
+
+
+def others(adamw: float, polora: float, count: int = 5) -> dict[str, tuple[float, ...]]:
+    """Returns the learning rates of what else a user might pick; see `peers`."""
+    centers = dict.fromkeys(OTHERS, adamw) | {"polora-pissa": polora}
     return {method: around(center, count) for method, center in centers.items()}
 
 

@@ -11,14 +11,15 @@ an hour beside other work, `rank-32` half an hour, two methods left out. Expect 
 LoRA+, and LoRA+ ahead of AdamW: docs/results/cifar-transfer.md.
 """
 
-from experiments.peers import peers
+from experiments.peers import others, peers
 from experiments.studies import cifar
 
 STUDY = cifar.STUDY.model_copy(
     update={
         "task": "cifar-transfer",
         "task_options": {**cifar.STUDY.task_options, "pretrain_steps": 600},
-        "learning_rates": peers(adamw=1e-2, polora=0.3, count=3),
+        "learning_rates": peers(adamw=1e-2, polora=0.3, count=3)
+        | others(adamw=1e-2, polora=0.3, count=3),
         "variants": {
             "peers": {},
             "rank-32": {

@@ -13,7 +13,7 @@ AdamW, full fine-tuning ahead of both, and AltLoRA behind: docs/results/digits.m
 """
 
 from experiments.hunt import attempts
-from experiments.peers import highlights, peers
+from experiments.peers import highlights, others, peers
 from experiments.schema import Plan
 from experiments.study import Study
 
@@ -26,7 +26,7 @@ PAPERS = {
 STUDY = Study(
     task="digits",
     plan=Plan(steps=150, eval_every=5, head_learning_rate=3e-3),
-    learning_rates=peers(adamw=1e-2, polora=0.3),
+    learning_rates=peers(adamw=1e-2, polora=0.3) | others(adamw=1e-2, polora=0.3),
     seeds=tuple(range(10)),  # its validation split is small
     variants={
         "peers": {},

@@ -15,7 +15,7 @@ cores of 30 GFLOP/s each in single precision, 26 for `papers-all-linear` on two 
 docs/results/glue-sst2.md.
 """
 
-from experiments.peers import highlights, peers
+from experiments.peers import highlights, others, peers
 from experiments.schema import Plan
 from experiments.study import Study
 
@@ -30,7 +30,7 @@ STUDY = Study(
     task="sst2",
     task_options={"batch_size": 16, "eval_limit": 872},
     plan=Plan(steps=200, eval_every=10, head_learning_rate=2e-3),
-    learning_rates=peers(adamw=3e-3, polora=0.1, count=3),
+    learning_rates=peers(adamw=3e-3, polora=0.1, count=3) | others(adamw=3e-3, polora=0.1, count=3),
     seeds=(0, 1, 2),
     variants={
         "peers-query-value": {"task_options.eval_limit": PEERS},

@@ -12,7 +12,7 @@ from the gradient, SDS-LoRA beside AdamW: docs/results/lm.md.
 """
 
 from experiments.hunt import attempts
-from experiments.peers import highlights, peers
+from experiments.peers import highlights, others, peers
 from experiments.schema import Plan
 from experiments.study import Study
 
@@ -41,7 +41,7 @@ STUDY = Study(
     task="lm",
     task_options={"eval_limit": 128},
     plan=Plan(steps=150, eval_every=6, head_learning_rate=1e-3),
-    learning_rates=peers(adamw=1e-2, polora=0.1),
+    learning_rates=peers(adamw=1e-2, polora=0.1) | others(adamw=1e-2, polora=0.1),
     seeds=(0, 1, 2),
     variants={
         "peers": {},

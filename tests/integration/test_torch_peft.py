@@ -200,15 +200,6 @@ def test_peft_places_a_nested_head(tmp_path):
         torch.testing.assert_close(loaded(TOKENS).logits, expected(TOKENS).logits)
 
 
-def test_dora_is_refused_by_name(tmp_path):
-    """DoRA, which we do not read, is refused by its name."""
-    model, _ = bert()
-    config = peft.LoraConfig(r=2, target_modules=["query"], use_dora=True)
-    peft.get_peft_model(model, config).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match="use_dora=True"):
-        read_peft(tmp_path)
-
-
 def test_a_saved_classifier_comes_along(tmp_path):
     """A classifier in `modules_to_save` comes along."""
     config = transformers.BertConfig(**SIZES, intermediate_size=48, vocab_size=50)

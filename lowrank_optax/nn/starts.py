@@ -259,6 +259,10 @@ def write_node(layer: LoRALayer, node: Any) -> None:
 def _checked(
     method: str, gamma: Any, keep_function: Any, iterations: Any, batches: Any
 ) -> tuple[float, bool]:
+    if method in ("pissa", "pissa_fast", "olora"):
+        raise ValueError(
+            f"{method!r} starts from the weights: call weight_start(model, {method!r})"
+        )
     check_choice("method", method, tuple(_BLOCKS))
     check_integer("iterations", iterations, least=0)
     gamma = _GAMMA[method] if gamma is None else gamma

@@ -237,6 +237,7 @@ ONE_TOKEN = [(x[:1], y[:1]) for x, y in BATCHES[:1]]
         ({"batches": ONE_TOKEN}, "first: the gradient has rank 1, but the start needs 2"),
         ({"batches": []}, "at least one batch"),
         ({"method": "svd"}, "`method` must be one of lora_one, lora_ga, frames"),
+        ({"method": "pissa"}, r"weight_start\(model, .pissa.\)"),
         ({"gamma": 0.0}, "`gamma` must be positive"),
         ({"iterations": -1}, "`iterations` must be at least 0"),
         ({"method": "frames"}, r"first: a start of frames needs .*Frames\(warmup=False\)"),

@@ -3,11 +3,11 @@
     python -m experiments demo            # four methods of `peers` (`make demo`)
     python -m experiments run digits --variant peers --jobs 2
 
-The variant `peers` compares 14 methods with ten seeds, `papers` AdamW with AltLoRA and AltLoRA+ in
+The variant `peers` compares 24 methods with ten seeds, `papers` AdamW with AltLoRA and AltLoRA+ in
 the alternating order with three. No download: the images come with scikit-learn. Learning rates are
 chosen on the validation split and the test is only reported.
 
-Cost: `peers` 8 minutes on 2 CPU cores beside other work, the attempts of the hunt 7, `papers` 2 to
+Cost: `peers` 19 minutes on 2 CPU cores beside other work, the attempts of the hunt 7, `papers` 2 to
 3; `constant` was not run yet. Expect PoLoRA ahead of
 AdamW, full fine-tuning ahead of both, and AltLoRA behind: docs/results/digits.md.
 """

@@ -28,6 +28,11 @@ class Model(nnx.Module):
 model = Model()
 adapted = Model()
 nn.add_lora(adapted, "up", config, rngs=nnx.Rngs(2))
+other = nnx.Dict(
+    grouped=nnx.Conv(4, 8, (3,), feature_group_count=2, rngs=nnx.Rngs(0)),
+    embed=nnx.Embed(9, 6, rngs=nnx.Rngs(0)),
+    zeros=nnx.Linear(6, 5, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0)),
+)
 loss_fn = lambda model, x: jnp.mean(model(x) ** 2)
 dense = linen.Dense(5)
 """
@@ -53,6 +58,11 @@ MISTAKES = {
         "nn.add_lora(model, [], config, rngs=nnx.Rngs(0))",
         'nn.add_lora(adapted, "up", config, rngs=nnx.Rngs(0))',
         'nn.add_lora(model, "up", nn.LoRAConfig(rank=7), rngs=nnx.Rngs(0))',
+        'nn.add_lora(other, "grouped", config, rngs=nnx.Rngs(0))',
+        'nn.add_lora(other, "embed", nn.LoRAConfig(rank=2, dropout=0.1), rngs=nnx.Rngs(0))',
+        'nn.add_lora(other, "embed", nn.LoRAConfig(rank=2, extra=nn.Shadows()), rngs=nnx.Rngs(0))',
+        'nn.add_lora(other, "embed", nn.LoRAConfig(rank=2, dora=True), rngs=nnx.Rngs(0))',
+        'nn.add_lora(other, "zeros", nn.LoRAConfig(rank=2, dora=True), rngs=nnx.Rngs(0))',
         "nn.merge_lora(model)",
         "nn.gradient_start(model, loss_fn, [jnp.ones((2, 6))])",
         "nn.gradient_start(adapted, loss_fn, [])",

@@ -1,5 +1,7 @@
 """Convolutions, embeddings and DoRA: outputs and gradients equal to those of PEFT in torch."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +13,7 @@ from lowrank_optax.adapters import load_peft, read_peft, save_peft
 
 WHY = "`make integration` has an environment with it"
 peft = pytest.importorskip("peft", reason=WHY)
-torch = pytest.importorskip("torch", reason=WHY)
+torch: Any = pytest.importorskip("torch", reason=WHY)
 
 pytestmark = pytest.mark.libraries("peft", "torch")
 

@@ -102,17 +102,21 @@ def diff(one: Adapter, two: Adapter, as_json: AsJson = False) -> None:
                 "angle_a": _largest(of_a),
                 "angle_b": _largest(of_b),
                 "distance": _distance(x, y, *scales),
+                "magnitudes": _apart(first, second, name),
             }
     if as_json:
         for each in found.values():
             each["distance"] = _finite(each["distance"])
         typer.echo(json.dumps({"modules": found, "in_one_alone": alone}, indent=2))
         return
-    table = _table("largest principal angles, in degrees", "of a", "of b", "‖ΔK₁ − ΔK₂‖ / ‖ΔK₁‖")
+    has_dora = any(each["magnitudes"] is not None for each in found.values())
+    headings = ["of a", "of b", "‖ΔK₁ − ΔK₂‖ / ‖ΔK₁‖", *["‖m₁ − m₂‖ / ‖m₁‖"] * has_dora]
+    table = _table("largest principal angles, in degrees", *headings)
     for name, each in found.items():
-        table.add_row(
-            name, f"{each['angle_a']:.1f}", f"{each['angle_b']:.1f}", f"{each['distance']:.3g}"
-        )
+        cells = [f"{each['angle_a']:.1f}", f"{each['angle_b']:.1f}", f"{each['distance']:.3g}"]
+        apart = each["magnitudes"]
+        cells += ["in one alone" if apart is None else f"{apart:.3g}"] * has_dora
+        table.add_row(name, *cells)
     _OUT.print(table)
     if alone:
         _OUT.print(f"in one of them alone: {', '.join(alone)}", markup=False)
@@ -253,6 +257,14 @@ def _draw(found: dict[str, Spectrum], path: Path) -> None:
 
 def _largest(angles: np.ndarray) -> float:
     return float(np.max(angles, initial=0.0))
+
+
+def _apart(first: Any, second: Any, name: str) -> float | None:
+    """The distance of DoRA's magnitudes, relative to the first; None where one has none."""
+    if name not in first.magnitudes or name not in second.magnitudes:
+        return None
+    one, two = (np.asarray(file.magnitude(name), float) for file in (first, second))
+    return float(np.linalg.norm(one - two) / np.linalg.norm(one))
 
 
 def _distance(one: Any, two: Any, scale_one: float, scale_two: float) -> float:

@@ -385,3 +385,18 @@ def test_a_missing_extra_is_named():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert "pip install 'lowrank-optax[cli]'" in done.stderr
+
+
+def test_diff_compares_the_magnitudes_of_dora(tmp_path):
+    config = PeftConfig.of({"q": 3}, {"q": 2.0}, use_dora=True)
+    one = pair(0)
+    for name, factor in (("one", 1.0), ("two", 4.0)):
+        magnitudes = {"q": jnp.full(8, factor)}
+        write_peft(tmp_path / name, config, {"q": one}, {}, magnitudes=magnitudes)
+    code, output = run("diff", tmp_path / "one", tmp_path / "two", "--json")
+    assert code == 0, output
+    found = json.loads(output)["modules"]["q"]
+    assert found["distance"] < 1e-6
+    assert found["magnitudes"] == pytest.approx(3.0)
+    code, output = run("diff", tmp_path / "one", tmp_path / "two")
+    assert "‖m₁ − m₂‖" in output

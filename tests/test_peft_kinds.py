@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen, nnx
 
-from lowrank_optax import nn
+from lowrank_optax import LoRAPair, nn
 from lowrank_optax.adapters import load_peft, read_peft, save_peft
 from lowrank_optax.adapters.peft_file import CONFIG, WEIGHTS
 
@@ -121,3 +121,52 @@ def test_magnitudes_that_do_not_fit_are_named(tmp_path):
     save_file({name: x for name, x in tensors.items() if name != key}, weights)
     with pytest.raises(ValueError, match="use_dora=True, but the file has magnitudes of conv"):
         read_peft(tmp_path / "one")
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda rngs: nnx.Conv(2, 4, (3, 3), rngs=rngs), r"a convolution \(3, 3\)"),
+        (lambda rngs: nnx.Linear(18, 4, rngs=rngs), "linear"),
+        (lambda rngs: nnx.Embed(18, 4, rngs=rngs), "an embedding"),
+    ],
+)
+def test_layers_of_another_kind_with_factors_of_one_shape_are_refused(make, said, tmp_path):
+    config = nn.LoRAConfig(rank=2)
+    model = nnx.Dict(c=nnx.Conv(2, 4, (9, 1), rngs=nnx.Rngs(0)))
+    other = nnx.Dict(c=make(nnx.Rngs(0)))
+    for each in (model, other):
+        nn.add_lora(each, "c", config, rngs=nnx.Rngs(1))
+    save_peft(tmp_path / "one", model)
+    with pytest.raises(
+        ValueError, match=rf"c: is {said}, but c in the file a convolution \(9, 1\)"
+    ):
+        load_peft(tmp_path / "one", other)
+
+
+@pytest.mark.parametrize("window", [(3, 3), (0,), (2.0,), "ab"])
+def test_windows_that_do_not_fit_are_named(window, tmp_path):
+    tree = {"conv": LoRAPair(jnp.ones((10, 2)), jnp.ones((2, 4)))}
+    with pytest.raises(ValueError, match=r"conv: `windows` has .* which is no window"):
+        save_peft(tmp_path / "one", tree, scale=1.0, windows={"conv": window})
+    with pytest.raises(ValueError, match="must be windows by path"):
+        save_peft(tmp_path / "one", tree, scale=1.0, windows=["conv"])
+    both = {"windows": {"conv": 5}, "embeddings": ["conv"]}
+    with pytest.raises(ValueError, match="conv: is in `embeddings` and in `windows`"):
+        save_peft(tmp_path / "one", tree, scale=1.0, **both)
+    assert not (tmp_path / "one").exists()
+
+
+@pytest.mark.parametrize("shape", [(6, 40), (40, 6)])
+def test_a_start_is_exported_whichever_side_is_longer(shape, tmp_path):
+    model = nnx.Dict(d=nnx.Linear(*shape, rngs=nnx.Rngs(0)))
+    original = nnx.clone(model)
+    nn.add_lora(model, "d", nn.LoRAConfig(rank=2), rngs=nnx.Rngs(1))
+    nn.weight_start(model, progress=False)
+    model.d.lora_b[...] += 0.1
+    save_peft(tmp_path / "one", model, original=original)
+    found = read_peft(tmp_path / "one")
+    pair = found.pairs["d"]
+    kernel = original.d.kernel[...] + found.scales["d"] * pair.a @ pair.b
+    nn.merge_lora(model)
+    np.testing.assert_allclose(kernel, model.d.kernel[...], atol=1e-5)

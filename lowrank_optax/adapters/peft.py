@@ -1,9 +1,9 @@
 """PEFT import and export of models and parameter trees."""
 
 import os
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,13 @@ from flax import nnx
 
 from lowrank_optax._core.layouts import PairMatcher
 from lowrank_optax._core.linalg import SIDES, compute_dtype
-from lowrank_optax._core.names import MAGNITUDE, join_keys
+from lowrank_optax._core.names import join_keys
 from lowrank_optax._core.nodes import LoRAPair
-from lowrank_optax._core.pairing import Pairing, find_pairs
-from lowrank_optax._core.scales import scales
+from lowrank_optax._core.pairing import find_pairs
 from lowrank_optax.adapters.name_maps import Module, Names, joined, modules_of
 from lowrank_optax.adapters.pairs import compress, plain_pair
 from lowrank_optax.adapters.peft_config import PeftConfig
+from lowrank_optax.adapters.peft_entries import Entry, entries, magnitude_path
 from lowrank_optax.adapters.peft_file import PeftAdapter, read_peft, write_peft
 from lowrank_optax.nn.nnx_bases import kernel_name, kernel_of
 from lowrank_optax.nn.nnx_surgery import find_lora_layers, lora_layers
@@ -98,7 +98,7 @@ def save_peft(
     as_embeddings, as_windows, magnitudes = set(), {}, {}
     if original is None:
         _require_uncorrected(source, "give `original`, the model as it was before the start")
-    for entry in _entries(source, specs, scale, embeddings, windows):
+    for entry in entries(source, specs, scale, embeddings, windows):
         change = None if original is None else _change(source, original, entry.path)
         pair, error = _written_pair(entry, rank, change)
         for module in modules_of(entry.path, pair, names):
@@ -178,88 +178,27 @@ def load_peft(
             " `read_peft(folder).others` into the model yourself, and load the pairs with"
             " `ignore_others=True`"
         )
-    entries = list(_entries(target, specs, scale))
+    found_entries = list(entries(target, specs, scale))
     layers = lora_layers(target) if isinstance(target, nnx.Module) else {}
     for path, layer in layers.items():
         _require_unmerged(path, layer)
     _require_uncorrected(target, "load into a model with its own kernels")
-    modules = [modules_of(entry.path, entry.node, names) for entry in entries]
+    modules = [modules_of(entry.path, entry.node, names) for entry in found_entries]
     wanted = {module.name for each in modules for module in each}
     _require_same_names(folder, wanted, set(adapter.pairs))
-    each = list(zip(entries, modules, strict=True))
+    each = list(zip(found_entries, modules, strict=True))
     loaded = [_loaded(entry, of_entry, adapter) for entry, of_entry in each]
     magnitudes = [_loaded_magnitude(folder, entry, of_entry, adapter) for entry, of_entry in each]
     if isinstance(target, nnx.Module):
-        for entry, pair, magnitude in zip(entries, loaded, magnitudes, strict=True):
+        for entry, pair, magnitude in zip(found_entries, loaded, magnitudes, strict=True):
             _put_into(layers[entry.path], pair, magnitude)
         return target
     found = find_pairs(target, specs)
     leaves = found.treedef.flatten_up_to(found.merge(found.put(loaded, target), found.rest(target)))
-    for entry, magnitude in zip(entries, magnitudes, strict=True):
+    for entry, magnitude in zip(found_entries, magnitudes, strict=True):
         if magnitude is not None:
-            leaves[found.paths.index(_magnitude_path(entry.path))] = magnitude
+            leaves[found.paths.index(magnitude_path(entry.path))] = magnitude
     return found.treedef.unflatten(leaves)
-
-
-class _Entry(NamedTuple):
-    """One pair of a source: its path, node and forward scale, and what else its layer says."""
-
-    path: str
-    node: Any
-    scale: Any
-    magnitude: Any = None
-    is_embedding: bool = False
-    window: tuple[int, ...] = ()
-
-
-def _entries(
-    source: Any,
-    specs: Sequence[PairMatcher] | None,
-    scale: Any,
-    embeddings: Collection[str] = (),
-    windows: Mapping[str, Sequence[int]] = MappingProxyType({}),
-) -> Iterator[_Entry]:
-    if isinstance(source, nnx.Module):
-        if scale is not None or embeddings or windows:
-            raise ValueError(
-                "an NNX model knows the scales and kinds of its layers: leave `scale`, `embeddings`"
-                " and `windows` out"
-            )
-        for path, layer in lora_layers(source).items():
-            base = layer.base
-            yield _Entry(
-                path,
-                layer.pair,
-                layer.scale,
-                layer.lora_magnitude[...] if layer.lora.dora else None,
-                isinstance(base, nnx.Embed),
-                tuple(base.kernel_size) if isinstance(base, nnx.Conv) else (),
-            )
-        return
-    found: Pairing = find_pairs(source, specs)
-    if not found.pairs:
-        raise ValueError("the parameters hold no LoRA pairs")
-    if scale is None:
-        raise ValueError(
-            "a tree of parameters does not hold the scales of its pairs: give `scale`, as to the"
-            " optimizer"
-        )
-    paths = {at.path for at in found.pairs}
-    if unknown := sorted({*embeddings, *windows} - paths):
-        raise ValueError(
-            f"`embeddings` and `windows` name no pair: {', '.join(unknown)}; the pairs are"
-            f" {', '.join(sorted(paths))}"
-        )
-    leaves = found.treedef.flatten_up_to(source)
-    at_path = dict(zip(found.paths, leaves, strict=True))
-    for at, node, value in zip(found.pairs, found.take(source), scales(found, scale), strict=True):
-        magnitude = at_path.get(_magnitude_path(at.path))
-        window = tuple(windows.get(at.path, ()))
-        yield _Entry(at.path, node, value, magnitude, at.path in embeddings, window)
-
-
-def _magnitude_path(path: str) -> str:
-    return join_keys(filter(None, [path, MAGNITUDE]))
 
 
 def _change(model: Any, original: nnx.Module, path: str) -> jax.Array:
@@ -314,14 +253,16 @@ def _require_uncorrected(model: Any, remedy: str) -> None:
 
 
 def _written_pair(
-    entry: "_Entry", rank: int | None, change: jax.Array | None
+    entry: "Entry", rank: int | None, change: jax.Array | None
 ) -> tuple[LoRAPair, jax.Array]:
     """A node as the plain pair that is written, and the error of each."""
     node = entry.node
     if change is not None and jnp.any(change):
-        *batch, _, n_out = change.shape
-        eye = jnp.broadcast_to(jnp.eye(n_out), (*batch, n_out, n_out))
-        further, error = compress(LoRAPair(change / entry.scale, eye), node.a.shape[-1])
+        *batch, n_in, n_out = change.shape
+        difference = change / entry.scale
+        eye = jnp.broadcast_to(jnp.eye(min(n_in, n_out)), (*batch, *[min(n_in, n_out)] * 2))
+        dense = LoRAPair(difference, eye) if n_out < n_in else LoRAPair(eye, difference)
+        further, error = compress(dense, node.a.shape[-1])
         plain = plain_pair(node)
         joined = LoRAPair(
             jnp.concatenate([plain.a, further.a], axis=-1),
@@ -338,11 +279,12 @@ def _written_pair(
     return plain, jnp.zeros(plain.a.shape[:-2])
 
 
-def _loaded(entry: _Entry, modules: Sequence[Module], adapter: PeftAdapter) -> LoRAPair:
+def _loaded(entry: Entry, modules: Sequence[Module], adapter: PeftAdapter) -> LoRAPair:
     """The pair of an entry from those of its modules, which must fit."""
     node = entry.node
     for module in modules:
         name, found = module.name, adapter.pairs[module.name]
+        _require_same_kind(entry, name, adapter)
         theirs, own = adapter.config.scale(name), float(entry.scale)
         if abs(theirs - own) > 1e-6 * own:
             raise ValueError(
@@ -360,8 +302,21 @@ def _loaded(entry: _Entry, modules: Sequence[Module], adapter: PeftAdapter) -> L
     return jax.tree.map(lambda x, y: x.astype(y.dtype), pair, LoRAPair(node.a, node.b))
 
 
+def _require_same_kind(entry: Entry, name: str, adapter: PeftAdapter) -> None:
+    """Refuses a module of another kind than the layer; a tree does not know its layers."""
+    if not entry.knows_layer:
+        return
+    said = lambda is_embedding, window: (
+        "an embedding" if is_embedding else f"a convolution {window}" if window else "linear"
+    )
+    own = said(entry.is_embedding, entry.window)
+    theirs = said(name in adapter.embeddings, tuple(adapter.windows.get(name, ())))
+    if own != theirs:
+        raise ValueError(f"{entry.path}: is {own}, but {name} in the file {theirs}")
+
+
 def _loaded_magnitude(
-    folder: Any, entry: _Entry, modules: Sequence[Module], adapter: PeftAdapter
+    folder: Any, entry: Entry, modules: Sequence[Module], adapter: PeftAdapter
 ) -> jax.Array | None:
     """DoRA's magnitudes of an entry from those of its modules."""
     own = entry.magnitude

@@ -163,7 +163,8 @@ class LoRAConfig:
         rank: r, at least 1 and at most min(in, out) of every adapted kernel.
         alpha: positive numerator of the scale.
         rslora: divide by the square root of the rank instead of the rank.
-        dora: train the norms of the kernel's columns beside the factors (DoRA). They are the leaves
+        dora: train the norms of the kernel's columns beside the factors (DoRA), of linear maps and
+            convolutions. They are the leaves
             `lora_magnitude`, no pairs, and so the optimizer's `fallback` trains them: where the
             rate of a method is not AdamW's, as with `polora`, give it `optax.adamw(1e-3)`, say.
         dropout: probability in [0, 1) of dropping an entry of the adapter's input.

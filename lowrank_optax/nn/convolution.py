@@ -118,7 +118,9 @@ class Convolution:
         batch, channels = x.shape[: -d - 1], x.shape[-1]
         x = self._padded(x.reshape(-1, *x.shape[-d - 1 :]))
         limits = np.array(x.shape[1:-1]) - self._spans()
-        counts = limits // np.array(self.strides) + 1
+        counts = np.maximum(limits // np.array(self.strides) + 1, 0)
+        if not counts.all():  # the window fits nowhere
+            return jnp.zeros((*batch, *counts, channels * math.prod(self.window)), x.dtype)
 
         def at(place: tuple[int, ...]) -> jax.Array:
             first = np.array(place) * self.kernel_dilation

@@ -60,20 +60,21 @@ def require_for_dora(layer: Any, linear: tuple[type, ...], path: str) -> None:
 
     Args:
         layer: the layer.
-        linear: the kinds that are.
+        linear: the kinds that are, and subclasses of them with the same `__call__`.
         path: its path, for the message.
 
     Raises:
         ValueError: it is of another kind.
 
     Example:
-        >>> require_for_dora(1.0, (float,), "q")
+        >>> from flax import nnx
+        >>> require_for_dora(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), (nnx.Linear,), "q")
     """
-    if not isinstance(layer, linear):
-        names = ", ".join(kind.__name__ for kind in linear)
+    if not any(type(layer).__call__ is kind.__call__ for kind in linear):
+        names = ", ".join(kind.__name__ for kind in linear if kind.__module__.startswith("flax"))
         raise ValueError(
-            f"{path}: DoRA adapts {names} of Flax, and this is a {type(layer).__name__}; adapt it"
-            " without `dora`"
+            f"{path}: DoRA adapts {names} of Flax, and this is a {type(layer).__name__}, or has its"
+            " own __call__; adapt it without `dora`"
         )
 
 
@@ -81,13 +82,19 @@ def initial_magnitudes(kernel: jax.Array, axes: KernelAxes, path: str) -> jax.Ar
     """Computes the norms of a kernel's columns, from which the magnitudes start.
 
     Raises:
-        ValueError: a kernel that is not floating, or a column of zeros, which has no direction.
+        ValueError: a kernel that is not floating, or has no numbers yet, or a column of zeros,
+            which has no direction. Where it is traced, a column of zeros is not seen.
 
     Example:
         >>> initial_magnitudes(2 * jnp.eye(2), KernelAxes.in_order(0, 1, 1), "q").tolist()
         [2.0, 2.0]
     """
-    if not jnp.issubdtype(kernel.dtype, jnp.floating):
+    if isinstance(kernel, jax.ShapeDtypeStruct):
+        raise ValueError(
+            f"{path}: DoRA needs the norms of the kernel's columns, and the kernel has no numbers"
+            " yet; restore the weights first"
+        )
+    if why_not_mergeable(kernel.dtype):
         raise ValueError(
             f"{path}: DoRA needs the norms of the kernel's columns, and the kernel is of"
             f" {kernel.dtype}; adapt it without `dora`"
@@ -156,7 +163,8 @@ def add_directional_adapter(
         bias: the layer's bias, which is not scaled.
 
     Returns:
-        The output, in the shape and dtype of `y`; `y` itself, bit for bit, where m = ‖V‖ and b = 0.
+        The output, in the shape and dtype of `y`; `y` itself where m = ‖V‖ and b = 0, up to how a
+        compiled program rounds the norms.
 
     Example:
         >>> from lowrank_optax import LoRAPair
@@ -180,7 +188,9 @@ def add_directional_adapter(
 
         return meshes.reshard_like(use.adapt(over_tokens, x, pair, y.dtype, kernel.shape), y)
 
-    ratio = spread((magnitude / norms).astype(wide))
+    # A column of zeros that was not seen when it was made stays finite.
+    ratio = jnp.where(norms > 0, magnitude / jnp.where(norms > 0, norms, 1), 1)
+    ratio = spread(ratio.astype(wide))
     linear = y.astype(wide)
     if bias is not None:
         linear -= spread(use.flatten_bias(bias, kernel.shape).astype(wide))

@@ -187,6 +187,7 @@ class LoRAEinsumDense(nn.Einsum):
 
 
 LoRAModule = LoRADense | LoRADenseGeneral | LoRAEinsumDense
+_OWN = (LoRADense, LoRADenseGeneral, LoRAEinsumDense)
 
 
 def adapted_output(
@@ -228,8 +229,13 @@ def adapted_output(
         keep = meshes.reshard_like(keep, x)
         x = jnp.where(keep, x / (1 - config.dropout), jnp.zeros_like(x))
     if not config.dora:
+        if layer.has_variable(COLLECTION, MAGNITUDE):
+            raise ValueError(
+                f"{path}: the variables hold DoRA's magnitudes, but the config has none; use the"
+                " config that the adapter was made with"
+            )
         return add_adapter(y, x, pair, config, use, kernel_shape)
-    require_for_dora(layer, LINEAR, path)
+    require_for_dora(layer, (*LINEAR, *_OWN), path)
     kernel = nn.meta.unbox(layer.get_variable("params", kernel_name(layer)))
     bias = nn.meta.unbox(layer.get_variable("params", "bias"))
     if not layer.has_variable(COLLECTION, MAGNITUDE):

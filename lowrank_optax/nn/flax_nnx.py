@@ -19,6 +19,7 @@ leading axes. Stacks along other axes than the leading ones are not supported.
 """
 
 import inspect
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -117,7 +118,7 @@ class LoRALayer(nnx.Module):
             setattr(self, name, nnx.LoRAParam(leaf))
         if lora.dora:
             require_for_dora(base, LINEAR, path)
-            start = initial_magnitudes(self.kernel[...], self.axes, path)
+            start = initial_magnitudes(self.kernel.get_value(), self.axes, path)
             self.lora_magnitude = nnx.LoRAParam(start)
         self.merged = self.corrected = False
         self.dropout: nnx.Dropout | None = nnx.data(None)
@@ -152,6 +153,12 @@ class LoRALayer(nnx.Module):
         if base is None or name.startswith("_"):
             raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
         value = getattr(base, name)
+        if isinstance(base, nnx.Embed) and name == "embedding" and not vars(self).get("merged"):
+            warnings.warn(
+                f"{type(base).__name__}.embedding is the table without its adapter; use `attend`,"
+                " or merge the adapter first",
+                stacklevel=2,
+            )
         if inspect.ismethod(value):
             raise AttributeError(
                 f"{type(base).__name__}.{name} would pass by the adapter; call the layer itself, or"

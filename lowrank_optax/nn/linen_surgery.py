@@ -17,7 +17,8 @@ Training only the adapters:
 
 The `with` belongs inside the function that is jitted: the interceptor acts while JAX traces, and a
 function traced outside of it ignores the adapters. Pretrained parameters get adapters by
-`model.apply({'params': params}, x, mutable=['lora'], rngs={'lora': key})`.
+`model.apply({'params': params}, x, mutable=['lora'], rngs={'lora': key})`. With DoRA there is no
+other way: its magnitudes are the norms of the kernels that they are made with.
 """
 
 import contextlib
@@ -131,11 +132,11 @@ def lora_interceptor(
         finally:
             running.pop()
         inputs, einsum_str = read_call(context.orig_method, args, kwargs)
-        if isinstance(layer, nn.Embed) and context.method_name == "attend":
-            return attended_output(layer, config, inputs, y)
         use = _use_of(layer, path, inputs, einsum_str)
         adapter = LinenAdapter(use.kernel_axes, config.scale, kernel_name(layer))
         _record(adapters, path, adapter)
+        if attends and isinstance(layer, nn.Embed):
+            return attended_output(layer, config, inputs, y)
         return adapted_output(layer, config, use, inputs, y, deterministic=deterministic)
 
     with nn.intercept_methods(intercept):

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from lowrank_optax._core import meshes
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax.nn.config import LoRAConfig, Shadows
 from lowrank_optax.nn.kernel_axes import KernelAxes
@@ -49,7 +50,7 @@ class Lookup:
         tokens = jnp.zeros_like(x) if kernel_shape[-2] == 1 else x
         by_token = {name for name, axis in pair.long_axes().items() if axis[0] == "in"} | {"a"}
         rows = {
-            name: jnp.take(getattr(pair, name), tokens, axis=0)[..., None, :] for name in by_token
+            name: meshes.take_rows(getattr(pair, name), tokens)[..., None, :] for name in by_token
         }
         return apply(jnp.ones((*x.shape, 1, 1), dtype), pair._replace(**rows))[..., 0, :]
 

@@ -27,6 +27,7 @@ from lowrank_optax._core.pairing import find_pairs
 from lowrank_optax._core.scales import scales
 from lowrank_optax._core.sketch import Triplets, leading_triplets
 from lowrank_optax.nn.config import Frames, LoRAConfig
+from lowrank_optax.nn.dora import initial_magnitudes
 from lowrank_optax.nn.flax_nnx import LoRALayer
 from lowrank_optax.nn.functional import merge_kernel, why_not_mergeable
 from lowrank_optax.nn.nnx_merging import refuse_shared_kernels
@@ -120,7 +121,7 @@ def gradient_start(
         _require_rank(path, triplets[path], layer.lora.rank * _BLOCKS[method])
     for index, (path, layer) in enumerate(layers.items(), start=1):
         key = jax.random.fold_in(jax.random.key(seed), index)  # key(seed) began the iteration
-        _start(layer, method, triplets[path], gamma, keep_function, key)
+        _start(path, layer, method, triplets[path], gamma, keep_function, key)
     return {path: found.values for path, found in triplets.items()}
 
 
@@ -329,6 +330,7 @@ def _require_rank(path: str, triplets: Triplets, rank: int) -> None:
 
 
 def _start(
+    path: str,
     layer: LoRALayer,
     method: str,
     triplets: Triplets,
@@ -341,6 +343,9 @@ def _start(
     if method != "frames" and layer.lora.extra is not None:
         node = layer.lora.extra.add_to(node, key)
     write_node(layer, node)
+    if layer.lora.dora:
+        norms = initial_magnitudes(layer.kernel[...], layer.axes, path)
+        layer.lora_magnitude[...] = norms
     if keep_function:
         kernel, layer.corrected = layer.kernel, True
         kernel[...] = merge_kernel(kernel[...], layer.pair, -layer.scale, layer.axes)

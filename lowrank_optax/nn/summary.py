@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lowrank_optax._core.layouts import PairMatcher
+from lowrank_optax._core.names import MAGNITUDE
 from lowrank_optax._core.pairing import Pairing, find_pairs
 from lowrank_optax._core.scales import scales
 from lowrank_optax.nn.nnx_surgery import find_lora_layers
@@ -48,7 +49,7 @@ class LoRASummary:
     Attributes:
         rows: one `AdapterSummary` for each adapter.
         trained: how many numbers all factors have.
-        fallback: how many numbers every other leaf has, by path; empty where that was not asked.
+        fallback: how many numbers every other leaf has, by path: of a model DoRA's magnitudes.
     """
 
     def __init__(
@@ -131,9 +132,16 @@ def lora_summary(model: Any, scale: Any = None) -> LoRASummary:
         └──────────┴──────────┴─────┴─────┴──────┴───────┴─────────┘
     """
     if isinstance(model, nnx.Module):
-        layers = [(path, layer.pair, layer.scale) for path, layer in find_lora_layers(model)]
+        layers = dict(find_lora_layers(model))
+        pairs = [(path, layer.pair, layer.scale) for path, layer in layers.items()]
+        magnitudes = {
+            f"{path}/{MAGNITUDE}": layer.lora_magnitude.size
+            for path, layer in layers.items()
+            if layer.lora.dora
+        }
         return LoRASummary(
-            [_row(path, type(x), tuple(x.a.shape), tuple(x.b.shape), s) for path, x, s in layers]
+            [_row(path, type(x), tuple(x.a.shape), tuple(x.b.shape), s) for path, x, s in pairs],
+            magnitudes,
         )
     return LoRASummary(_rows(find_pairs(model), model, scale))
 

@@ -174,3 +174,8 @@ def test_a_dense_stack_of_convolutions():
     y = run(x, model.layers[0])
     nn.merge_lora(model)
     np.testing.assert_allclose(run(x, model.layers[0]), y, rtol=1e-4, atol=1e-4)
+
+
+def test_a_window_that_fits_nowhere_gives_what_the_layer_gives():
+    model = adapted({"kernel_size": (5,), "padding": "VALID"})
+    assert model(jnp.ones((2, 2, C_IN))).shape == (2, 0, C_OUT)

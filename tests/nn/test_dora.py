@@ -222,3 +222,56 @@ def test_layers_that_are_made_together():
     assert stacked.lora_magnitude.shape == (3, 4)
     state = nnx.state(stacked, nnx.LoRAParam)
     polora(0.1).init(state)  # no warning that a magnitude looks like a factor
+
+
+def test_a_gradient_start_starts_the_magnitudes_too():
+    model, x = adapted(CASES["linear"][0]), jax.random.normal(jax.random.key(3), (9, 5))
+    base, layer = model.layers[0].base, model.layers[0]
+    layer.lora_magnitude[...] *= 1.5
+    before = base(x)
+    loss = lambda model, x: jnp.mean((model(x) - 1) ** 2)
+    nn.gradient_start(model, loss, [x], keep_function=True, progress=False)
+    np.testing.assert_allclose(model(x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_variables_with_magnitudes_need_a_config_with_dora():
+    dense, x = linen.Dense(4), jnp.ones((1, 5))
+    with nn.lora_interceptor(".*", CONFIG):
+        variables = dense.init(jax.random.key(0), x)
+    plain = nn.LoRAConfig(rank=2)
+    with (
+        nn.lora_interceptor(".*", plain),
+        pytest.raises(ValueError, match="variables hold DoRA's magnitudes"),
+    ):
+        dense.apply(variables, x)
+
+
+def test_zero_columns_that_nobody_could_see_stay_finite():
+    zeros = nnx.initializers.zeros
+
+    @nnx.jit
+    def make():
+        model = nnx.Sequential(nnx.Linear(3, 4, kernel_init=zeros, rngs=nnx.Rngs(0)))
+        nn.add_lora(model, "layers/0", nn.LoRAConfig(rank=2, dora=True), rngs=nnx.Rngs(1))
+        return model
+
+    np.testing.assert_array_equal(make()(jnp.ones((1, 3))), np.zeros((1, 4)))
+
+
+def test_layers_with_a_call_of_their_own_are_refused():
+    class Gained(nnx.Linear):
+        def __call__(self, x):
+            return 3.0 * super().__call__(x)
+
+    with pytest.raises(ValueError, match=r"layers/0: .*this is a Gained, or has its own __call__"):
+        adapted(lambda rngs: Gained(5, 4, rngs=rngs))
+
+
+def test_kernels_without_numbers_are_refused_by_name():
+    model = nnx.eval_shape(lambda: nnx.Sequential(nnx.Linear(5, 4, rngs=nnx.Rngs(0))))
+    with pytest.raises(ValueError, match=r"layers/0: .*restore the weights first"):
+        nn.add_lora(model, "layers/0", CONFIG, rngs=nnx.Rngs(1))
+
+
+def test_the_summary_counts_the_magnitudes():
+    assert nn.lora_summary(adapted(CASES["linear"][0])).fallback == {"layers/0/lora_magnitude": 4}

@@ -6,9 +6,11 @@ import numpy as np
 import optax
 import pytest
 from flax import linen, nnx
+from jax.sharding import AxisType, NamedSharding
 
 from lowrank_optax import altlora_plus, nn, polora, sds_lora
 
+P = jax.P
 SIZE, FEATURES = 7, 4
 TOKENS = jnp.array([[3, 0, 3], [6, 1, -1]])
 NORMAL = jax.nn.initializers.normal(1.0)
@@ -172,3 +174,53 @@ def test_a_start_from_the_gradient():
     before = loss(model, TOKENS)
     nn.gradient_start(model, loss, [TOKENS], gamma=16.0, progress=False)
     assert loss(model, TOKENS) < before
+
+
+def test_reading_the_table_of_an_adapted_embedding_warns():
+    model = adapted()
+    with pytest.warns(UserWarning, match="is the table without its adapter; use `attend`"):
+        assert model.embed.embedding.shape == (SIZE, FEATURES)
+    assert model.embed.features == FEATURES
+
+
+def test_a_linen_head_that_only_attends_merges():
+    class Head(linen.Module):
+        def setup(self):
+            self.embed, self.dense = linen.Embed(SIZE, FEATURES), linen.Dense(FEATURES)
+
+        def __call__(self, x):
+            return self.embed.attend(self.dense(x))
+
+    x = jnp.ones((1, 3))
+    with nn.lora_interceptor("embed", nn.LoRAConfig(rank=2, b_init=NORMAL)) as adapters:
+        y, variables = Head().init_with_output(jax.random.key(0), x)
+    merged = nn.merge_lora_variables(variables, adapters)
+    np.testing.assert_allclose(Head().apply({"params": merged}, x), y, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("table", [P(), P("model"), P(None, "model")], ids=str)
+def test_on_an_explicit_mesh_the_output_lies_as_the_tokens(table):
+    explicit = (AxisType.Explicit,) * 2
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=explicit, devices=jax.devices()[:4])
+    tokens = jax.random.randint(jax.random.key(0), (4, 6), 0, 8)
+    model = nnx.Sequential(nnx.Embed(8, FEATURES, rngs=nnx.Rngs(0)))
+    nn.add_lora(model, "layers/0", nn.LoRAConfig(rank=2, b_init=NORMAL), rngs=nnx.Rngs(1))
+    layer = model.layers[0]
+    expected = layer(tokens)
+    loss = lambda layer, tokens, place: jnp.sum(jnp.sin(layer(tokens, out_sharding=place)))
+    grad = nnx.grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))
+    wanted = nnx.grad(
+        lambda layer: jnp.sum(jnp.sin(layer(tokens))), argnums=nnx.DiffState(0, nnx.LoRAParam)
+    )(layer)
+    with jax.set_mesh(mesh):
+        put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
+        layer.base.embedding = nnx.Param(put(layer.base.embedding[...], P()))
+        layer.lora_a = nnx.LoRAParam(put(layer.lora_a[...], P(*table[:1])))
+        layer.lora_b = nnx.LoRAParam(put(layer.lora_b[...], P(None, *table[1:])))
+        spread = put(tokens, P("data"))
+        y = layer(spread, out_sharding=P("data"))
+        assert y.sharding.spec == P("data", None, None)
+        found = grad(layer, spread, P("data"))
+    np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+    for name in ("lora_a", "lora_b"):
+        np.testing.assert_allclose(found[name][...], wanted[name][...], rtol=1e-4, atol=1e-5)

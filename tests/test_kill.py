@@ -9,8 +9,7 @@ import jax
 import numpy as np
 
 from lowrank_optax import checkpoints
-from tests.conformance.methods import METHODS
-from tests.kill_worker import STEPS
+from tests.kill_worker import ROWS, STEPS
 
 ROOT = Path(__file__).parents[1]
 
@@ -37,7 +36,7 @@ def run(folder: Path, kill_at: int | None = None, touch: int | None = None) -> l
 
 
 def results(folder: Path):
-    return {m.name: checkpoints.read(folder / m.name, STEPS) for m in METHODS}
+    return {m.name: checkpoints.read(folder / m.name, STEPS) for m in ROWS}
 
 
 def test_a_killed_run_goes_on_bit_by_bit(tmp_path):
@@ -54,10 +53,10 @@ def test_a_killed_run_goes_on_bit_by_bit(tmp_path):
         if said[-1] == "done":
             break
         killed.append(said[-1].split())
-        assert len(killed) < 2 * STEPS * len(METHODS)
+        assert len(killed) < 2 * STEPS * len(ROWS)
     assert {"step", "touch"} == {what for what, *_ in killed}
     assert {"open", "os.mkdir", "os.rename"} <= {how for _, how, _ in killed}
-    assert {method.name for method in METHODS} == {name for *_, name in killed}
+    assert {method.name for method in ROWS} == {name for *_, name in killed}
     ours, whole = results(tmp_path / "killed"), results(tmp_path / "whole")
     assert {checkpoint.step for checkpoint in ours.values()} == {STEPS}
     jax.tree.map(np.testing.assert_array_equal, ours, whole)

@@ -190,8 +190,6 @@ def test_lora_rite_takes_steps_from_large_gradients():
 
 def test_lora_fa_is_that_of_peft():
     """PEFT's LoRA-FA, which freezes a and projects the gradient of b: `lora_fa`."""
-    if not hasattr(lowrank_optax, "lora_fa"):
-        pytest.skip("this version has no `lora_fa`")
     model = adapted()
     theirs = of_peft.create_lorafa_optimizer(model, RANK, ALPHA, RATE)
     settings = {"eps": 1e-6, "scale": ALPHA / RANK}

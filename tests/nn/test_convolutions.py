@@ -3,11 +3,11 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import linen, nnx
 
 from lowrank_optax import altlora_plus, nn, oplora, polora, sds_lora
+from tests.nn.training import train
 
 SETTINGS = [
     {"kernel_size": (3, 3)},
@@ -106,16 +106,7 @@ def test_methods_train_it(extra, make):
     model = adapted(settings, nn.LoRAConfig(rank=3, extra=extra))
     x = image(settings, (8,))
     target = nnx.Conv(C_IN, C_OUT, (3, 3), rngs=nnx.Rngs(5))(x)
-    optimizer = nnx.Optimizer(model, make(nn.lora_scales(model)), wrt=nnx.LoRAParam)
-    loss = lambda model: optax.l2_loss(model(x), target).mean()
-
-    @nnx.jit
-    def step(model, optimizer):
-        value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
-        optimizer.update(model, grads)
-        return value
-
-    losses = [float(step(model, optimizer)) for _ in range(60)]
+    losses = train(model, make(nn.lora_scales(model)), x, target)
     assert losses[-1] < 0.7 * losses[0], losses
 
 

@@ -11,6 +11,7 @@ from flax import linen, nnx
 
 from lowrank_optax import altlora_plus, nn, oplora, polora, sds_lora
 from lowrank_optax.nn.dora import column_norms
+from tests.nn.training import train
 
 NORMAL = jax.nn.initializers.normal(1.0)
 CONFIG = nn.LoRAConfig(rank=2, alpha=3.0, dora=True, b_init=NORMAL)
@@ -167,16 +168,7 @@ def test_methods_train_factors_and_magnitudes(extra, make):
     layer, x = model.layers[0], jax.random.normal(jax.random.key(3), (40, 5))
     start = layer.lora_magnitude[...]
     target = 2.0 * nnx.Linear(5, 4, rngs=nnx.Rngs(5))(x)
-    optimizer = nnx.Optimizer(model, make(nn.lora_scales(model)), wrt=nnx.LoRAParam)
-    loss = lambda model: optax.l2_loss(model(x), target).mean()
-
-    @nnx.jit
-    def step(model, optimizer):
-        value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
-        optimizer.update(model, grads)
-        return value
-
-    losses = [float(step(model, optimizer)) for _ in range(60)]
+    losses = train(model, make(nn.lora_scales(model)), x, target)
     assert losses[-1] < 0.7 * losses[0], losses
     assert float(jnp.abs(layer.lora_magnitude[...] - start).min()) > 1e-3
 

@@ -9,6 +9,7 @@ from flax import linen, nnx
 from jax.sharding import AxisType, NamedSharding
 
 from lowrank_optax import altlora_plus, nn, polora, sds_lora
+from tests.nn.training import train
 
 P = jax.P
 SIZE, FEATURES = 7, 4
@@ -119,16 +120,7 @@ def test_methods_train_it(extra, make):
     model = nnx.Sequential(nnx.Embed(SIZE, FEATURES, rngs=nnx.Rngs(0)))
     nn.add_lora(model, "layers/0", nn.LoRAConfig(rank=2, extra=extra), rngs=nnx.Rngs(1))
     target = jax.random.normal(jax.random.key(3), (*TOKENS.shape, FEATURES))
-    optimizer = nnx.Optimizer(model, make(nn.lora_scales(model)), wrt=nnx.LoRAParam)
-    loss = lambda model: optax.l2_loss(model(TOKENS), target).mean()
-
-    @nnx.jit
-    def step(model, optimizer):
-        value, grads = nnx.value_and_grad(loss, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
-        optimizer.update(model, grads)
-        return value
-
-    losses = [float(step(model, optimizer)) for _ in range(60)]
+    losses = train(model, make(nn.lora_scales(model)), TOKENS, target)
     assert losses[-1] < 0.8 * losses[0], losses
 
 

@@ -66,11 +66,15 @@ class RunConfig(Record):
 
 
 class Scores(Record):
-    """Means over one split: the loss, and what the task's answers can be scored by."""
+    """Means over one split: the loss, and what the task's answers can be scored by.
+
+    `solved` is the share of problems that generated answers solve, at the end of a run alone.
+    """
 
     loss: float
     accuracy: float | None = None
     matthews: float | None = None
+    solved: float | None = None
 
 
 class CurvePoint(Record):

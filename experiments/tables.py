@@ -22,6 +22,12 @@ from experiments.summary import (
 Cell = Callable[[MethodSummary, MethodSummary | None], str]
 NOTHING = "–"
 
+SCORES = (
+    ("accuracy", 100, "accuracy, %"),
+    ("matthews", 1, "Matthews"),
+    ("solved", 100, "solved, %"),
+)
+"""What a task may be scored by besides the loss: the field, its factor and its heading."""
 
 PROBES = {
     "rank_a": "effective rank of the gradient of a",
@@ -60,7 +66,7 @@ def columns(summaries: Sequence[MethodSummary]) -> list[Column]:
     for split in splits:
         losses = lambda summary, _, split=split: spread(summary.losses(split))
         chosen.append(Column(f"{split} loss", losses, split == "validation"))
-    for name, factor, heading in (("accuracy", 100, "accuracy, %"), ("matthews", 1, "Matthews")):
+    for name, factor, heading in SCORES:
         for split in splits:
             if any(summary.scores(split, name) for summary in summaries):
                 scores = lambda summary, _, split=split, name=name, factor=factor: spread(

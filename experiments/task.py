@@ -114,3 +114,7 @@ class Task(ABC, Generic[OptionsT]):
     @abstractmethod
     def totals(self, model: Any, batch: Batch) -> Totals:
         """Returns loss and correct answers of one batch, summed over the examples that count."""
+
+    def solved(self, model: Any, split: str) -> float | None:
+        """Returns the share of problems that generated answers solve; None if there are none."""
+        return None

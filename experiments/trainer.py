@@ -188,6 +188,8 @@ class Trainer:
         error = None
         try:
             status = self._loop(log, parts.frozen, seed, peak, on_step)
+            if status == "finished":
+                self._solve(log, parts)
         except jax.errors.JaxRuntimeError as failure:
             status, error = "failed", str(failure)
         finite = [point for point in log.curve if math.isfinite(point.validation.loss)]
@@ -269,6 +271,12 @@ class Trainer:
             if split != "validation":
                 log.final[split] = self._score(log.trained, frozen, split)
         return "finished"
+
+    def _solve(self, log: _Log, parts: _Parts) -> None:
+        model = parts.merge(log.trained, parts.frozen)
+        for split, scores in log.final.items():
+            solved = self.task.solved(model, split)
+            log.final[split] = scores.model_copy(update={"solved": solved})
 
     def _score(self, trained: Trained, frozen: Any, split: str) -> Scores:
         batches = self.task.eval_batches(split)

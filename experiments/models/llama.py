@@ -8,7 +8,7 @@ safetensors < 0.8; `jax-bonsai` 0.0.1 is an empty placeholder.
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,6 +80,18 @@ class LlamaShape(Shape):
         return config
 
 
+class Cache(NamedTuple):
+    """What a layer keeps of the tokens so far, so that the next one does not run them again.
+
+    Attributes:
+        keys: Rotated keys, (batch, room, kv_heads, head_width).
+        values: Values, of the same shape.
+    """
+
+    keys: jax.Array
+    values: jax.Array
+
+
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions, where several queries share a key and value."""
 
@@ -93,14 +105,29 @@ class Attention(nnx.Module):
 
     def __call__(self, x: jax.Array, angles: jax.Array) -> jax.Array:
         """Maps tokens (batch, length, width), with their `angles`, to tokens of the same shape."""
-
-        def split(y: jax.Array) -> jax.Array:
-            return y.reshape(*x.shape[:2], -1, self.shape.head_width)
-
-        query = rotate(split(self.query(x)), angles)
-        key = rotate(split(self.key(x)), angles)
-        attended = jax.nn.dot_product_attention(query, key, split(self.value(x)), is_causal=True)
+        query, key, value = self._project(x, angles)
+        attended = jax.nn.dot_product_attention(query, key, value, is_causal=True)
         return self.out(attended.reshape(*x.shape[:2], -1))
+
+    def extend(
+        self, x: jax.Array, angles: jax.Array, cache: Cache, position: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Maps the token at a position, (batch, 1, width), and adds it to the cache."""
+        query, key, value = self._project(x, angles)
+        store = jax.lax.dynamic_update_slice_in_dim
+        cache = Cache(
+            store(cache.keys, key, position, axis=1), store(cache.values, value, position, axis=1)
+        )
+        seen = jnp.full(x.shape[0], position + 1, jnp.int32)
+        attended = jax.nn.dot_product_attention(query, *cache, key_value_seq_lengths=seen)
+        return self.out(attended.reshape(*x.shape[:2], -1)), cache
+
+    def _project(self, x: jax.Array, angles: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        query, key, value = (
+            linear(x).reshape(*x.shape[:2], -1, self.shape.head_width)
+            for linear in (self.query, self.key, self.value)
+        )
+        return rotate(query, angles), rotate(key, angles), value
 
 
 class SwiGLU(nnx.Module):
@@ -129,6 +156,14 @@ class DecoderLayer(nnx.Module):
         """Maps tokens (batch, length, width), with their `angles`, to tokens of the same shape."""
         x = x + self.attention(self.attention_norm(x), angles)
         return x + self.mlp(self.mlp_norm(x))
+
+    def extend(
+        self, x: jax.Array, angles: jax.Array, cache: Cache, position: jax.Array
+    ) -> tuple[jax.Array, Cache]:
+        """Maps the token at a position, (batch, 1, width), and adds it to the cache."""
+        attended, cache = self.attention.extend(self.attention_norm(x), angles, cache, position)
+        x = x + attended
+        return x + self.mlp(self.mlp_norm(x)), cache
 
 
 class Llama(nnx.Module):
@@ -160,22 +195,51 @@ class Llama(nnx.Module):
 
         The logits are float32.
         """
-        angles = rotary_angles(self.shape, tokens.shape[1])
+        angles = rotary_angles(self.shape, jnp.arange(tokens.shape[1]))
         x = self.embed(tokens)
         for layer in self.layers:
             x = layer(x, angles)
+        return self._logits(x)
+
+    def caches(self, batch: int, room: int) -> list[Cache]:
+        """Returns the empty cache of each layer, with room for so many tokens."""
+        shape, dtype = self.shape, self.embed.dtype
+        empty = jnp.zeros((batch, room, shape.kv_heads, shape.head_width), dtype)
+        return [Cache(empty, empty) for _ in self.layers]
+
+    def extend(
+        self, tokens: jax.Array, caches: list[Cache], position: jax.Array
+    ) -> tuple[jax.Array, list[Cache]]:
+        """Reads one token of each text, after those that the caches hold.
+
+        Args:
+            tokens: Token ids, (batch,).
+            caches: Of the tokens before, see `caches`.
+            position: Where they stand, from 0; the same in all texts.
+
+        Returns:
+            The next tokens' logits (batch, vocabulary), float32, and the caches with these tokens.
+        """
+        angles = rotary_angles(self.shape, position[None])
+        x, longer = self.embed(tokens[:, None]), []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            x, cache = layer.extend(x, angles, cache, position)
+            longer.append(cache)
+        return self._logits(x)[:, 0], longer
+
+    def _logits(self, x: jax.Array) -> jax.Array:
         x = self.norm(x)
         logits = self.embed.attend(x) if self.shape.tied else self.unembed(x)
         return logits.astype(jnp.float32)
 
 
-def rotary_angles(shape: LlamaShape, length: int) -> jax.Array:
-    """Returns position times frequency, (length, head_width / 2), float32."""
+def rotary_angles(shape: LlamaShape, positions: jax.Array) -> jax.Array:
+    """Returns position times frequency, (positions, head_width / 2), float32."""
     exponents = jnp.arange(0, shape.head_width, 2, dtype=jnp.float32) / shape.head_width
     frequencies = shape.rope_theta**-exponents
     if shape.rope_scaling is not None:
         frequencies = shape.rope_scaling.apply(frequencies)
-    return jnp.arange(length, dtype=jnp.float32)[:, None] * frequencies
+    return positions.astype(jnp.float32)[:, None] * frequencies
 
 
 def rotate(x: jax.Array, angles: jax.Array) -> jax.Array:
@@ -228,29 +292,45 @@ def tensor_names(shape: LlamaShape) -> Iterator[tuple[str, str]]:
             yield f"{ours}/mlp/{name}/kernel", f"{theirs}.mlp.{name}_proj.weight"
 
 
-@nnx.jit(static_argnames="length")
-def greedy_decode(model: Llama, prompt: jax.Array, length: int) -> jax.Array:
+@nnx.jit(static_argnames=("length", "eos"))
+def greedy_decode(
+    model: Llama, prompts: jax.Array, sizes: jax.Array, length: int, eos: int | None = None
+) -> jax.Array:
     """Continues prompts by the likeliest token each time.
 
-    Every step runs the whole sequence: there is no cache of keys and values, which short
-    sequences of small models do not need.
+    All texts go on in step, one token at a time with a cache of keys and values; where a prompt
+    still goes on, its own token is taken. It ends when all texts have ended.
 
     Args:
         model: The decoder.
-        prompt: Token ids, (batch, prompt length).
+        prompts: Token ids, (batch, width), padded on the right.
+        sizes: Tokens of each prompt, (batch,), at least 1.
         length: Length to reach.
+        eos: Token that ends a text; without one, all go on to `length`.
 
     Returns:
-        Token ids, (batch, length), that begin with the prompts.
+        Token ids, (batch, length), that begin with the prompts; `eos` fills what follows an end.
     """
-    start = prompt.shape[1]
-    tokens = jnp.pad(prompt, ((0, 0), (0, length - start)))
+    batch, width = prompts.shape
+    fill = 0 if eos is None else eos
+    tokens = jnp.full((batch, length), fill, prompts.dtype).at[:, :width].set(prompts)
 
-    def extend(position: jax.Array, tokens: jax.Array) -> jax.Array:
-        logits = model(tokens)[:, position - 1]
-        return tokens.at[:, position].set(logits.argmax(axis=-1).astype(tokens.dtype))
+    def goes_on(state: tuple[Any, ...]) -> jax.Array:
+        position, _, _, ended = state
+        return (position + 1 < length) & ~ended.all()
 
-    return jax.lax.fori_loop(start, length, extend, tokens)
+    def extend(state: tuple[Any, ...]) -> tuple[Any, ...]:
+        position, tokens, caches, ended = state
+        logits, caches = model.extend(tokens[:, position], caches, position)
+        likeliest = jnp.where(ended, fill, logits.argmax(axis=-1)).astype(tokens.dtype)
+        is_prompt = position + 1 < sizes
+        following = jnp.where(is_prompt, tokens[:, position + 1], likeliest)
+        if eos is not None:
+            ended |= ~is_prompt & (following == eos)
+        return position + 1, tokens.at[:, position + 1].set(following), caches, ended
+
+    start = (jnp.int32(0), tokens, model.caches(batch, length), jnp.zeros(batch, bool))
+    return jax.lax.while_loop(goes_on, extend, start)[1]
 
 
 def _linear(n_in: int, n_out: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Linear:

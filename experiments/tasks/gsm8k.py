@@ -1,11 +1,12 @@
 """GSM8K: worked answers to school mathematics, by a Llama decoder.
 
 A text is question, line break, answer and the end-of-text token; the loss is in nats a token of the
-answer, the accuracy that of the answer's next token given those before. Answers are not generated,
-so this is not the share of problems solved. The last tenth of the training problems are for
-validation.
+answer, the accuracy that of the answer's next token given those before. With `solve_limit` answers
+to test problems are generated after the training, greedily: a problem is solved if the number after
+`####` is the right one. The last tenth of the training problems are for validation.
 """
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -18,10 +19,10 @@ from tokenizers import Tokenizer
 
 from experiments.adapters import Adapters
 from experiments.errors import ExperimentError
-from experiments.models.llama import Llama, LlamaShape, load_llama
+from experiments.models.llama import Llama, LlamaShape, greedy_decode, load_llama
 from experiments.models.text import read_tokenizer
 from experiments.task import Batch, OnStep, Totals, ignore_steps
-from experiments.tasks.data import classification_totals
+from experiments.tasks.data import classification_totals, padded_batches
 from experiments.tasks.hub import (
     HubData,
     HubOptions,
@@ -47,12 +48,14 @@ class GSM8KOptions(HubOptions):
     Attributes:
         max_length: Tokens of question and answer; what is longer is cut.
         dtype: Of the pretrained weights and the activations; the adapters are float32.
+        solve_limit: To so many of the test problems an answer is generated after the training.
     """
 
     targets: str = "query|key|value|out|gate|up|down"
     batch_size: int = Field(default=8, ge=1)
     max_length: int = Field(default=384, ge=2)
     dtype: Literal["float32", "bfloat16"] = "bfloat16"
+    solve_limit: int = Field(default=0, ge=0)
 
 
 class GSM8K(HubTask[GSM8KOptions]):
@@ -78,12 +81,12 @@ class GSM8K(HubTask[GSM8KOptions]):
         super().__init__(options)
         model_dir = find_model(options.model)
         model = load_llama(model_dir, jnp.dtype(options.dtype))
-        tokenizer, eos = read_tokenizer(model_dir), model.shape.eos
+        self._tokenizer, eos = read_tokenizer(model_dir), model.shape.eos
         if eos is None:
             raise ExperimentError(f"{model_dir}/config.json: eos_token_id is missing")
         columns = DATA.load(data_dir)
         self.examples = {
-            split: pack_answers(tokenizer, eos, texts["question"], texts["answer"], options)
+            split: pack_answers(self._tokenizer, eos, texts["question"], texts["answer"], options)
             for split, texts in columns.items()
         }
         self.examples["train"], self.examples["validation"] = split_off_last_tenth(
@@ -91,7 +94,8 @@ class GSM8K(HubTask[GSM8KOptions]):
         )
         self.record = {"source": DATA.name, "model": weights_digest(model_dir)}
         self.record |= {split: rows_digest(texts) for split, texts in columns.items()}
-        self._base = nnx.split(model)
+        self._base, self._eos = nnx.split(model), eos
+        self._solutions = [final_number(answer) for answer in columns["test"]["answer"]]
 
     @property
     def head(self) -> nnx.filterlib.Filter:
@@ -109,6 +113,32 @@ class GSM8K(HubTask[GSM8KOptions]):
         """Returns cross entropy and correct guesses of the answers' tokens."""
         weight = batch["weight"][:, None] * batch["in_answer"]
         return classification_totals(model(batch["tokens"]), batch | {"weight": weight})
+
+    def solved(self, model: Any, split: str) -> float | None:
+        """Returns the share of the first `solve_limit` test problems that the model solves."""
+        solutions = self._solutions[: self.options.solve_limit]
+        if split != "test" or not solutions:
+            return None
+        problems = {name: x[: len(solutions)] for name, x in self.examples["test"].items()}
+        replies: list[str] = []
+        for batch in padded_batches(problems, self.eval_batch):
+            sizes = batch["in_answer"].argmax(axis=1) + 1
+            texts = greedy_decode(
+                model, batch["tokens"], sizes, self.options.max_length, eos=self._eos
+            )
+            replies += [
+                self._tokenizer.decode(text[size:])
+                for text, size in zip(np.asarray(texts), sizes, strict=True)
+            ]
+        found = map(final_number, replies)  # those of the last batch's fill come last
+        right = [x is not None and x == y for x, y in zip(found, solutions, strict=False)]
+        return sum(right) / len(solutions)
+
+
+def final_number(answer: str) -> str | None:
+    """Returns the number after the first `####` of an answer, without commas; None without one."""
+    found = re.search(r"####\s*(-?[\d,]*\.?\d+)", answer)
+    return found.group(1).replace(",", "") if found else None
 
 
 def pack_answers(

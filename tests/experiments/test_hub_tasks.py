@@ -16,7 +16,7 @@ from experiments.adapters import LowRank
 from experiments.errors import ExperimentError
 from experiments.schema import Plan
 from experiments.tasks.cifar100 import CIFAR100, CIFAR100Options
-from experiments.tasks.gsm8k import GSM8K, GSM8KOptions, pack_answers
+from experiments.tasks.gsm8k import GSM8K, GSM8KOptions, final_number, pack_answers
 from experiments.tasks.hub import HubData, find_model, split_off_last_tenth
 from experiments.tasks.mnli import MNLI, MNLIOptions
 from experiments.trainer import Trainer
@@ -28,7 +28,7 @@ MNLI_ROWS = [
     {"premise": "it rains", "hypothesis": "dogs bark", "label": 1},
     {"premise": "it rains", "hypothesis": "it is dry", "label": 2},
 ]
-WORDS = ["it", '"', "rains", "is", "wet", "dry", "dogs", "bark", "one", "two", "plus", "=", "3"]
+WORDS = ["it", '"', "rains", "is", "wet", "dry", "dogs", "bark", "one", "two", "plus", "=", "3", "####"]
 
 
 @pytest.fixture(autouse=True)
@@ -190,6 +190,38 @@ def test_llama_learns_two_answers(llama, tmp_path):
     bfloat16 = GSM8K(gsm8k_options(llama), tmp_path).build_model(0, LowRank())
     frozen = nnx.state(bfloat16, nnx.All(nnx.Param, nnx.Not(nnx.LoRAParam)))
     assert {str(x.dtype) for x in jax.tree.leaves(frozen)} == {"bfloat16"}
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [
+        ("48/2 = <<48/2=24>>24 clips.\n#### 72", "72"),
+        ("#### -1,000,000", "-1000000"),
+        ("#### 2.50", "2.50"),
+        ("#### $5", None),
+        ("it is 72", None),
+    ],
+)
+def test_the_final_number_of_an_answer(answer, number):
+    assert final_number(answer) == number
+
+
+def test_problems_count_as_solved_by_the_answers_that_are_generated(llama, tmp_path):
+    """The prompts differ in length; what is learnt is solved, and other numbers are not."""
+    rows = [
+        {"question": "one plus two", "answer": "= #### 3"},
+        {"question": "one", "answer": "#### 3"},
+    ]
+    write_rows(tmp_path / "gsm8k" / "train.jsonl", rows * 5)
+    write_rows(tmp_path / "gsm8k" / "test.jsonl", [*rows, rows[0] | {"answer": "= #### 4"}])
+    task = GSM8K(gsm8k_options(llama, dtype="float32", solve_limit=3), tmp_path)
+    final = Trainer(task, "adamw", PLAN).run(2e-2, seed=0).result.final
+    assert final["test"].solved == pytest.approx(2 / 3)
+    assert final["validation"].solved is None
+    untrained = task.build_model(0, LowRank())
+    assert task.solved(untrained, "test") == 0.0
+    silent = GSM8K(gsm8k_options(llama, dtype="float32"), tmp_path)
+    assert silent.solved(untrained, "test") is None
 
 
 def encoded_images(labels, size=4):

@@ -71,10 +71,46 @@ def test_bfloat16_weights_in_shards(tmp_path):
 def test_greedy_decoding_follows_the_logits(tmp_path):
     write_model(tmp_path, LLAMA)
     model = load_llama(tmp_path)
-    tokens = greedy_decode(model, jnp.array([[5, 9], [1, 2]], jnp.int32), 12)
-    np.testing.assert_array_equal(tokens[:, :2], [[5, 9], [1, 2]])
+    prompts, sizes = jnp.array([[5, 9], [1, 2]], jnp.int32), jnp.array([2, 2])
+    tokens = greedy_decode(model, prompts, sizes, 12)
+    np.testing.assert_array_equal(tokens[:, :2], prompts)
     np.testing.assert_array_equal(tokens[:, 2:], logits_of(model, tokens).argmax(-1)[:, 1:-1])
     assert len(set(tokens[0].tolist())) > 3
+
+
+def test_decoding_with_a_cache_gives_the_logits_of_the_whole_text(tmp_path):
+    write_model(tmp_path, LLAMA_3)
+    model, tokens = load_llama(tmp_path), long_tokens()
+    caches, read = model.caches(*tokens.shape), jax.jit(model.extend)
+    got = []
+    for position in range(tokens.shape[1]):
+        logits, caches = read(tokens[:, position], caches, jnp.int32(position))
+        got.append(logits)
+    want = logits_of(model, tokens)
+    np.testing.assert_allclose(jnp.stack(got, axis=1), want, rtol=0, atol=1e-4)
+
+
+def test_prompts_of_any_length_decode_as_each_alone(tmp_path):
+    write_model(tmp_path, LLAMA)
+    model = load_llama(tmp_path)
+    prompts, sizes = jnp.array([[5, 9, 3], [1, 0, 0]], jnp.int32), jnp.array([3, 1])
+    together = greedy_decode(model, prompts, sizes, 10)
+    for row, size in enumerate(sizes.tolist()):
+        alone = greedy_decode(model, prompts[row : row + 1, :size], sizes[row : row + 1], 10)
+        np.testing.assert_array_equal(together[row], alone[0])
+
+
+def test_decoding_stops_at_the_end_of_a_text(tmp_path):
+    write_model(tmp_path, LLAMA)
+    model = load_llama(tmp_path)
+    prompts, sizes = jnp.array([[5, 9], [1, 2]], jnp.int32), jnp.array([2, 2])
+    free = greedy_decode(model, prompts, sizes, 10)
+    end = int(free[0, 4])
+    first = [row[2:].tolist().index(end) + 2 if end in row[2:] else 10 for row in free]
+    ended = greedy_decode(model, prompts, sizes, 10, eos=end)
+    for row, at in enumerate(first):
+        np.testing.assert_array_equal(ended[row, : at + 1], free[row, : at + 1])
+        assert (ended[row, at:] == end).all()
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ def test_greedy_decoding_gives_the_published_sample():
     # Every token being the likeliest after those before it, decoding one by one gives the same.
     logits = logits_of(model, np.array([want], np.int32))
     np.testing.assert_array_equal(logits[0, :-1].argmax(axis=-1), want[1:])
-    got = greedy_decode(model, np.array([[bos]], np.int32), 24)
+    got = greedy_decode(model, np.array([[bos]], np.int32), np.array([1]), 24)
     np.testing.assert_array_equal(got[0], want[:24])
 
 

@@ -1,4 +1,4 @@
-"""The command line: `python -m experiments demo | list | run STUDY | report`.
+"""The command line: `python -m experiments demo | list | run STUDY | pretrain | report`.
 
 Help and `list` need a plain install only, and no JAX. The other commands are imported when they are
 asked for, and so is all that they need.
@@ -79,6 +79,7 @@ def make_parser() -> Parser:
     demo = add_command("demo", "Adapts a small ViT: AdamW, PoLoRA, AltLoRA+ and SDS-LoRA.")
     add_command("list", "Lists the studies and the methods.")
     run = add_command("run", "Runs a study, one JSON file a run, and shows what came out.")
+    pretrain = add_command("pretrain", "Pretrains a small decoder on novels, for --model.")
     report = add_command("report", "Writes the stored results into the documentation.")
 
     demo.add_argument("--quick", action="store_true", help="a short version, for CI")
@@ -112,6 +113,21 @@ def make_parser() -> Parser:
         ("--override", str, "key=value, e.g. task_options.rank=4"),
     ):
         run.add_argument(name, type=kind, action="append", default=[], help=f"{text}; repeatable")
+
+    pretrain.add_argument("--data-dir", type=Path, help="folder that holds `books/books.txt.xz`")
+    pretrain.add_argument(
+        "--out", type=Path, help="folder to make; build/decoders/wWIDTH by default"
+    )
+    for name, size, text in (
+        ("--width", 256, "features of a token"),
+        ("--depth", 4, "layers"),
+        ("--steps", 3000, "updates"),
+        ("--batch-size", 16, "windows of 128 tokens a step"),
+    ):
+        pretrain.add_argument(name, type=_positive, default=size, help=f"{text}; {size} by default")
+    pretrain.add_argument(
+        "--learning-rate", type=float, help="peak rate of AdamW; 0.4 / width by default"
+    )
 
     report.add_argument(
         "--check", action="store_true", help="write nothing; fail if the pages are not up to date"

@@ -15,6 +15,7 @@ from rich.progress import (
 )
 
 from experiments.adapters import WholeModel
+from experiments.decoder import make_decoder
 from experiments.errors import ExperimentError
 from experiments.figures import draw_variant
 from experiments.methods import get_method
@@ -25,9 +26,19 @@ from experiments.summary import summarize
 from experiments.sweep import Job, plan_jobs, without_adapter
 from experiments.tables import screen_table
 from experiments.tasks import check_task, require_model_option
+from experiments.tasks.books import BooksOptions
 from experiments.workers import run_jobs
 
 console = Console()
+
+COLUMNS = (
+    TextColumn("{task.description:40}"),
+    BarColumn(),
+    MofNCompleteColumn(),
+    TimeElapsedColumn(),
+    TimeRemainingColumn(),
+)
+"""Of a progress bar."""
 
 DEMONSTRATED = ["adamw", "polora-start", "altlora-plus-simultaneous", "sds-lora"]
 
@@ -92,6 +103,37 @@ def run(
     _run(study, planned, folder, workers=jobs)
 
 
+def pretrain(
+    *,
+    data_dir: Path | None,
+    out: Path | None,
+    width: int,
+    depth: int,
+    steps: int,
+    learning_rate: float | None,
+    batch_size: int,
+) -> None:
+    """Pretrains a small decoder on novels, and writes it in the Hugging Face form."""
+    options = BooksOptions(width=width, depth=depth, batch_size=batch_size)
+    folder = out or Path("build/decoders") / f"w{width}"
+    rate = 0.4 / width if learning_rate is None else learning_rate
+    with Progress(*COLUMNS, console=console) as progress:
+        bar = progress.add_task(f"decoder of width {width}", total=steps)
+        result = make_decoder(
+            options,
+            data_dir,
+            folder,
+            steps=steps,
+            learning_rate=rate,
+            on_step=lambda done, total: progress.update(bar, completed=done, total=total),
+        )
+    loss = result.final["test"].loss
+    console.print(
+        f"{folder}: {result.trainable_parameters:,} parameters, test loss {loss:.3f} nats a token, "
+        f"{result.wall_seconds:.0f} s"
+    )
+
+
 def _tell_of_adapters(jobs: list[Job], out: Path) -> None:
     whole = {job.method for job in jobs if isinstance(get_method(job.method).adapters, WholeModel)}
     for name in sorted(whole):
@@ -123,14 +165,7 @@ def report(*, check: bool, results: Path, docs: Path, readme: Path) -> None:
 
 def _run(name: str, jobs: list[Job], out: Path, *, workers: int) -> None:
     begin = time.perf_counter()
-    columns = (
-        TextColumn("{task.description:40}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns, console=console) as progress:
+    with Progress(*COLUMNS, console=console) as progress:
         results = run_jobs(jobs, workers, progress)
     by_variant: dict[str, list[RunResult]] = {}
     for result in results:

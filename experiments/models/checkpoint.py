@@ -13,6 +13,7 @@ import numpy as np
 from flax import nnx
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
 
 from experiments.errors import ExperimentError
 
@@ -178,6 +179,26 @@ def fill(build: Callable[[], ModuleT], checkpoint: Checkpoint, names: Mapping[st
             )
         leaves.append((path, variable.replace(jnp.asarray(tensor, dtype=variable.dtype))))
     return nnx.merge(graph, nnx.from_flat_state(leaves))
+
+
+def write_model(
+    model: nnx.Module, folder: Path, config: Mapping[str, Any], names: Mapping[str, str]
+) -> None:
+    """Writes `config.json` and `model.safetensors`, as `fill` reads them.
+
+    Args:
+        model: The module; its kernels are (in, out).
+        folder: Where to write; it must exist.
+        config: The model's sizes, as `config.json` gives them.
+        names: Name in the checkpoint of every parameter, by its '/'-joined path in the module.
+    """
+    tensors = {}
+    for path, variable in nnx.to_flat_state(nnx.state(model, nnx.Param)):
+        value = np.asarray(variable[...])
+        value = value.T if path[-1] == "kernel" else value
+        tensors[names["/".join(map(str, path))]] = np.ascontiguousarray(value)
+    save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+    (folder / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
 
 
 def linear_names(ours: str, theirs: str) -> Iterator[tuple[str, str]]:

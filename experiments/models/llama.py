@@ -16,7 +16,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from experiments.models.checkpoint import Shape, fill, open_safetensors, read_shape
+from experiments.models.checkpoint import Shape, fill, open_safetensors, read_shape, write_model
 
 
 class RopeScaling(BaseModel):
@@ -223,8 +223,8 @@ class Llama(nnx.Module):
         angles = rotary_angles(self.shape, position[None])
         x, longer = self.embed(tokens[:, None]), []
         for layer, cache in zip(self.layers, caches, strict=True):
-            x, cache = layer.extend(x, angles, cache, position)
-            longer.append(cache)
+            x, with_token = layer.extend(x, angles, cache, position)
+            longer.append(with_token)
         return self._logits(x)[:, 0], longer
 
     def _logits(self, x: jax.Array) -> jax.Array:
@@ -274,6 +274,18 @@ def load_llama(model_dir: Path, dtype: DTypeLike = jnp.float32) -> Llama:
     shape = read_shape(model_dir, LlamaShape)
     names = dict(tensor_names(shape))
     return fill(lambda: Llama(shape, dtype, rngs=nnx.Rngs(0)), open_safetensors(model_dir), names)
+
+
+def save_llama(model: Llama, folder: Path) -> None:
+    """Writes a decoder without adapters as `config.json` and safetensors.
+
+    Args:
+        model: The decoder.
+        folder: Where to write; it must exist.
+    """
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    config |= model.shape.model_dump(by_alias=True, mode="json")
+    write_model(model, folder, config, dict(tensor_names(model.shape)))
 
 
 def tensor_names(shape: LlamaShape) -> Iterator[tuple[str, str]]:

@@ -10,6 +10,7 @@ from experiments.errors import ExperimentError, first_problem
 from experiments.task import OnStep, Task, TaskOptions
 
 TASKS = {
+    "books": "books.Books",
     "cifar": "cifar.Cifar",
     "cifar-transfer": "cifar.CifarTransfer",
     "cifar100": "cifar100.CIFAR100",
@@ -21,6 +22,7 @@ TASKS = {
     "lm": "lm.LM",
     "mnist": "mnist.MNIST",
     "mnli": "mnli.MNLI",
+    "shakespeare": "shakespeare.Shakespeare",
     "sst2": "sst2.SST2",
 }
 """Module and class of every task."""

@@ -123,8 +123,9 @@ class GSM8K(HubTask[GSM8KOptions]):
         replies: list[str] = []
         for batch in padded_batches(problems, self.eval_batch):
             sizes = batch["in_answer"].argmax(axis=1) + 1
+            prompts = jnp.asarray(batch["tokens"])
             texts = greedy_decode(
-                model, batch["tokens"], sizes, self.options.max_length, eos=self._eos
+                model, prompts, jnp.asarray(sizes), self.options.max_length, eos=self._eos
             )
             replies += [
                 self._tokenizer.decode(text[size:])

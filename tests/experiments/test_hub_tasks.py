@@ -28,7 +28,8 @@ MNLI_ROWS = [
     {"premise": "it rains", "hypothesis": "dogs bark", "label": 1},
     {"premise": "it rains", "hypothesis": "it is dry", "label": 2},
 ]
-WORDS = ["it", '"', "rains", "is", "wet", "dry", "dogs", "bark", "one", "two", "plus", "=", "3", "####"]
+WORDS = ["it", '"', "rains", "is", "wet", "dry", "dogs", "bark"]
+WORDS += ["one", "two", "plus", "=", "3", "####"]
 
 
 @pytest.fixture(autouse=True)

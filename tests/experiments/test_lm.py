@@ -11,7 +11,8 @@ from experiments.errors import ExperimentError
 from experiments.models.gguf_llama import load_gguf
 from experiments.models.llama import greedy_decode
 from experiments.schema import Plan
-from experiments.tasks.lm import LM, MODEL_FILE, TEXT_FILE, LMOptions
+from experiments.tasks.lm import LM, MODEL_FILE, TEXT_FILE
+from experiments.tasks.windows import WindowOptions
 from experiments.trainer import Trainer
 from tests.experiments.test_llama import PIECES, GGUFFile, logits_of, write_gguf
 from tests.experiments.tiny_models import LLAMA, random_tensors
@@ -62,7 +63,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-OPTIONS = LMOptions(rank=2, batch_size=4, length=8)
+OPTIONS = WindowOptions(rank=2, batch_size=4, length=8)
 
 
 def test_a_tiny_model_learns_a_tiny_text(folder):

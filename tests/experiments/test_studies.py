@@ -5,10 +5,11 @@ import pytest
 from experiments.study import load_study, study_names
 from experiments.sweep import read_results
 from tests.experiments.test_cli import invoke
-from tests.experiments.tiny_data import write_all
+from tests.experiments.tiny_data import write_all, write_decoder
 
 WITHOUT_DATA = {"linear", "conditioning", "digits", "defaults"}
 FROM_THE_HUB = {"fine-tune"}
+WITH_A_DECODER = {"scaling"}
 
 
 @pytest.fixture(scope="module")
@@ -22,9 +23,12 @@ def test_smoke_run(name, data, tmp_path):
     variants = list(file.study.variants)[:1]
     chosen = [f"--variant={variant}" for variant in variants]
     where = [] if name in WITHOUT_DATA else ["--data-dir", data]
-    code, output = invoke("run", name, "--smoke", "--out", tmp_path, *chosen, *where)
+    if name in WITH_A_DECODER:
+        write_decoder(tmp_path / "decoder", data, steps=2)
+        where += ["--model", tmp_path / "decoder"]
+    code, output = invoke("run", name, "--smoke", "--out", tmp_path / "results", *chosen, *where)
     assert code == 0, output
-    results = read_results(tmp_path)
+    results = read_results(tmp_path / "results")
     assert {r.config.method for r in results} == set(file.smoke["learning_rates"])
     for result in results:
         assert result.status == "finished"

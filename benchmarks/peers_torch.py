@@ -19,15 +19,14 @@ import time
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import jax
 import numpy as np
 import optax
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import WARM_UP, Runner, write_record
-from benchmarks.update_step import LLAMA_3_8B, N_LAYERS, make_params
+from benchmarks.timing import WARM_UP, write_record
+from benchmarks.update_step import LLAMA_3_8B, N_LAYERS, make_params, make_runner
 from lowrank_optax import lora_rite, scaled_adamw
 
 LIBRARIES = ("torch", "peft", "pytorch_optimizer")
@@ -63,16 +62,7 @@ BESIDE = dict(zip(OURS, THEIRS, strict=True))
 
 def times_of_ours(name: str, rank: int, width: float, steps: int) -> list[float]:
     """Times steps of one of `OURS`, in seconds."""
-    params = make_params(rank, width, stacked=False)
-    tx = OURS[name]()
-
-    def step(carry: Any, grads: Any) -> Any:
-        params, state = carry
-        updates, state = tx.update(grads, state, params)
-        return optax.apply_updates(params, updates), state
-
-    grads = jax.tree.map(lambda x: 0.1 * x + 0.01, params)
-    runner = Runner(step, (params, jax.jit(tx.init)(params)), grads)
+    runner = make_runner(OURS[name](), make_params(rank, width, stacked=False))
     for _ in range(WARM_UP + steps):
         runner.run()
     return runner.times[WARM_UP:]

@@ -1,6 +1,7 @@
 """What the benchmarks share: compiled steps, timed in turn, and a description of the machine."""
 
 import json
+import os
 import pathlib
 import platform
 import shlex
@@ -64,11 +65,16 @@ def compare(runner: Runner, base: Runner) -> dict[str, float]:
 
 
 def write_record(out: pathlib.Path, benchmark: str, console: Console, **content: Any) -> None:
-    """Writes what a benchmark found as JSON, with its command and where it ran."""
+    """Writes what a benchmark found as JSON, in one step, with its command and where it ran."""
     command = f"python -m benchmarks.{benchmark} {shlex.join(sys.argv[1:])}"
     out.parent.mkdir(parents=True, exist_ok=True)
     record = {"command": command, **environment(), **content}
-    out.write_text(json.dumps(record, indent=2) + "\n")
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_text(json.dumps(record, indent=2) + "\n")
+        os.replace(temporary, out)
+    finally:
+        temporary.unlink(missing_ok=True)
     console.print(f"written to {out}")
 
 

@@ -15,7 +15,7 @@ is checked before anything is measured:
 
 import functools
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, NamedTuple
 
 import jax
@@ -30,18 +30,26 @@ from rich.table import Table
 from benchmarks.timing import WARM_UP, Runner, compare, time_in_turn, write_record
 from lowrank_optax import (
     LoRAPair,
+    Metric,
     ShadowedPair,
     altlora,
     altlora_plus,
     frame,
+    lora_fa,
     lora_muon,
+    lora_plus,
+    lora_pro,
+    lora_pro_efficient,
     lora_rite,
+    lora_soap,
     nn,
     notices,
     oplora,
     oplora_proj,
     polora,
+    reflora,
     scaled_adamw,
+    scaled_oplora,
     sds_lora,
     shadow,
 )
@@ -174,6 +182,13 @@ METHODS: dict[str, Method] = {
     "lora_muon": Method(lambda: lora_muon(LEARNING_RATE)),
     "lora_rite": Method(lambda: lora_rite(LEARNING_RATE)),
     "scaled_adamw": Method(lambda: scaled_adamw(LEARNING_RATE)),
+    "lora_plus": Method(lambda: lora_plus(LEARNING_RATE)),
+    "lora_fa": Method(lambda: lora_fa(LEARNING_RATE, scale=SCALE)),
+    "lora_pro": Method(lambda: lora_pro(LEARNING_RATE, scale=SCALE)),
+    "lora_pro_efficient": Method(lambda: lora_pro_efficient(LEARNING_RATE, scale=SCALE)),
+    "lora_soap": Method(lambda: lora_soap(LEARNING_RATE)),
+    "reflora": Method(lambda: reflora(LEARNING_RATE, warmup_steps=0)),
+    "reflora scalar": Method(lambda: reflora(LEARNING_RATE, refactoring="scalar", warmup_steps=0)),
     "altlora": Method(lambda: altlora(LEARNING_RATE, scale=SCALE)),
     "altlora_plus": Method(lambda: altlora_plus(LEARNING_RATE, scale=SCALE)),
     "oplora k=1": _oplora(1),
@@ -182,6 +197,10 @@ METHODS: dict[str, Method] = {
     "oplora_proj k=1": Method(
         lambda: oplora_proj(SGD_LEARNING_RATE, scale=SCALE),
         functools.partial(shadow, iterations=2, momentum_rank=0),
+    ),
+    "scaled_oplora k=1": Method(
+        lambda: scaled_oplora(SGD_LEARNING_RATE, scale=SCALE),
+        functools.partial(shadow, metric=Metric()),
     ),
     # A schedule of which every run sees the warm-up, the switch, and refreshes at every step.
     "sds_lora": Method(
@@ -290,6 +309,11 @@ def measure(
         runners[name] = make_runner(name, pairs, batch, layout)
     if steps:
         time_in_turn(runners, steps, console)
+    return rows_of(runners, layout)
+
+
+def rows_of(runners: Mapping[str, Runner], layout: str) -> list[dict[str, Any]]:
+    """Describes memory, and times where steps were timed, of steps of one layout."""
     base = runners["adamw"]
     size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     rows = []
@@ -308,7 +332,7 @@ def measure(
                 "state_mb": size(state) / 1e6,
                 "leaves": len(jax.tree.leaves(runner.carry)),
                 "compile_s": runner.compile_s,
-                **(compare(runner, base) if steps else {}),
+                **(compare(runner, base) if runner.times else {}),
             }
         )
     return rows

@@ -141,26 +141,33 @@ def make_params(rank: int, width: float, stacked: bool) -> Any:
     return [[pair(*shape, ()) for shape in shapes] for _ in range(N_LAYERS)]
 
 
+def make_runner(tx: optax.GradientTransformation, params: Any) -> Runner:
+    """Compiles an optimizer's update + apply, with (params, state) as its carry."""
+
+    def step(carry: Any, grads: Any) -> Any:
+        params, state = carry
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    grads = jax.tree.map(lambda x: 0.1 * x + 0.01, params)
+    return Runner(step, (params, jax.jit(tx.init)(params)), grads)
+
+
 def measure(params: Any, methods: list[str], steps: int, console: Console) -> dict[str, Any]:
     """Measures all methods on one set of parameters, AdamW among them."""
-    grads = jax.tree.map(lambda x: 0.1 * x + 0.01, params)
-    runners = {}
-    for name in track(methods, "compiling", console=console, transient=True):
-        tx = METHODS[name]()
-
-        def step(carry: Any, grads: Any, tx: optax.GradientTransformation = tx) -> Any:
-            params, state = carry
-            updates, state = tx.update(grads, state, params)
-            return optax.apply_updates(params, updates), state
-
-        runners[name] = Runner(step, (params, jax.jit(tx.init)(params)), grads)
+    runners = {
+        name: make_runner(METHODS[name](), params)
+        for name in track(methods, "compiling", console=console, transient=True)
+    }
     time_in_turn(runners, steps, console)
+    return {name: result_of(runner, runners["adamw"]) for name, runner in runners.items()}
+
+
+def result_of(runner: Runner, base: Runner) -> dict[str, float]:
+    """Times and temporary memory of an update, after both were timed."""
     return {
-        name: {
-            **compare(runner, runners["adamw"]),
-            "temporary_mb": runner.memory.temp_size_in_bytes / 1e6,
-        }
-        for name, runner in runners.items()
+        **compare(runner, base),
+        "temporary_mb": runner.memory.temp_size_in_bytes / 1e6,
     }
 
 

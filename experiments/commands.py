@@ -15,7 +15,7 @@ from rich.progress import (
 )
 
 from experiments.adapters import WholeModel
-from experiments.decoder import make_decoder
+from experiments.decoder import make_decoder, require_no_folder
 from experiments.errors import ExperimentError
 from experiments.figures import draw_variant
 from experiments.methods import get_method
@@ -26,7 +26,7 @@ from experiments.summary import summarize
 from experiments.sweep import Job, plan_jobs, without_adapter
 from experiments.tables import screen_table
 from experiments.tasks import check_task, require_model_option
-from experiments.tasks.books import BooksOptions
+from experiments.tasks.books import Books, BooksOptions
 from experiments.workers import run_jobs
 
 console = Console()
@@ -117,11 +117,12 @@ def pretrain(
     options = BooksOptions(width=width, depth=depth, batch_size=batch_size)
     folder = out or Path("build/decoders") / f"w{width}"
     rate = 0.4 / width if learning_rate is None else learning_rate
+    require_no_folder(folder)
+    task = Books(options, data_dir)
     with Progress(*COLUMNS, console=console) as progress:
         bar = progress.add_task(f"decoder of width {width}", total=steps)
         result = make_decoder(
-            options,
-            data_dir,
+            task,
             folder,
             steps=steps,
             learning_rate=rate,

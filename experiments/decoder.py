@@ -9,27 +9,30 @@ from experiments.models.llama import save_llama
 from experiments.models.text import TOKENIZER_FILE
 from experiments.schema import RunResult
 from experiments.task import OnStep
-from experiments.tasks.books import Books, BooksOptions
+from experiments.tasks.books import Books
 from experiments.tasks.pretraining import pretrain
 
 RECORD_FILE = "pretraining.json"
 """The record of the pretraining beside the weights."""
 
 
+def require_no_folder(out: Path) -> None:
+    """Refuses to write over a folder.
+
+    Raises:
+        ExperimentError: It exists.
+    """
+    if out.exists():
+        raise ExperimentError(f"{out} exists; delete it, or choose another --out")
+
+
 def make_decoder(
-    options: BooksOptions,
-    data_dir: Path | None,
-    out: Path,
-    *,
-    steps: int,
-    learning_rate: float,
-    on_step: OnStep,
+    task: Books, out: Path, *, steps: int, learning_rate: float, on_step: OnStep
 ) -> RunResult:
     """Pretrains a decoder on novels and writes it, with its tokenizer, as a whole or not at all.
 
     Args:
-        options: Sizes.
-        data_dir: Folder with the novels.
+        task: The decoder and the novels.
         out: Folder to make.
         steps: How many updates.
         learning_rate: Peak learning rate of AdamW.
@@ -39,12 +42,9 @@ def make_decoder(
         The record of the training.
 
     Raises:
-        ExperimentError: The folder exists, the novels are missing, the training diverges, or the
-            disk is full.
+        ExperimentError: The folder exists, the training diverges, or the disk is full.
     """
-    if out.exists():
-        raise ExperimentError(f"{out} exists; delete it, or choose another --out")
-    task = Books(options, data_dir)
+    require_no_folder(out)
     run = pretrain(task, steps=steps, learning_rate=learning_rate, seed=0, on_step=on_step)
     unfinished = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     try:

@@ -12,6 +12,8 @@ from matplotlib.ticker import LogLocator, NullLocator
 from sklearn.isotonic import isotonic_regression
 
 from experiments.headline import SHOWN, Comparison
+from experiments.peers import TUNED_ADAMW
+from experiments.stability import Range
 from experiments.summary import MethodSummary, tuned_baseline
 from experiments.tables import PROBES
 from lowrank_optax import plots
@@ -126,6 +128,34 @@ def draw_speedups(comparisons: Sequence[Comparison], title: str, path: Path) -> 
     )
     axes.grid(axis="x", alpha=0.2)
     figure.legend(loc="outside lower center", ncols=len(SHOWN))
+    _save(figure, path)
+
+
+def draw_stability(found: Mapping[str, Sequence[Range]], title: str, path: Path) -> None:
+    """Draws how wide the range of good learning rates is, a row a method.
+
+    Args:
+        found: The ranges by method, the most forgiving first.
+        title: Title of the figure.
+        path: The PNG file to write.
+    """
+    figure = Figure(figsize=(8.5, 1.6 + 0.26 * len(found)), layout="constrained")
+    axes = figure.subplots()
+    figure.suptitle(title)
+    for row, (method, each) in enumerate(found.items()):
+        color = BLACK if method in TUNED_ADAMW else COLORS[1] if "polora" in method else "0.5"
+        closed = [one.decades for one in each if not one.is_open]
+        opened = [one.decades for one in each if one.is_open]
+        axes.plot(closed, [row] * len(closed), "o", markersize=4, alpha=0.6, color=color)
+        axes.plot(opened, [row] * len(opened), ">", markersize=5, alpha=0.6, color=color)
+        median = statistics.median(one.decades for one in each)
+        axes.plot([median], [row], "|", markersize=14, markeredgewidth=2, color=color)
+    axes.set_yticks(range(len(found)), list(found))
+    axes.invert_yaxis()
+    axes.set_xlim(left=0.0)
+    axes.set_xlabel("decades of learning rates within 5 % of the best loss")
+    axes.set_title("Dots: comparisons, ▸ an end of the sweep is within, bars: medians", fontsize=10)
+    axes.grid(axis="x", alpha=0.2)
     _save(figure, path)
 
 

@@ -9,11 +9,18 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from experiments.errors import ExperimentError
-from experiments.figures import draw_probes, draw_speedups, draw_variant, draw_variants
+from experiments.figures import (
+    draw_probes,
+    draw_speedups,
+    draw_stability,
+    draw_variant,
+    draw_variants,
+)
 from experiments.headline import RECOMMENDED, SHOWN, Comparison, claim, compare, headline_table
 from experiments.hunt import hunt_table, is_attempt
 from experiments.peers import TUNED_ADAMW
 from experiments.schema import RunResult
+from experiments.stability import lost_runs, ranges, stability_table
 from experiments.study import Study, StudyFile, expand, load_study, study_names
 from experiments.summary import MethodSummary, difference, summarize, tuned_baseline
 from experiments.sweep import next_run, read_results
@@ -28,6 +35,7 @@ from experiments.tables import (
 MARKERS = "<!-- {}: begin -->", "<!-- {}: end -->"
 SPEEDUPS = "speedups.png"
 HUNT = "hunt.md"
+STABILITY = "stability"
 
 LEGEND = """\
 Mean ± standard deviation over seeds at each method's best learning rate (chosen by the final
@@ -253,6 +261,12 @@ def make_pages(results: Path, docs: Path, readme: Path) -> dict[Path, str]:
         path = docs / HUNT
         text = path.read_text() if path.exists() else _empty_page("Hunt")
         pages[path] = replace_block(text, hunted, str(path))
+    if found := ranges(studies):
+        path = docs / f"{STABILITY}.md"
+        text = path.read_text() if path.exists() else _empty_page("Stability")
+        table = stability_table(found, lost_runs(studies))
+        figure = f"![Width of the range of good learning rates, by method]({STABILITY}.png)"
+        pages[path] = replace_block(text, f"{figure}\n\n{table}", str(path))
     index = docs / "README.md"
     comparisons = _comparisons(studies)
     text = index.read_text() if index.exists() else _empty_page("Results", "headline", "results")
@@ -305,6 +319,8 @@ def draw_pages(results: Path, docs: Path) -> list[Path]:
     studies = {file.name: variants for file, variants in _studies(results)}
     if comparisons := _comparisons(studies):
         draw(draw_speedups, comparisons, "Fewer steps than tuned AdamW", SPEEDUPS)
+    if found := ranges(studies):
+        draw(draw_stability, found, "How forgiving each method is", f"{STABILITY}.png")
     for file, variants in _studies(results):
         if file.study.variant_axis:
             by_variant = {variant.name: variant.summaries for variant in variants}

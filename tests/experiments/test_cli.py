@@ -87,7 +87,7 @@ def test_run_writes_results_and_figure_then_goes_on_from_them(tmp_path, tiny_dig
         (["run", "digits", "--method=adam"], "unknown method 'adam'; there are: adamw, "),
         (["run", "digits", "--method=altlora-sequential"], "pass --learning-rate"),
         (["run", "linear", "--variant=other"], "there are: stochastic, deterministic"),
-        (["run", "fine-tune", "--task=nothing"], "unknown task 'nothing'; there are: cifar"),
+        (["run", "fine-tune", "--task=nothing"], "unknown task 'nothing'; there are: books, cifar"),
         (["run", "fine-tune", "--task=gsm8k"], "task_options.model: Field required"),
         (
             ["run", "digits", "--model=roberta-base"],

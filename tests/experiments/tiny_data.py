@@ -91,4 +91,5 @@ BOOKS = books.BooksOptions(
 
 def write_decoder(folder: Path, data: Path, steps: int = 60) -> RunResult:
     """Pretrains a tiny decoder on the books of a folder of data."""
-    return make_decoder(BOOKS, data, folder, steps=steps, learning_rate=1e-2, on_step=ignore_steps)
+    task = books.Books(BOOKS, data)
+    return make_decoder(task, folder, steps=steps, learning_rate=1e-2, on_step=ignore_steps)

@@ -1,0 +1,173 @@
+"""How forgiving a method is: the learning rates near its best that are nearly as good."""
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
+from typing import NamedTuple, Protocol
+
+from experiments.schema import RunResult
+from experiments.summary import MethodSummary
+from experiments.tables import NOTHING, markdown
+
+SLACK = 1.05
+"""A rate is nearly as good if its final validation loss is at most so many times the best one's."""
+
+SYNTHETIC = {"linear", "conditioning"}
+"""Tasks whose loss falls to zero, where 5 % of it means little."""
+
+
+BASELINE = "adamw"
+
+
+class Variant(Protocol):
+    """One variant of a study and what was found in it."""
+
+    name: str
+    summaries: list[MethodSummary]
+
+
+class Range(NamedTuple):
+    """The learning rates that are nearly as good as a method's best in one comparison.
+
+    Attributes:
+        comparison: Name of the study and the variant.
+        low: The lowest.
+        high: The highest.
+        is_open: Whether an end of the sweep is among them, so that there may be more.
+    """
+
+    comparison: str
+    low: float
+    high: float
+    is_open: bool
+
+    @property
+    def decades(self) -> float:
+        """The width on a logarithmic scale."""
+        return math.log10(self.high / self.low)
+
+
+def range_of(summary: MethodSummary, comparison: str) -> Range | None:
+    """Finds where a sweep crosses `SLACK` times its lowest loss, on both sides of it.
+
+    Between two rates the loss is taken to be linear in the logarithm of the rate; beside a run that
+    did not finish the range ends.
+
+    Args:
+        summary: The sweep, of one seed.
+        comparison: Name of the study and the variant.
+
+    Returns:
+        The range; None without a sweep.
+    """
+    runs = summary.sweep
+    if len(runs) < 3 or not summary.best:
+        return None
+    best = min(runs, key=lambda run: run.validation_loss)
+    at, limit = runs.index(best), SLACK * best.validation_loss
+    low, is_open_below = _end(runs[at::-1], limit)
+    high, is_open_above = _end(runs[at:], limit)
+    return Range(comparison, low, high, is_open_below or is_open_above)
+
+
+def _end(runs: Sequence[RunResult], limit: float) -> tuple[float, bool]:
+    """Returns the last rate within the limit, going away from the best, and if it is the last."""
+    for inner, outer in pairwise(runs):
+        if outer.validation_loss > limit:
+            rate, beyond = inner.config.learning_rate, outer.config.learning_rate
+            rise = outer.validation_loss - inner.validation_loss
+            part = (limit - inner.validation_loss) / rise if math.isfinite(rise) else 0.0
+            return rate * (beyond / rate) ** part, False
+    return runs[-1].config.learning_rate, True
+
+
+def ranges(studies: Mapping[str, Sequence[Variant]]) -> dict[str, list[Range]]:
+    """Finds the ranges of all methods, the most forgiving first.
+
+    Args:
+        studies: The variants by study.
+
+    Returns:
+        The ranges by method, for methods with three comparisons or more; ordered by the median of
+        their widths.
+    """
+    found: dict[str, list[Range]] = {}
+    for study, variant in _comparisons(studies):
+        for summary in variant.summaries:
+            each = range_of(summary, f"{study}, {variant.name}".removesuffix(", "))
+            if each is not None:
+                found.setdefault(summary.method, []).append(each)
+    enough = {method: each for method, each in found.items() if len(each) >= 3}
+    return dict(sorted(enough.items(), key=lambda item: -_median(item[1])))
+
+
+def _comparisons(studies: Mapping[str, Sequence[Variant]]) -> Iterator[tuple[str, Variant]]:
+    """Yields study and variant of what AdamW takes part in."""
+    for study in sorted(set(studies) - SYNTHETIC):
+        for variant in studies[study]:
+            if any(summary.method == BASELINE for summary in variant.summaries):
+                yield study, variant
+
+
+def _median(found: Sequence[Range]) -> float:
+    return statistics.median(each.decades for each in found)
+
+
+def stability_table(found: Mapping[str, Sequence[Range]], lost: Mapping[str, str]) -> str:
+    """Writes a row for each method, in Markdown.
+
+    Args:
+        found: The ranges by method.
+        lost: How many runs were lost, by method.
+    """
+    rows = []
+    base = {one.comparison: one.decades for one in found.get(BASELINE, ())}
+    for method, each in found.items():
+        beside = [base[one.comparison] for one in each if one.comparison in base]
+        narrow = min(each, key=lambda one: one.decades)
+        rows.append(
+            [
+                method,
+                str(len(each)),
+                f"{_median(each):.2f}",
+                f"{statistics.median(beside):.2f}" if beside else NOTHING,
+                f"{narrow.decades:.2f} ({narrow.comparison})",
+                str(sum(one.is_open for one in each)),
+                lost.get(method, NOTHING),
+            ]
+        )
+    headings = [
+        "method",
+        "comparisons",
+        "decades, median",
+        "AdamW's there",
+        "narrowest",
+        "open",
+        "runs lost",
+    ]
+    return markdown(headings, rows)
+
+
+def lost_runs(studies: Mapping[str, Sequence[Variant]]) -> dict[str, str]:
+    """Counts the runs that diverged or failed at a rate at most three times the best one.
+
+    Higher rates are meant to break down; these are those that a user might take.
+
+    Args:
+        studies: The variants by study.
+
+    Returns:
+        Lost and all such runs, by method.
+    """
+    counts: dict[str, tuple[int, int]] = {}
+    for _, variant in _comparisons(studies):
+        for summary in variant.summaries:
+            if not summary.best:
+                continue
+            limit = 3.5 * summary.best[0].config.learning_rate
+            near = [run for run in summary.sweep if run.config.learning_rate <= limit]
+            lost, total = counts.get(summary.method, (0, 0))
+            gone = sum(run.status != "finished" for run in near)
+            counts[summary.method] = (lost + gone, total + len(near))
+    return {method: f"{lost} of {total}" for method, (lost, total) in counts.items()}

@@ -1,11 +1,13 @@
 """Figures of a study: loss curves, loss against learning rate, and loss by variant."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
@@ -13,6 +15,7 @@ from sklearn.isotonic import isotonic_regression
 
 from experiments.headline import SHOWN, Comparison
 from experiments.peers import TUNED_ADAMW
+from experiments.rules import Trial
 from experiments.stability import Range
 from experiments.summary import MethodSummary, tuned_baseline
 from experiments.tables import PROBES
@@ -156,6 +159,49 @@ def draw_stability(found: Mapping[str, Sequence[Range]], title: str, path: Path)
     axes.set_xlabel("decades of learning rates within 5 % of the best loss")
     axes.set_title("Dots: comparisons, ▸ an end of the sweep is within, bars: medians", fontsize=10)
     axes.grid(axis="x", alpha=0.2)
+    _save(figure, path)
+
+
+def draw_rules(found: Sequence[Trial], title: str, path: Path) -> None:
+    """Draws the best learning rate of every sweep against that by the rule.
+
+    Args:
+        found: The rules beside the sweeps.
+        title: Title of the figure.
+        path: The PNG file to write.
+    """
+    figure = Figure(figsize=(8.5, 6.5), layout="constrained")
+    axes = figure.subplots()
+    figure.suptitle(title)
+    rates = [rate for trial in found for rate in (trial.predicted, trial.best)]
+    ends = np.array([min(rates) / 1.5, max(rates) * 1.5])
+    axes.plot(ends, ends, color=BLACK, lw=1)
+    axes.fill_between(ends, ends / 3, ends * 3, color=GREY, alpha=0.35, lw=0)
+    markers = "osD^v<>pPX*h"
+    for (method, marker), color in zip(
+        zip(dict.fromkeys(trial.method for trial in found), markers, strict=False),
+        itertools.cycle([BLACK, *COLORS]),
+        strict=False,
+    ):
+        for is_fitted in (True, False):
+            some = [t for t in found if t.method == method and t.is_fitted == is_fitted]
+            axes.plot(
+                [trial.predicted for trial in some],
+                [trial.best for trial in some],
+                marker,
+                color=color,
+                markersize=6,
+                fillstyle="none" if is_fitted else "full",
+                label=method if is_fitted else None,
+            )
+    axes.set(xscale="log", yscale="log", xlabel="learning rate by the rule")
+    axes.set(ylabel="best learning rate of the sweep", xlim=ends, ylim=ends)
+    axes.set_title(
+        "Hollow: the rules were fitted to these; filled: not; grey: one step of a sweep",
+        fontsize=10,
+    )
+    axes.grid(alpha=0.2)
+    figure.legend(loc="outside right center", fontsize=8)
     _save(figure, path)
 
 

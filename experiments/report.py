@@ -11,6 +11,7 @@ from pathlib import Path
 from experiments.errors import ExperimentError
 from experiments.figures import (
     draw_probes,
+    draw_rules,
     draw_speedups,
     draw_stability,
     draw_variant,
@@ -19,6 +20,7 @@ from experiments.figures import (
 from experiments.headline import RECOMMENDED, SHOWN, Comparison, claim, compare, headline_table
 from experiments.hunt import hunt_table, is_attempt
 from experiments.peers import TUNED_ADAMW
+from experiments.rules import rules_table, trials
 from experiments.schema import RunResult
 from experiments.stability import lost_runs, ranges, stability_table
 from experiments.study import Study, StudyFile, expand, load_study, study_names
@@ -36,6 +38,7 @@ MARKERS = "<!-- {}: begin -->", "<!-- {}: end -->"
 SPEEDUPS = "speedups.png"
 HUNT = "hunt.md"
 STABILITY = "stability"
+RATES = "rates"
 
 LEGEND = """\
 Mean ± standard deviation over seeds at each method's best learning rate (chosen by the final
@@ -267,6 +270,11 @@ def make_pages(results: Path, docs: Path, readme: Path) -> dict[Path, str]:
         table = stability_table(found, lost_runs(studies))
         figure = f"![Width of the range of good learning rates, by method]({STABILITY}.png)"
         pages[path] = replace_block(text, f"{figure}\n\n{table}", str(path))
+    if tried := trials(studies):
+        path = docs / f"{RATES}.md"
+        text = path.read_text() if path.exists() else _empty_page("Learning rates")
+        figure = f"![Best learning rates of the sweeps against those by the rules]({RATES}.png)"
+        pages[path] = replace_block(text, f"{rules_table(tried)}\n\n{figure}", str(path))
     index = docs / "README.md"
     comparisons = _comparisons(studies)
     text = index.read_text() if index.exists() else _empty_page("Results", "headline", "results")
@@ -321,6 +329,8 @@ def draw_pages(results: Path, docs: Path) -> list[Path]:
         draw(draw_speedups, comparisons, "Fewer steps than tuned AdamW", SPEEDUPS)
     if found := ranges(studies):
         draw(draw_stability, found, "How forgiving each method is", f"{STABILITY}.png")
+    if tried := trials(studies):
+        draw(draw_rules, tried, "Learning rates by rule and by sweep", f"{RATES}.png")
     for file, variants in _studies(results):
         if file.study.variant_axis:
             by_variant = {variant.name: variant.summaries for variant in variants}

@@ -1,0 +1,214 @@
+r"""Rules for the learning rate: from what is known before training to a rate near the best.
+
+A rule is c / (n^p r^q d^m), with n adapted layers, the rank r and the mean width d of the layers,
+where the width of a layer is √(inputs · outputs). Exponents are 0, ½ or 1. They were chosen by the
+sweeps of the studies in `FITTED`: of all 27 triples, that which predicts the best rate of each
+comparison well from the others, and for methods of one family the same. The scale alpha / r is 2
+there, the steps are 150 to 200.
+"""
+
+import math
+import statistics
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+from experiments.schema import RunConfig
+from experiments.studies.layers import LAYERS
+from experiments.summary import MethodSummary
+from experiments.tables import markdown
+
+GRID_STEP = math.log10(3.0) + 0.03
+"""Decades of one step of a sweep by factors of three, the rounding of its rates included."""
+
+FITTED = ("cifar", "cifar-transfer", "digits", "glue-sst2", "lm", "mnist")
+"""The studies that the rules were fitted to, as they were on the day."""
+
+
+class Layers(NamedTuple):
+    """What is adapted.
+
+    Attributes:
+        number: n, how many layers.
+        width: d, the mean of √(inputs · outputs) over them.
+    """
+
+    number: int
+    width: float
+
+
+ADAPTED: Mapping[tuple[str, str], Layers] = {
+    ("mnist", r"linear/\d"): Layers(3, 116),
+    ("cifar", r"layers/\d"): Layers(4, 256),
+    ("cifar-transfer", r"layers/\d"): Layers(4, 256),
+    ("digits", "query|key|value|out|mlp_in|mlp_out"): Layers(18, 85),
+    ("sst2", "query|value"): Layers(12, 384),
+    ("sst2", "query|key|value|out|mlp_in|mlp_out"): Layers(36, 512),
+    ("cola", "query|key|value|out|mlp_in|mlp_out"): Layers(36, 512),
+    **{("lm", targets): Layers(number, 76) for number, targets in LAYERS.items()},
+}
+"""The layers of a task, by its targets."""
+
+
+class Rule(NamedTuple):
+    """A learning rate as a function of what is known before training.
+
+    Attributes:
+        constant: c.
+        layers: p, the power of 1 / n.
+        rank: q, the power of 1 / r.
+        width: m, the power of 1 / d.
+    """
+
+    constant: float
+    layers: float
+    rank: float
+    width: float
+
+    def rate(self, layers: Layers, rank: int) -> float:
+        """Returns the learning rate: the peak of a schedule with warm-up and cosine decay."""
+        powers = layers.number**self.layers * rank**self.rank * layers.width**self.width
+        return self.constant / powers
+
+    @property
+    def formula(self) -> str:
+        """The rule as it is written in the documentation."""
+        under = "".join(
+            {0.5: f"√{name}", 1.0: name, 0.0: ""}[power]
+            for name, power in (("n", self.layers), ("r", self.rank), ("d", self.width))
+        )
+        return f"{self.constant:g} / ({' '.join(under.replace('√', ' √').split())})"
+
+
+RULES: Mapping[str, Rule] = {
+    "polora-start": Rule(27, 1, 0, 0.5),
+    "polora": Rule(29, 1, 0, 0.5),
+    "polora-two-sided": Rule(46, 1, 0, 0.5),
+    "adamw": Rule(26, 1, 0.5, 1),
+    "lora-plus-4": Rule(8.7, 1, 0.5, 1),
+    "lora-plus": Rule(2.6, 1, 0.5, 1),
+    "altlora-plus-simultaneous": Rule(45, 1, 0.5, 1),
+    "lora-rite": Rule(18, 1, 0.5, 1),
+    "oplora": Rule(160, 1, 0.5, 1),
+    "lora-muon": Rule(8.9, 1, 0, 1),
+    "sds-lora": Rule(12, 1, 1, 1),
+}
+"""Fixed before any study that is not in `FITTED` was run."""
+
+
+class Variant(Protocol):
+    """One variant of a study and what was found in it."""
+
+    name: str
+    summaries: list[MethodSummary]
+
+
+class Trial(NamedTuple):
+    """A rule beside a sweep.
+
+    Attributes:
+        comparison: Name of the study and the variant.
+        method: Name of the method.
+        predicted: The rate by the rule.
+        best: The best rate of the sweep, between its rates by a parabola through three losses.
+        is_fitted: Whether the rule was fitted to it, among others.
+    """
+
+    comparison: str
+    method: str
+    predicted: float
+    best: float
+    is_fitted: bool
+
+    @property
+    def error(self) -> float:
+        """Decades by which the rule is above the best rate."""
+        return math.log10(self.predicted / self.best)
+
+
+def trials(studies: Mapping[str, Sequence[Variant]]) -> list[Trial]:
+    """Sets every rule beside every sweep of the comparisons of the peers and of the papers.
+
+    Args:
+        studies: The variants by study.
+    """
+    return [
+        Trial(
+            f"{study}, {variant.name}",
+            summary.method,
+            RULES[summary.method].rate(layers, config.task_options["rank"]),
+            best_rate(summary),
+            study in FITTED,
+        )
+        for study, variant in _swept(studies)
+        for summary in variant.summaries
+        if summary.method in RULES and summary.best and not summary.at_edge
+        for config in [summary.sweep[0].config]
+        for layers in [layers_of(config)]
+        if layers is not None
+    ]
+
+
+def layers_of(config: RunConfig) -> Layers | None:
+    """Returns what a run adapts; None for tasks that no rule was made for."""
+    return ADAPTED.get((config.task, config.task_options["targets"]))
+
+
+def best_rate(summary: MethodSummary) -> float:
+    """Returns the lowest point of a parabola through a sweep's best run and its neighbours.
+
+    The parabola is of the logarithms of loss and rate. Beside a run that did not finish, the best
+    rate itself is returned.
+
+    Args:
+        summary: A sweep whose best rate is no end of it.
+    """
+    runs = summary.sweep
+    at = min(range(len(runs)), key=lambda index: runs[index].validation_loss)
+    near = runs[at - 1 : at + 2]
+    if not all(math.isfinite(run.validation_loss) for run in near):
+        return runs[at].config.learning_rate
+    (x0, x1, x2), (y0, y1, y2) = (
+        [math.log(run.config.learning_rate) for run in near],
+        [math.log(run.validation_loss) for run in near],
+    )
+    left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
+    if right <= left:
+        return runs[at].config.learning_rate
+    return math.exp((x0 + x1) / 2 - left * (x2 - x0) / 2 / (right - left))
+
+
+def rules_table(found: Sequence[Trial]) -> str:
+    """Writes a row for each rule, in Markdown.
+
+    Args:
+        found: The rules beside the sweeps.
+    """
+    rows = []
+    for method, rule in RULES.items():
+        mine = [trial for trial in found if trial.method == method]
+        if not mine:
+            continue
+        cells = [method, rule.formula]
+        for is_fitted in (True, False):
+            some = [trial.error for trial in mine if trial.is_fitted == is_fitted]
+            near = sum(abs(error) <= GRID_STEP for error in some)
+            cells += [f"{near} of {len(some)}", _root_mean_square(some)] if some else ["–", "–"]
+        worst = max(mine, key=lambda trial: abs(trial.error))
+        cells.append(f"{worst.predicted / worst.best:.2g}× ({worst.comparison})")
+        rows.append(cells)
+    headings = ["method", "learning rate"]
+    headings += ["fitted: within a step", "error, decades", "others: within a step"]
+    headings += ["error, decades", "furthest from the best rate"]
+    return markdown(headings, rows)
+
+
+def _root_mean_square(errors: Sequence[float]) -> str:
+    return f"{math.sqrt(statistics.mean(error**2 for error in errors)):.2f}"
+
+
+def _swept(studies: Mapping[str, Sequence[Variant]]) -> Iterator[tuple[str, Variant]]:
+    """Yields study and variant of what each method runs with its own defaults in."""
+    for study in sorted(studies):
+        for variant in studies[study]:
+            if variant.name.startswith(("peers", "papers", "rank-", "layers-")):
+                yield study, variant

@@ -7,6 +7,7 @@ comparison well from the others, and for methods of one family the same. The sca
 there, the steps are 150 to 200.
 """
 
+import itertools
 import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,8 +21,15 @@ from experiments.tables import markdown
 GRID_STEP = math.log10(3.0) + 0.03
 """Decades of one step of a sweep by factors of three, the rounding of its rates included."""
 
-FITTED = ("cifar", "cifar-transfer", "digits", "glue-sst2", "lm", "mnist")
-"""The studies that the rules were fitted to, as they were on the day."""
+FITTED = {
+    "cifar": ("peers", "papers"),
+    "cifar-transfer": ("peers", "rank-32", "papers"),
+    "digits": ("peers", "papers"),
+    "glue-sst2": ("peers-query-value", "papers-query-value", "papers-all-linear"),
+    "lm": ("peers", "rank-32", "papers"),
+    "mnist": ("peers", "papers"),
+}
+"""The variants of studies that the rules were fitted to: those that had run."""
 
 
 class Layers(NamedTuple):
@@ -72,11 +80,10 @@ class Rule(NamedTuple):
     @property
     def formula(self) -> str:
         """The rule as it is written in the documentation."""
-        under = "".join(
-            {0.5: f"√{name}", 1.0: name, 0.0: ""}[power]
-            for name, power in (("n", self.layers), ("r", self.rank), ("d", self.width))
-        )
-        return f"{self.constant:g} / ({' '.join(under.replace('√', ' √').split())})"
+        powers = (("n", self.layers), ("r", self.rank), ("d", self.width))
+        written = {1.0: "{}", 0.5: "√{}"}
+        under = [written[power].format(name) for name, power in powers if power]
+        return f"{self.constant:g} / ({' '.join(under)})"
 
 
 RULES: Mapping[str, Rule] = {
@@ -92,7 +99,7 @@ RULES: Mapping[str, Rule] = {
     "lora-muon": Rule(8.9, 1, 0, 1),
     "sds-lora": Rule(12, 1, 1, 1),
 }
-"""Fixed before any study that is not in `FITTED` was run."""
+"""Fixed before anything that is not in `FITTED` was run, but for the papers' methods on CoLA."""
 
 
 class Variant(Protocol):
@@ -108,16 +115,23 @@ class Trial(NamedTuple):
     Attributes:
         comparison: Name of the study and the variant.
         method: Name of the method.
-        predicted: The rate by the rule.
+        layers: What is adapted.
+        rank: r of the adapters.
         best: The best rate of the sweep, between its rates by a parabola through three losses.
         is_fitted: Whether the rule was fitted to it, among others.
     """
 
     comparison: str
     method: str
-    predicted: float
+    layers: Layers
+    rank: int
     best: float
     is_fitted: bool
+
+    @property
+    def predicted(self) -> float:
+        """The rate by the rule."""
+        return RULES[self.method].rate(self.layers, self.rank)
 
     @property
     def error(self) -> float:
@@ -135,9 +149,10 @@ def trials(studies: Mapping[str, Sequence[Variant]]) -> list[Trial]:
         Trial(
             f"{study}, {variant.name}",
             summary.method,
-            RULES[summary.method].rate(layers, config.task_options["rank"]),
+            layers,
+            config.task_options["rank"],
             best_rate(summary),
-            study in FITTED,
+            variant.name in FITTED.get(study, ()),
         )
         for study, variant in _swept(studies)
         for summary in variant.summaries
@@ -150,7 +165,34 @@ def trials(studies: Mapping[str, Sequence[Variant]]) -> list[Trial]:
 
 def layers_of(config: RunConfig) -> Layers | None:
     """Returns what a run adapts; None for tasks that no rule was made for."""
-    return ADAPTED.get((config.task, config.task_options["targets"]))
+    return ADAPTED.get((config.task, config.task_options.get("targets", "")))
+
+
+POWERS = [(p, q, m) for p, q, m in itertools.product((0, 0.5, 1), repeat=3)]
+"""The triples of exponents that a rule may have."""
+
+
+def left_out_error(fitted: Sequence[Trial], powers: tuple[float, float, float]) -> float:
+    """Predicts the best rate on each model from those on the others, by a rule of given powers.
+
+    Args:
+        fitted: Sweeps of one method.
+        powers: Of 1 / n, 1 / r and 1 / d.
+
+    Returns:
+        The root of the mean square of the errors, in decades.
+    """
+    # log c of each sweep; a rule's is the mean.
+    constants = [
+        math.log10(trial.best / Rule(1.0, *powers).rate(trial.layers, trial.rank))
+        for trial in fitted
+    ]
+    models = [(trial.layers, trial.rank) for trial in fitted]
+    errors = []
+    for model, own in zip(models, constants, strict=True):
+        others = [x for other, x in zip(models, constants, strict=True) if other != model]
+        errors.append(statistics.mean(others) - own)
+    return math.sqrt(statistics.mean(error**2 for error in errors))
 
 
 def best_rate(summary: MethodSummary) -> float:
@@ -193,10 +235,14 @@ def rules_table(found: Sequence[Trial]) -> str:
             some = [trial.error for trial in mine if trial.is_fitted == is_fitted]
             near = sum(abs(error) <= GRID_STEP for error in some)
             cells += [f"{near} of {len(some)}", _root_mean_square(some)] if some else ["–", "–"]
+        fitted = [trial for trial in mine if trial.is_fitted]
+        own = left_out_error(fitted, (rule.layers, rule.rank, rule.width))
+        least = min(left_out_error(fitted, powers) for powers in POWERS)
+        cells.insert(2, f"{own:.2f} ({least:.2f})")
         worst = max(mine, key=lambda trial: abs(trial.error))
         cells.append(f"{worst.predicted / worst.best:.2g}× ({worst.comparison})")
         rows.append(cells)
-    headings = ["method", "learning rate"]
+    headings = ["method", "learning rate", "left out: error (least of 27)"]
     headings += ["fitted: within a step", "error, decades", "others: within a step"]
     headings += ["error, decades", "furthest from the best rate"]
     return markdown(headings, rows)

@@ -20,7 +20,7 @@ from experiments.figures import (
 from experiments.headline import RECOMMENDED, SHOWN, Comparison, claim, compare, headline_table
 from experiments.hunt import hunt_table, is_attempt
 from experiments.peers import TUNED_ADAMW
-from experiments.rules import rules_table, trials
+from experiments.rules import rules_table, trials, unseen_table
 from experiments.schema import RunResult
 from experiments.stability import lost_runs, ranges, stability_table
 from experiments.study import Study, StudyFile, expand, load_study, study_names
@@ -274,7 +274,8 @@ def make_pages(results: Path, docs: Path, readme: Path) -> dict[Path, str]:
         path = docs / f"{RATES}.md"
         text = path.read_text() if path.exists() else _empty_page("Learning rates")
         figure = f"![Best learning rates of the sweeps against those by the rules]({RATES}.png)"
-        pages[path] = replace_block(text, f"{rules_table(tried)}\n\n{figure}", str(path))
+        block = "\n\n".join(filter(None, [rules_table(tried), figure, unseen_table(studies)]))
+        pages[path] = replace_block(text, block, str(path))
     index = docs / "README.md"
     comparisons = _comparisons(studies)
     text = index.read_text() if index.exists() else _empty_page("Results", "headline", "results")

@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 from experiments.schema import RunConfig
 from experiments.studies.layers import LAYERS
-from experiments.summary import MethodSummary
+from experiments.summary import MethodSummary, tuned_baseline
 from experiments.tables import markdown
 
 GRID_STEP = math.log10(3.0) + 0.03
@@ -53,8 +53,11 @@ ADAPTED: Mapping[tuple[str, str], Layers] = {
     ("sst2", "query|key|value|out|mlp_in|mlp_out"): Layers(36, 512),
     ("cola", "query|key|value|out|mlp_in|mlp_out"): Layers(36, 512),
     **{("lm", targets): Layers(number, 76) for number, targets in LAYERS.items()},
+    ("authors", "query|value"): Layers(12, 384),
+    ("cifar-back", r"layers/\d"): Layers(4, 256),
+    ("gsm8k", "query|key|value|out|gate|up|down"): Layers(28, 163),
 }
-"""The layers of a task, by its targets."""
+"""The layers of a task, by its targets; GSM8K's are of the decoder of width 128."""
 
 
 class Rule(NamedTuple):
@@ -100,6 +103,38 @@ RULES: Mapping[str, Rule] = {
     "sds-lora": Rule(12, 1, 1, 1),
 }
 """Fixed before anything that is not in `FITTED` was run, but for the papers' methods on CoLA."""
+
+
+UNSEEN_STUDIES = ("authors", "cifar-back", "gsm8k")
+"""Tasks that no default was chosen on."""
+
+UNSEEN = (
+    "adamw",
+    "lora-plus-4",
+    "lora-plus",
+    "polora-start",
+    "polora",
+    "altlora-plus-simultaneous",
+    "sds-lora",
+    "oplora",
+)
+"""What runs on tasks that no rule was fitted to."""
+
+
+def sweeps_by_rule(task: str, targets: str, rank: int) -> dict[str, tuple[float, ...]]:
+    """Returns the sweeps of `UNSEEN` on a task: the rate by the rule, a third and three times it.
+
+    Args:
+        task: Name of the task.
+        targets: Its targets, as in `ADAPTED`.
+        rank: r of the adapters.
+    """
+    layers = ADAPTED[task, targets]
+    middles = {method: RULES[method].rate(layers, rank) for method in UNSEEN}
+    return {
+        method: tuple(float(f"{factor * rate:.2g}") for factor in (1 / 3, 1.0, 3.0))
+        for method, rate in middles.items()
+    }
 
 
 class Variant(Protocol):
@@ -248,6 +283,44 @@ def rules_table(found: Sequence[Trial]) -> str:
     return markdown(headings, rows)
 
 
+def unseen_table(studies: Mapping[str, Sequence[Variant]]) -> str:
+    """Writes what the rules reach without a sweep on the tasks of `UNSEEN_STUDIES`, in Markdown.
+
+    Args:
+        studies: The variants by study.
+
+    Returns:
+        A row for each task and method; empty if none has run.
+    """
+    rows = []
+    for study in UNSEEN_STUDIES:
+        for variant in studies.get(study, ()):
+            baseline = tuned_baseline(variant.summaries)
+            for summary in variant.summaries:
+                layers = layers_of(summary.sweep[0].config)
+                if baseline is None or layers is None or not summary.best:
+                    continue
+                rank = summary.sweep[0].config.task_options["rank"]
+                rule = RULES[summary.method].rate(layers, rank)
+                distance = lambda run, rule=rule: abs(math.log(run.config.learning_rate / rule))
+                by_rule = min(summary.sweep, key=distance)
+                best = min(summary.sweep, key=lambda run: run.validation_loss)
+                swept = min(baseline.sweep, key=lambda run: run.validation_loss)
+                rows.append(
+                    [
+                        f"[{study}]({study}.md)",
+                        summary.method,
+                        f"{by_rule.config.learning_rate:g}",
+                        f"{by_rule.validation_loss:.4g}",
+                        f"{best.config.learning_rate:g}",
+                        f"{best.validation_loss:.4g}",
+                        f"{swept.validation_loss:.4g} ({baseline.method})",
+                    ]
+                )
+    headings = ["task", "method", "rate by the rule", "loss", "best rate", "loss", "swept AdamW"]
+    return markdown(headings, rows) if rows else ""
+
+
 def _root_mean_square(errors: Sequence[float]) -> str:
     return f"{math.sqrt(statistics.mean(error**2 for error in errors)):.2f}"
 
@@ -256,5 +329,6 @@ def _swept(studies: Mapping[str, Sequence[Variant]]) -> Iterator[tuple[str, Vari
     """Yields study and variant of what each method runs with its own defaults in."""
     for study in sorted(studies):
         for variant in studies[study]:
-            if variant.name.startswith(("peers", "papers", "rank-", "layers-")):
+            is_plain = variant.name.startswith(("peers", "papers", "rank-", "layers-"))
+            if is_plain or study in UNSEEN_STUDIES:
                 yield study, variant

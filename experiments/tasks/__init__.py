@@ -10,8 +10,10 @@ from experiments.errors import ExperimentError, first_problem
 from experiments.task import OnStep, Task, TaskOptions
 
 TASKS = {
+    "authors": "authors.Authors",
     "books": "books.Books",
     "cifar": "cifar.Cifar",
+    "cifar-back": "cifar.CifarBack",
     "cifar-transfer": "cifar.CifarTransfer",
     "cifar100": "cifar100.CIFAR100",
     "cola": "cola.CoLA",

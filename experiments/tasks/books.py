@@ -89,7 +89,7 @@ class Books(WindowTask[BooksOptions]):
                 "choose a multiple"
             )
         path = require_file(self.name, data_dir, TEXT_FILE, SOURCES)
-        text = _read(path)
+        text = read_books(path)
         self.tokenizer = make_tokenizer(
             text[: round(SPLITS["train"][1] * len(text))], options.vocabulary
         )
@@ -135,9 +135,14 @@ def make_tokenizer(text: str, vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def _read(path: Path) -> str:
+def read_books(path: Path) -> str:
+    """Reads the novels, with the line ends of Unix.
+
+    Raises:
+        ExperimentError: The file is damaged.
+    """
     try:
-        return lzma.decompress(path.read_bytes()).decode("utf-8")
+        return lzma.decompress(path.read_bytes()).decode("utf-8").replace("\r\n", "\n")
     except (lzma.LZMAError, UnicodeDecodeError) as error:
         raise ExperimentError(
             f"{path} is not UTF-8 text compressed by xz ({error}); fetch it again"

@@ -110,25 +110,31 @@ class PretrainCifar(Cifar):
 
 
 class CifarTransfer(Cifar):
-    """Adapters and a new classifier on the classes 5-9, on top of one pretrained network."""
+    """Adapters and a new classifier on the classes 5-9, on top of one pretrained network.
+
+    Attributes:
+        base_task: What the network is pretrained on.
+    """
 
     name: ClassVar[str] = "cifar-transfer"
     options_type = CifarTransferOptions
     classes: ClassVar[range] = range(5, 10)
+    base_task: ClassVar[type[PretrainCifar]] = PretrainCifar
 
     def __init__(
         self, options: Any, data_dir: Path | None = None, on_step: OnStep = ignore_steps
     ) -> None:
         super().__init__(options, data_dir)
         base = pretrain(
-            PretrainCifar(options, data_dir),
+            self.base_task(options, data_dir),
             steps=options.pretrain_steps,
             learning_rate=options.pretrain_learning_rate,
             seed=options.pretrain_seed,
             on_step=on_step,
         )
         accuracy = base.result.final["validation"].accuracy or 0.0
-        self._pretraining = f"{100 * accuracy:.1f} % validation accuracy on the classes 0-4"
+        classes = f"the classes {self.base_task.classes[0]}-{self.base_task.classes[-1]}"
+        self._pretraining = f"{100 * accuracy:.1f} % validation accuracy on {classes}"
         self._base = nnx.split(base.model)
 
     @property
@@ -148,6 +154,21 @@ class CifarTransfer(Cifar):
         model.head = nnx.Linear(self.options.width, len(self.classes), rngs=rngs)
         self._adapt(model, adapters, rngs)
         return model
+
+
+class PretrainCifarBack(PretrainCifar):
+    """All weights of a fresh network on the classes 5-9."""
+
+    name: ClassVar[str] = "cifar-pretrain-back"
+    classes: ClassVar[range] = range(5, 10)
+
+
+class CifarBack(CifarTransfer):
+    """As `CifarTransfer` the other way: from the classes 5-9 to the classes 0-4."""
+
+    name: ClassVar[str] = "cifar-back"
+    classes: ClassVar[range] = range(5)
+    base_task: ClassVar[type[PretrainCifar]] = PretrainCifarBack
 
 
 def read_cifar(

@@ -1,8 +1,8 @@
-"""What SST-2 and CoLA share: MiniLM-L6, in place of RoBERTa-base, as a classifier of sentences."""
+"""What classifications of sentences share: MiniLM-L6, in place of RoBERTa-base, with a new head."""
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import jax.numpy as jnp
 import numpy as np
@@ -37,7 +37,10 @@ class SentenceOptions(TaskOptions):
 
 
 class SentenceTask(Task[SentenceOptions]):
-    """MiniLM-L6 with adapters and a new linear head for two classes.
+    """MiniLM-L6 with adapters and a new linear head.
+
+    Attributes:
+        classes: How many classes there are.
 
     Args:
         options: Sizes.
@@ -46,6 +49,7 @@ class SentenceTask(Task[SentenceOptions]):
     """
 
     options_type = SentenceOptions
+    classes: ClassVar[int] = 2
 
     def __init__(self, options: SentenceOptions, splits: dict[str, Split], source: str) -> None:
         super().__init__(options)
@@ -81,7 +85,7 @@ class SentenceTask(Task[SentenceOptions]):
         """Returns the pretrained encoder with a fresh head and fresh adapters."""
         options, rngs = self.options, nnx.Rngs(seed)
         encoder = nnx.merge(*self._base)
-        model = TextClassifier(encoder, MeanHead(encoder.shape.width, 2, rngs=rngs))
+        model = TextClassifier(encoder, MeanHead(encoder.shape.width, self.classes, rngs=rngs))
         adapters.add_to(model, options.targets, options.lora, rngs=rngs)
         return model
 
@@ -98,11 +102,14 @@ class SentenceTask(Task[SentenceOptions]):
         return [_cut(batch) for batch in padded_batches(ordered, EVAL_BATCH)]
 
     def totals(self, model: Any, batch: Batch) -> Totals:
-        """Returns cross entropy, correct answers, and how the classes were confused."""
+        """Returns cross entropy, correct answers, and how two classes were confused."""
         logits = model(batch["tokens"], batch["mask"], batch["segments"])
+        found = classification_totals(logits, batch)
+        if self.classes != 2:
+            return found
         answers = nnx.one_hot(logits.argmax(axis=-1), 2) * batch["weight"][:, None]
         confusion = jnp.matmul(nnx.one_hot(batch["label"], 2).T, answers)
-        return classification_totals(logits, batch)._replace(confusion=confusion)
+        return found._replace(confusion=confusion)
 
 
 def _lengths(examples: Batch) -> np.ndarray:

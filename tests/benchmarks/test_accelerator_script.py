@@ -12,8 +12,7 @@ from benchmarks import accelerator
 from benchmarks.accelerator import CHECKED, QUICK, TUNED, Setting, difference_of_devices
 from benchmarks.train_step import make_problem
 from experiments.errors import ExperimentError
-from tests.experiments.test_hub_tasks import write_rows
-from tests.experiments.tiny_data import write_books
+from tests.experiments.tiny_data import write_books, write_gsm8k
 
 
 def invoke(*arguments):
@@ -63,9 +62,7 @@ def test_training_steps_are_timed_against_adamw():
 
 def test_a_decoder_is_pretrained_and_tuned_at_every_rate(tmp_path):
     write_books(tmp_path)
-    for split in ("train", "test"):
-        rows = [{"question": f"{n} and 1", "answer": f"#### {n}"} for n in range(20)]
-        write_rows(tmp_path / "gsm8k" / f"{split}.jsonl", rows)
+    write_gsm8k(tmp_path)
     sizes = QUICK._replace(pretrain_s=0.05)
     found = accelerator.tune(Setting(sizes, tmp_path, Console(quiet=True)))
     assert found["pretraining_steps"] >= 1

@@ -17,7 +17,9 @@ from experiments.rules import (
     best_rate,
     left_out_error,
     rules_table,
+    sweeps_by_rule,
     trials,
+    unseen_table,
 )
 from experiments.summary import summarize
 from experiments.tasks import load_task
@@ -110,6 +112,24 @@ def test_a_row_of_the_table():
     assert row == (
         "| polora | 29 / (n √d) | 0.00 (0.00) | 3 of 3 | 0.00 | 0 of 1 | 1.00 | 10× (here) |"
     )
+
+
+def test_a_rule_without_a_sweep_stands_beside_the_swept_adamw():
+    config = {"task": "cifar-back", "task_options": {"rank": 16, "targets": r"layers/\d"}}
+    rates = sweeps_by_rule("cifar-back", r"layers/\d", 16)
+    low, middle, high = rates["polora"]
+    runs = [
+        run.model_copy(update={"config": run.config.model_copy(update=config)})
+        for run in (
+            *sweep(dict(zip(rates["adamw"], (1.2, 1.1, 1.3), strict=True))),
+            *sweep({low: 0.9, middle: 1.0, high: 1.2}, "polora"),
+        )
+    ]
+    rows = unseen_table({"cifar-back": [Variant("", runs)]}).splitlines()[2:]
+    assert rows[1] == (
+        f"| [cifar-back](cifar-back.md) | polora | {middle:g} | 1 | {low:g} | 0.9 | 1.1 (adamw) |"
+    )
+    assert unseen_table({}) == ""
 
 
 def test_runs_of_an_unknown_task_have_no_rule():

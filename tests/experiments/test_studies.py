@@ -9,7 +9,7 @@ from tests.experiments.tiny_data import write_all, write_decoder
 
 WITHOUT_DATA = {"linear", "conditioning", "digits", "defaults"}
 FROM_THE_HUB = {"fine-tune"}
-WITH_A_DECODER = {"scaling"}
+WITH_A_DECODER = {"gsm8k", "scaling"}
 
 
 @pytest.fixture(scope="module")

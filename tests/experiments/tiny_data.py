@@ -1,6 +1,7 @@
 """Tiny data sets in the form of the real ones."""
 
 import io
+import json
 import lzma
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,15 @@ from tests.experiments.tiny_models import LLAMA, random_tensors
 
 def write_all(folder: Path) -> Path:
     """Writes every data set that a study reads."""
-    for write in (write_mnist, write_cifar, write_sst2, write_cola, write_lm, write_books):
+    for write in (
+        write_mnist,
+        write_cifar,
+        write_sst2,
+        write_cola,
+        write_lm,
+        write_books,
+        write_gsm8k,
+    ):
         write(folder)
     return folder
 
@@ -79,9 +88,23 @@ def write_lm(folder: Path) -> None:
 
 
 def write_books(folder: Path) -> None:
-    """Writes a text that a bigram model could learn, compressed."""
+    """Writes novels of ten authors, compressed: lines that a bigram model could learn."""
     (folder / books.TEXT_FILE).parent.mkdir()
-    (folder / books.TEXT_FILE).write_bytes(lzma.compress(b"abc bca 12\n" * 1000))
+    line = "abc bca 12 " * 6
+    novels = [
+        f"# Title: {author}\r\n\r\n## Author: {author}\r\n\r\n## Year: 1869\r\n\r\n"
+        + f"{line}{author}\r\n\r\n" * 440
+        for author in "ABCDEFGHIJ"
+    ]
+    (folder / books.TEXT_FILE).write_bytes(lzma.compress("".join(novels).encode()))
+
+
+def write_gsm8k(folder: Path, count: int = 20) -> None:
+    """Writes problems whose answer is in the question."""
+    (folder / "gsm8k").mkdir()
+    rows = [{"question": f"abc {n}", "answer": f"bca #### {n}"} for n in range(count)]
+    for name in ("train.jsonl", "test.jsonl"):
+        (folder / "gsm8k" / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 BOOKS = books.BooksOptions(

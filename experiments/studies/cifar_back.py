@@ -1,0 +1,22 @@
+"""CIFAR back: PatchMLP pretrained on the classes 5-9, adapted to 0-4. No default was chosen on it.
+
+    python -m experiments run cifar-back --data-dir ../shared/data --jobs 2
+
+The study `cifar-transfer` with the classes exchanged. Every sweep begins around the learning rate
+that the method's rule gives: docs/results/rates.md.
+
+Cost: not run yet.
+"""
+
+from experiments.rules import sweeps_by_rule
+from experiments.studies import cifar_transfer
+
+STUDY = cifar_transfer.STUDY.model_copy(
+    update={
+        "task": "cifar-back",
+        "learning_rates": sweeps_by_rule("cifar-back", r"layers/\d", 16),
+        "variants": {},
+    }
+)
+
+SMOKE = cifar_transfer.SMOKE

@@ -18,7 +18,7 @@ from experiments.peers import TUNED_ADAMW
 from experiments.rules import Trial
 from experiments.stability import Range
 from experiments.summary import MethodSummary, tuned_baseline
-from experiments.tables import PROBES
+from experiments.tables import probed
 from lowrank_optax import plots
 
 BLACK, GREY = "black", "0.75"
@@ -213,11 +213,15 @@ def draw_probes(summaries: Sequence[MethodSummary], title: str, path: Path) -> N
         title: Title of the whole figure.
         path: The PNG file to write.
     """
-    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    names = probed(summaries)
+    rows = -(-len(names) // 2)
+    figure = Figure(figsize=(11, 3.75 * rows), layout="constrained")
     figure.suptitle(title)
-    panels = figure.subplots(2, 2, sharex=True)
+    panels = figure.subplots(rows, 2, sharex=True, squeeze=False)
+    for axes in panels.flat[len(names) :]:
+        axes.set_visible(False)
     styles = looks(summaries)
-    for axes, (name, heading) in zip(panels.flat, PROBES.items(), strict=True):
+    for axes, (name, heading) in zip(panels.flat, names.items(), strict=False):
         ends = []
         for summary in (s for s in summaries if s.best):
             steps = [point.step for point in summary.best[0].probes]
@@ -229,7 +233,7 @@ def draw_probes(summaries: Sequence[MethodSummary], title: str, path: Path) -> N
         axes.set_title(heading, fontsize=10)
         axes.grid(alpha=0.2)
         _label_ends(axes, ends)
-    for axes in panels[1]:
+    for axes in panels[-1]:
         axes.set_xlabel("step")
     _save(figure, path)
 

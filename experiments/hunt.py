@@ -1,7 +1,8 @@
-"""The hunt: what was tried so that the recommended method needs fewer steps.
+"""The hunt: what was tried so that the recommended method needs fewer steps, and what its parts do.
 
-An attempt changes a few options of `polora-start`, whose learning rates are swept again with them.
-It is a variant `hunt-…` of a study; `docs/results/hunt.md` has a row for each.
+An attempt changes a few options of `polora-start`, or leaves one of its parts out; its learning
+rates are swept again. It is a variant `hunt-…` of a study; `docs/results/hunt.md` has a row for
+each.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,15 +13,17 @@ from experiments.summary import MethodSummary, difference, goal_of, speedup, tun
 from experiments.tables import NOTHING, markdown, spread, times, verdict
 
 PREFIX = "hunt-"
+ABLATED = "polora-ablated-start"
 REFERENCE = "peers"
 """The variant that an attempt is compared with: it has AdamW and the unchanged method."""
 
 
 class Attempt(NamedTuple):
-    """What an attempt changes, in words and as options."""
+    """What an attempt changes, in words and as options, and of which method."""
 
     change: str
     options: Mapping[str, Any]
+    method: str = RECOMMENDED
 
 
 ATTEMPTS = {
@@ -36,6 +39,15 @@ ATTEMPTS = {
     "kept-function": Attempt(
         "γ = 128, kernels corrected so that the model computes what it did",
         {"start": {"gamma": 128.0, "keep_function": True}},
+    ),
+    "no-momentum": Attempt("b1 = 0, not 0.9", {"b1": 0.0}),
+    "no-nesterov": Attempt("without Nesterov's look ahead", {"nesterov": False}, ABLATED),
+    "no-polar": Attempt(
+        "without polar factors: the whitened momentum as it is", {"polar": False}, ABLATED
+    ),
+    "no-diagonal": Attempt("without the curvature diagonals", {"diagonal": False}, ABLATED),
+    "no-radius": Attempt(
+        "without the radius: a step of each factor of length η", {"bounded": False}, ABLATED
     ),
     "more-batches": Attempt(
         "the start's gradient from 32 batches, not 8", {"start": {"gamma": 1e6, "batches": 32}}
@@ -58,8 +70,8 @@ def attempts(rates: tuple[float, ...]) -> dict[str, dict[str, Any]]:
     """
     return {
         f"{PREFIX}{name}": {
-            "learning_rates": {RECOMMENDED: rates},
-            f"method_options.{RECOMMENDED}": dict(attempt.options),
+            "learning_rates": {attempt.method: rates},
+            f"method_options.{attempt.method}": dict(attempt.options),
         }
         for name, attempt in ATTEMPTS.items()
     }

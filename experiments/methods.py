@@ -158,6 +158,12 @@ def _sds_lora_sgd(
     )
 
 
+def _ablated(setting: Setting, **options: Any) -> optax.GradientTransformation:
+    from experiments.ablations import ablated_polora
+
+    return ablated_polora(setting.schedule, scale=setting.scale, **options)
+
+
 def _svd_lora(setting: Setting, momentum: float) -> optax.GradientTransformation:
     import optax
 
@@ -196,6 +202,9 @@ METHODS: dict[str, Method] = {
         "PoLoRA, two-sided, started from the gradient",
         _scaled("polora"),
         {**_TWO_SIDED, **_TINY_START},
+    ),
+    "polora-ablated-start": Method(
+        "PoLoRA less one of its parts, started from the gradient", _ablated, _TINY_START
     ),
     "lora-plus": Method(
         "LoRA+: AdamW, b 16 times as fast as a", _unscaled("lora_plus"), {"ratio": 16.0}

@@ -51,12 +51,16 @@ def _look_at(
     pair: Any = grads.pair
     start: Any = before.pair
     full = grads.kernel[...]
-    moved = nn.lora_delta(after.pair, after.scale) - nn.lora_delta(before.pair, before.scale)
+    delta = nn.lora_delta(after.pair, after.scale)
+    moved = delta - nn.lora_delta(before.pair, before.scale)
     return {
         "rank_a": diagnostics.effective_rank(pair.a),
         "rank_b": diagnostics.effective_rank(pair.b),
         "gradient_alignment": diagnostics.alignment(start, pair, full),
         "step_alignment": -_cosine(moved, full),
+        "step_rank": diagnostics.effective_rank(moved),
+        "delta_rank": diagnostics.effective_rank(delta),
+        "step_norm": jnp.linalg.norm(moved, 2),
     }
 
 

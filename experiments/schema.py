@@ -94,6 +94,9 @@ class ProbePoint(Record):
         rank_b: Effective rank of the gradient of `b`.
         gradient_alignment: Cosine of G and the change of ΔK along the gradients of the factors.
         step_alignment: Cosine of -G and the change of ΔK that the optimizer made.
+        step_rank: Effective rank of that change.
+        delta_rank: Effective rank of ΔK after it.
+        step_norm: Spectral norm of the change.
     """
 
     step: int
@@ -101,6 +104,9 @@ class ProbePoint(Record):
     rank_b: float
     gradient_alignment: float
     step_alignment: float
+    step_rank: float | None = None
+    delta_rank: float | None = None
+    step_norm: float | None = None
 
 
 class Environment(Record):

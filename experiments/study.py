@@ -88,10 +88,11 @@ def override(study: Study, changes: Mapping[str, Any]) -> Study:
         ExperimentError: There is no such key, or the value does not fit; the message says which.
     """
     values = study.model_dump()
+    methods = values["learning_rates"] | changes.get("learning_rates", {})
     known = [
         *(f"plan.{key}" for key in values["plan"]),
         *(f"learning_rates.{key}" for key in values["learning_rates"]),
-        *(f"method_options.{key}" for key in values["learning_rates"]),
+        *(f"method_options.{key}" for key in methods),
         *(f"task_options.{key}" for key in option_names(study.task)),
         *("learning_rates", "seeds", "extensions"),
     ]

@@ -34,6 +34,9 @@ PROBES = {
     "rank_b": "effective rank of the gradient of b",
     "gradient_alignment": "cosine: full gradient, step along the factors' gradients",
     "step_alignment": "cosine: negative full gradient, the optimizer's step",
+    "step_rank": "effective rank of the step of ΔK",
+    "delta_rank": "effective rank of ΔK",
+    "step_norm": "spectral norm of the step of ΔK",
 }
 
 
@@ -133,14 +136,25 @@ def sweep_table(summaries: Sequence[MethodSummary]) -> str:
     return markdown(["method", *(f"{rate:g}" for rate in rates)], rows)
 
 
+def probed(summaries: Sequence[MethodSummary]) -> dict[str, str]:
+    """Returns the probes that all runs have, with their headings; earlier runs have fewer."""
+    points = [point for s in summaries for run in s.best for point in run.probes]
+    return {
+        name: heading
+        for name, heading in PROBES.items()
+        if points and all(getattr(point, name) is not None for point in points)
+    }
+
+
 def probe_table(summaries: Sequence[MethodSummary]) -> str:
     """Writes the probes' means over steps and seeds, in Markdown; empty if there are none."""
+    names = probed(summaries)
     rows = [
-        [s.method, *(_probe_mean(s.best, name) for name in PROBES)]
+        [s.method, *(_probe_mean(s.best, name) for name in names)]
         for s in summaries
         if any(run.probes for run in s.best)
     ]
-    return markdown(["method", *PROBES.values()], rows) if rows else ""
+    return markdown(["method", *names.values()], rows) if rows else ""
 
 
 def _probe_mean(runs: Sequence[RunResult], name: str) -> str:

@@ -23,7 +23,7 @@ from experiments.report import (
     write_pages,
 )
 from experiments.schema import CurvePoint, Plan, Scores
-from experiments.study import Study, load_study
+from experiments.study import Study, expand, load_study
 from experiments.summary import (
     difference,
     goal_of,
@@ -175,14 +175,19 @@ def test_attempts_are_no_comparisons_and_have_a_page_of_their_own(curves):
 
 
 @pytest.mark.parametrize("name", ATTEMPTS)
-def test_attempts_change_the_options_of_the_recommended_method_alone(name):
-    variants = attempts((0.1, 0.3))
+def test_attempts_change_the_options_of_one_method_alone(name):
+    variants, method = attempts((0.1, 0.3)), ATTEMPTS[name].method
     variant = variants[f"hunt-{name}"]
-    assert set(variant) == {"learning_rates", "method_options.polora-start"}
-    changed = variant["method_options.polora-start"]
-    known = {**get_method("polora-start").options, "b2": 0.99, "delta": 1e-4}
+    assert variant["learning_rates"] == {method: (0.1, 0.3)}
+    assert set(variant) == {"learning_rates", f"method_options.{method}"}
+    changed = variant[f"method_options.{method}"]
+    parts = dict.fromkeys(("polar", "bounded", "diagonal", "nesterov"), True)
+    known = {**get_method(method).options, **parts, "b1": 0.9, "b2": 0.99, "delta": 1e-4}
+    known |= {"radius": "exact"}
     assert changed
     assert all(known[key] != value for key, value in changed.items())
+    study = expand(load_study("digits").study, {}, [f"hunt-{name}"])[f"hunt-{name}"]
+    assert study.method_options == {method: changed}
 
 
 def test_tables_show_spread_claim_edge_and_divergence(results):

@@ -125,7 +125,8 @@ DAMPING = ({"damping": 0.0}, "`damping` must be positive")
         *((make, *DAMPING) for make in (lora_fa, lora_pro, lora_pro_efficient, reflora)),
         (lora_soap, {"every": 0}, "`every` must be a whole number, 1 or more, got 0"),
         (lora_soap, {"every": 1.5}, "`every` must be a whole number"),
-        (reflora, {"warmup_steps": -1}, "`warmup_steps` must not be negative"),
+        (reflora, {"warmup_steps": -1}, "`warmup_steps` must be a whole number, 0 or more"),
+        (reflora, {"warmup_steps": 2.5}, "`warmup_steps` must be a whole number, 0 or more"),
         (reflora, {"refactoring": "half"}, "`refactoring` must be one of full, scalar, got 'half'"),
     ],
 )

@@ -57,7 +57,9 @@ def oplora_proj(
     LoRSum on the gradient step alone, then each factor's own, transported momentum.
 
     Args:
-        learning_rate: $\eta$, positive, or a schedule; in units of SGD's.
+        learning_rate: $\eta$, positive, or a schedule; in units of SGD's. A step is as long as its
+            gradient is, without a bound: the best rate of one seed may break down with another, so
+            take a third of it.
         momentum: $\mu$, in [0, 1).
         iterations: k of LoRSum, from 0. The new factors meet the gradient once more than in
             `oplora`, so pairs need `shadow(..., iterations=k + 1, momentum_rank=0)`, for k = 0 as

@@ -112,7 +112,8 @@ def reflora(
     engine.check_decay("b1", b1)
     engine.check_decay("b2", b2)
     engine.check_choice("refactoring", refactoring, FORMS)
-    engine.check("warmup_steps", warmup_steps, lambda v: v >= 0, "must not be negative")
+    whole = "must be a whole number, 0 or more"
+    engine.check("warmup_steps", warmup_steps, lambda v: v >= 0 and v == v // 1, whole)
     engine.check("eps", eps, lambda v: v >= 0, "must not be negative")
     engine.check_positive("damping", damping)
     is_full = refactoring == "full"

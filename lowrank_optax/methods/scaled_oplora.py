@@ -52,7 +52,9 @@ def scaled_oplora(
       D_{in}^{-1} ((1 - \beta_1)\,G + \beta_1 m_a m_b) D_{out}^{-1}\big)$$
 
     Args:
-        learning_rate: $\eta$, positive, or a schedule. The paper uses 0.1 to 10.
+        learning_rate: $\eta$, positive, or a schedule. The paper uses 0.1 to 10. A step is as long
+            as its gradient is, without a bound: the best rate of one seed may break down with
+            another, so take a third of it.
         b1: $\beta_1$ of the momentum, in [0, 1).
         b2: $\beta_2$ of the metric's running averages, in [0, 1).
         damping: added to the averages, positive.

@@ -6,8 +6,9 @@ import xml.etree.ElementTree as ET
 import jax
 import pytest
 
-from experiments import method_pages
+from experiments import method_figures, method_pages
 from experiments.methods import METHODS
+from experiments.pages import PAGE_OF
 
 
 @pytest.fixture(scope="module")
@@ -23,14 +24,14 @@ def test_tables_follow_from_the_results(variants):
 
 def test_every_page_has_a_row_and_a_figure():
     pages = {page.stem for page in method_pages.PAGES.glob("*.md")}
-    assert set(method_pages.PAGE_OF) == pages
-    for name, page in method_pages.PAGE_OF.items():
+    assert set(PAGE_OF) == pages
+    for name, page in PAGE_OF.items():
         assert set(page.methods) | set(page.steps) <= set(METHODS)
         ET.parse(method_pages.PAGES / f"{name}.svg")
 
 
 def test_a_figure_is_drawn(variants, tmp_path):
-    method_pages.draw(method_pages.PAGE_OF["scaled_adamw"], variants, tmp_path / "x.svg")
+    method_figures.draw(PAGE_OF["scaled_adamw"], variants, tmp_path / "x.svg")
     text = "".join(ET.parse(tmp_path / "x.svg").getroot().itertext())
     assert "scaled-adamw, cosine" in text
 
@@ -39,7 +40,8 @@ def test_one_step_of_svd_lora_is_nearest_to_the_gradient():
     """No step of rank 8 can be nearer than the gradient's own best part; AdamW's is far from it."""
     with jax.enable_x64(True):
         found = {
-            m: method_pages.one_step(m, usual=False) for m in ("full gradient", "svd-lora", "adamw")
+            m: method_figures.one_step(m, usual=False)
+            for m in ("full gradient", "svd-lora", "adamw")
         }
     cosine = {method: c for method, (_, c) in found.items()}
     assert cosine["full gradient"] == pytest.approx(1.0)

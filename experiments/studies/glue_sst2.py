@@ -9,10 +9,10 @@ Without `--data-dir` the data come from the Hugging Face hub. Rank 8, a new line
 reported. The peers, which are evaluated 20 times a run, take the first 384 of each. The variant
 `longer` is the baseline of an independent run, 400 steps of 32: about 84 % on the dev set.
 
-Cost: the peers and `rank-32` were not run yet; 90 minutes for `papers-query-value` on two CPU
-cores of 30 GFLOP/s each in single precision, 26 for `papers-all-linear` on two of 100, with --jobs
-2. Expect SDS-LoRA beside AdamW, OPLoRA and AltLoRA behind, and a cliff above the best rate:
-docs/results/glue-sst2.md.
+Cost: `peers-all-linear` was not run yet; 33 minutes for `rank-32` and 26 for `papers-all-linear` on
+two CPU cores of 100 GFLOP/s each in single precision, 90 for `papers-query-value` on two of 30,
+with --jobs 2. Expect SDS-LoRA beside AdamW, OPLoRA and AltLoRA behind, and a cliff above the best
+rate: docs/results/glue-sst2.md.
 """
 
 from experiments.peers import highlights, others, peers

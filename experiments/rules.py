@@ -25,6 +25,7 @@ FITTED = {
     "cifar": ("peers", "papers"),
     "cifar-transfer": ("peers", "rank-32", "papers"),
     "digits": ("peers", "papers"),
+    "layers": ("layers-35",),  # the model of `lm`
     "glue-sst2": ("peers-query-value", "papers-query-value", "papers-all-linear"),
     "lm": ("peers", "rank-32", "papers"),
     "mnist": ("peers", "papers"),

@@ -27,7 +27,8 @@ from lowrank_optax import find_pairs
 from tests.experiments.samples import make_result
 from tests.experiments.test_stability import Variant, sweep
 
-GUIDE = Path(__file__).parents[2] / "docs" / "choosing.md"
+ROOT = Path(__file__).parents[2]
+GUIDE, README = ROOT / "docs" / "choosing.md", ROOT / "README.md"
 
 
 def test_a_rule_falls_with_layers_rank_and_width():
@@ -140,3 +141,4 @@ def test_the_guide_states_the_rules():
     text = GUIDE.read_text()
     for method in ("polora-start", "adamw", "altlora-plus-simultaneous", "sds-lora", "oplora"):
         assert RULES[method].formula in text, method
+    assert RULES["polora-start"].formula in README.read_text()

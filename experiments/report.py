@@ -196,7 +196,10 @@ def _comparisons(studies: Mapping[str, Sequence[Variant]]) -> list[Comparison]:
         for name, variants in studies.items()
         for variant in variants
         if not {RECOMMENDED, *TUNED_ADAMW} & set(variant.missing)
-        and (found := compare(f"{name}, {variant.name}", name, variant.summaries)) is not None
+        and (
+            found := compare(f"{name}, {variant.name}".removesuffix(", "), name, variant.summaries)
+        )
+        is not None
     ]
 
 

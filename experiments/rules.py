@@ -183,7 +183,7 @@ def trials(studies: Mapping[str, Sequence[Variant]]) -> list[Trial]:
     """
     return [
         Trial(
-            f"{study}, {variant.name}",
+            f"{study}, {variant.name}".removesuffix(", "),
             summary.method,
             layers,
             config.task_options["rank"],

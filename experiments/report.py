@@ -191,16 +191,13 @@ def headline_block(comparisons: Sequence[Comparison]) -> str:
 
 
 def _comparisons(studies: Mapping[str, Sequence[Variant]]) -> list[Comparison]:
-    return [
-        found
+    found = [
+        compare(f"{name}, {variant.name}".removesuffix(", "), name, variant.summaries)
         for name, variants in studies.items()
         for variant in variants
         if not {RECOMMENDED, *TUNED_ADAMW} & set(variant.missing)
-        and (
-            found := compare(f"{name}, {variant.name}".removesuffix(", "), name, variant.summaries)
-        )
-        is not None
     ]
+    return [comparison for comparison in found if comparison is not None]
 
 
 def _verdicts(summaries: Sequence[MethodSummary]) -> list[str]:

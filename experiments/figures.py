@@ -233,7 +233,8 @@ def draw_probes(summaries: Sequence[MethodSummary], title: str, path: Path) -> N
         axes.set_title(heading, fontsize=10)
         axes.grid(alpha=0.2)
         _label_ends(axes, ends)
-    for axes in panels[-1]:
+    for axes in panels.flat[len(names) - 2 : len(names)]:  # the last one of each column
+        axes.tick_params(labelbottom=True)
         axes.set_xlabel("step")
     _save(figure, path)
 

@@ -89,10 +89,8 @@ def _rate(summary: MethodSummary) -> str:
 
 def cost_table(page: Page) -> str:
     """Writes what the benchmarks measured of the page's methods, in Markdown."""
-    steps = _rows("train_step_cpu.json") | _rows("train_step_peers_cpu.json")
-    updates: dict[str, Any] = {}
-    for file in ("update_step_polora.json", "update_step_r16_run1.json"):
-        updates |= _rows(file)
+    steps = _rows("train_step_others_cpu", "train_step_peers_cpu", "train_step_cpu")
+    updates = _rows("update_step_others", "update_step_polora", "update_step_r16_run1")
     rows = []
     for name, method in {"LoRA AdamW": "adamw", **page.costs}.items():
         step, update = steps.get(method), updates.get(method)
@@ -113,9 +111,11 @@ def cost_table(page: Page) -> str:
     )
 
 
-def _rows(file: str) -> dict[str, Any]:
-    rows = json.loads((BENCHMARKS / file).read_text())["rows"]
-    return {r["method"]: r for r in rows if r.get("rank", 16) == 16}
+def _rows(*files: str) -> dict[str, Any]:
+    """Returns the rows of benchmarks by method; where several have it, the last one's."""
+    records = [json.loads((BENCHMARKS / f"{file}.json").read_text()) for file in files]
+    rows = [row for record in records for row in record["rows"]]
+    return {row["method"]: row for row in rows if row.get("rank", 16) == 16}
 
 
 def make_pages(variants: Sequence[tuple[str, Variant]]) -> dict[Path, str]:

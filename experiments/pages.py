@@ -69,6 +69,7 @@ PAGE_OF = {
             "`oplora`": "oplora k=1",
             "`oplora`, `iterations=2`": "oplora k=2",
             "`oplora_proj`": "oplora_proj k=1",
+            "`scaled_oplora`": "scaled_oplora k=1",
         },
         ("oplora", "oplora-proj", "scaled-oplora"),
         ("linear", "stochastic", ("oplora", "oplora-2", "svd-lora")),
@@ -87,7 +88,7 @@ PAGE_OF = {
     ),
     "lora_plus": Page(
         ("lora-plus-4", "lora-plus"),
-        {},
+        {"`lora_plus`": "lora_plus"},
         ("lora-plus-4", "lora-plus"),
         ("cifar", "peers", ("lora-plus-4", "lora-plus", "adamw")),
     ),
@@ -97,12 +98,20 @@ PAGE_OF = {
         ("lora-rite",),
         ("lm", "rank-32", ("lora-rite",)),
     ),
-    "lora_fa": Page(("lora-fa",), {}, ("lora-fa",), None),
+    "lora_fa": Page(("lora-fa",), {"`lora_fa`": "lora_fa"}, ("lora-fa",), None),
     "lora_pro": Page(
-        ("lora-pro", "lora-pro-efficient"), {}, ("lora-pro", "lora-pro-efficient"), None
+        ("lora-pro", "lora-pro-efficient"),
+        {"`lora_pro`": "lora_pro", "`lora_pro_efficient`": "lora_pro_efficient"},
+        ("lora-pro", "lora-pro-efficient"),
+        None,
     ),
-    "reflora": Page(("reflora", "reflora-scalar"), {}, ("reflora", "reflora-scalar"), None),
-    "lora_soap": Page(("lora-soap",), {}, ("lora-soap",), None),
+    "reflora": Page(
+        ("reflora", "reflora-scalar"),
+        {"`reflora`": "reflora", '`reflora`, `refactoring="scalar"`': "reflora scalar"},
+        ("reflora", "reflora-scalar"),
+        None,
+    ),
+    "lora_soap": Page(("lora-soap",), {"`lora_soap`": "lora_soap"}, ("lora-soap",), None),
     "lora_muon": Page(
         ("lora-muon",),
         {"`lora_muon`": "lora_muon"},

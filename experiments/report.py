@@ -191,11 +191,13 @@ def headline_block(comparisons: Sequence[Comparison]) -> str:
 
 
 def _comparisons(studies: Mapping[str, Sequence[Variant]]) -> list[Comparison]:
+    """Returns what is complete of the comparisons with AdamW as it is tuned in two dimensions."""
+    needed = {RECOMMENDED, *TUNED_ADAMW}
     found = [
         compare(f"{name}, {variant.name}".removesuffix(", "), name, variant.summaries)
         for name, variants in studies.items()
         for variant in variants
-        if not {RECOMMENDED, *TUNED_ADAMW} & set(variant.missing)
+        if needed <= set(variant.study.learning_rates) - set(variant.missing)
     ]
     return [comparison for comparison in found if comparison is not None]
 

@@ -7,9 +7,9 @@ The variant `peers` compares 24 methods with ten seeds, `papers` AdamW with AltL
 the alternating order with three. No download: the images come with scikit-learn. Learning rates are
 chosen on the validation split and the test is only reported.
 
-Cost: `peers` 19 minutes on 2 CPU cores beside other work, the attempts of the hunt 7, `papers` 2 to
-3; `constant` was not run yet. Expect PoLoRA ahead of
-AdamW, full fine-tuning ahead of both, and AltLoRA behind: docs/results/digits.md.
+Cost: `peers` 19 minutes on 2 CPU cores beside other work, the attempts of the hunt a minute each,
+`papers` 2 to 3, `constant` 3. Expect PoLoRA ahead of AdamW, full fine-tuning ahead of both, and
+AltLoRA behind: docs/results/digits.md.
 """
 
 from experiments.hunt import attempts

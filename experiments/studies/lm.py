@@ -6,9 +6,9 @@ In place of the papers' Llama and Gemma models. Rank 8 in all seven linear maps,
 windows of 128 tokens, 150 steps; learning rates are chosen on 128 validation windows, as many test
 windows are only reported (64 in `papers`). Loss in nats a token, of a vocabulary of 512.
 
-Cost: `peers` an hour with --jobs 2 beside other work, `papers` 52 minutes, `rank-32` 45; `long`,
-`constant` and the attempts of the hunt were not run yet. Expect PoLoRA and AdamW ahead with a start
-from the gradient, SDS-LoRA beside AdamW: docs/results/lm.md.
+Cost: `peers` an hour with --jobs 2 beside other work, `papers` 52 minutes, `rank-32` 45, `constant`
+11, the attempts of the hunt 2 each; `long` was not run yet. Expect PoLoRA and AdamW ahead with a
+start from the gradient, SDS-LoRA beside AdamW: docs/results/lm.md.
 """
 
 from experiments.hunt import attempts

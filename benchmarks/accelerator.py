@@ -143,13 +143,9 @@ def difference_of_devices(name: str, problem: Any, steps: int = 3) -> float:
                 runner.run()
             return start, jax.tree.map(np.array, runner.carry[0])
 
-    def relative(got: np.ndarray, want: np.ndarray, start: np.ndarray) -> float:
-        moved = np.max(np.abs(want - start))
-        return float(np.max(np.abs(got - want)) / (moved or 1))
-
     start, want = run(jax.devices("cpu")[0])
     _, got = run(jax.devices()[0])
-    return max(jax.tree.leaves(jax.tree.map(relative, got, want, start)))
+    return train_step.relative_difference(got, want, start)
 
 
 def time_updates(setting: Setting) -> dict[str, Any]:

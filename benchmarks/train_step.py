@@ -277,12 +277,18 @@ def disagreement(name: str, reference: str, steps: int) -> float:
         for _ in range(steps):
             runner.run()
 
-    def relative(got: np.ndarray, want: np.ndarray, start: np.ndarray) -> float:
-        moved = np.max(np.abs(want - start))
-        return np.max(np.abs(got - want)) / (moved or 1)  # nothing moves the Krylov leaf
-
     got, want = (jax.tree.map(np.array, runner.carry[0]) for runner in runners)
-    return max(jax.tree.leaves(jax.tree.map(relative, got, want, start)))
+    return relative_difference(got, want, start)
+
+
+def relative_difference(got: Any, want: Any, start: Any) -> float:
+    """Returns the largest difference of a leaf, relative to how far the wanted one moved."""
+
+    def of_leaf(got: np.ndarray, want: np.ndarray, start: np.ndarray) -> float:
+        moved = np.max(np.abs(want - start))
+        return float(np.max(np.abs(got - want)) / (moved or 1))  # nothing moves the Krylov leaf
+
+    return max(jax.tree.leaves(jax.tree.map(of_leaf, got, want, start)))
 
 
 def check_alternatives(methods: Sequence[str]) -> None:

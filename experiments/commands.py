@@ -15,7 +15,6 @@ from rich.progress import (
 )
 
 from experiments.adapters import WholeModel
-from experiments.decoder import make_decoder, require_no_folder
 from experiments.errors import ExperimentError
 from experiments.figures import draw_variant
 from experiments.methods import get_method
@@ -26,7 +25,6 @@ from experiments.summary import summarize
 from experiments.sweep import Job, plan_jobs, without_adapter
 from experiments.tables import screen_table
 from experiments.tasks import check_task, require_model_option
-from experiments.tasks.books import Books, BooksOptions
 from experiments.workers import run_jobs
 
 console = Console()
@@ -114,6 +112,10 @@ def pretrain(
     batch_size: int,
 ) -> None:
     """Pretrains a small decoder on novels, and writes it in the Hugging Face form."""
+    # Here, for the other commands do without a tokenizer.
+    from experiments.decoder import make_decoder, require_no_folder
+    from experiments.tasks.books import Books, BooksOptions
+
     options = BooksOptions(width=width, depth=depth, batch_size=batch_size)
     folder = out or Path("build/decoders") / f"w{width}"
     rate = 0.4 / width if learning_rate is None else learning_rate

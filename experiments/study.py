@@ -10,7 +10,7 @@ from pydantic import Field, ValidationError, field_validator
 from experiments import studies
 from experiments.catalogue import study_names
 from experiments.errors import ExperimentError, first_problem
-from experiments.methods import get_method
+from experiments.methods import METHODS, get_method
 from experiments.schema import Plan, Record
 from experiments.tasks import option_names, parse_options
 
@@ -88,16 +88,17 @@ def override(study: Study, changes: Mapping[str, Any]) -> Study:
         ExperimentError: There is no such key, or the value does not fit; the message says which.
     """
     values = study.model_dump()
-    methods = values["learning_rates"] | changes.get("learning_rates", {})
     known = [
         *(f"plan.{key}" for key in values["plan"]),
         *(f"learning_rates.{key}" for key in values["learning_rates"]),
-        *(f"method_options.{key}" for key in methods),
+        *(f"method_options.{key}" for key in values["learning_rates"]),
         *(f"task_options.{key}" for key in option_names(study.task)),
         *("learning_rates", "seeds", "extensions"),
     ]
+    # A variant may set options of a method of its own, which a smaller set then leaves out.
+    options = {f"method_options.{method}" for method in METHODS}
     for key, value in changes.items():
-        if key not in known:
+        if key not in known and key not in options:
             raise ExperimentError(f"unknown override {key!r}; there are: {', '.join(known)}")
         group, _, name = key.partition(".")
         if name:

@@ -87,7 +87,10 @@ def test_run_writes_results_and_figure_then_goes_on_from_them(tmp_path, tiny_dig
         (["run", "digits", "--method=adam"], "unknown method 'adam'; there are: adamw, "),
         (["run", "digits", "--method=altlora-sequential"], "pass --learning-rate"),
         (["run", "linear", "--variant=other"], "there are: stochastic, deterministic"),
-        (["run", "fine-tune", "--task=nothing"], "unknown task 'nothing'; there are: books, cifar"),
+        (
+            ["run", "fine-tune", "--task=nothing"],
+            "unknown task 'nothing'; there are: authors, books, cifar",
+        ),
         (["run", "fine-tune", "--task=gsm8k"], "task_options.model: Field required"),
         (
             ["run", "digits", "--model=roberta-base"],
@@ -168,7 +171,7 @@ def test_studies_are_fair_and_their_smoke_is_valid(name):
         for rates in study.learning_rates.values():
             assert len(rates) == 1 or len(rates) >= 3  # given ones, or a sweep, which grows
             assert all(2.5 < b / a < 4 for a, b in pairwise(rates))
-        assert len(study.seeds) >= 3
+        assert len(study.seeds) >= 3 or name == "layers"  # which looks for rates, not for losses
     for study in expand(file.study, file.smoke, []).values():
         assert study.runs() <= 6
 

@@ -6,10 +6,17 @@ each.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from experiments.headline import RECOMMENDED
-from experiments.summary import MethodSummary, difference, goal_of, speedup, tuned_baseline
+from experiments.summary import (
+    MethodSummary,
+    Variant,
+    difference,
+    goal_of,
+    speedup,
+    tuned_baseline,
+)
 from experiments.tables import NOTHING, markdown, spread, times, verdict
 
 PREFIX = "hunt-"
@@ -53,13 +60,6 @@ ATTEMPTS = {
         "the start's gradient from 32 batches, not 8", {"start": {"gamma": 1e6, "batches": 32}}
     ),
 }
-
-
-class Variant(Protocol):
-    """One variant of a study and what was found in it."""
-
-    name: str
-    summaries: list[MethodSummary]
 
 
 def attempts(rates: tuple[float, ...]) -> dict[str, dict[str, Any]]:

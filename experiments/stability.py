@@ -4,10 +4,10 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from experiments.schema import RunResult
-from experiments.summary import MethodSummary
+from experiments.summary import MethodSummary, Variant
 from experiments.tables import NOTHING, markdown
 
 SLACK = 1.05
@@ -16,15 +16,7 @@ SLACK = 1.05
 SYNTHETIC = {"linear", "conditioning"}
 """Tasks whose loss falls to zero, where 5 % of it means little."""
 
-
 BASELINE = "adamw"
-
-
-class Variant(Protocol):
-    """One variant of a study and what was found in it."""
-
-    name: str
-    summaries: list[MethodSummary]
 
 
 class Range(NamedTuple):

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from experiments.peers import TUNED_ADAMW
 from experiments.schema import RunResult, Scores
@@ -49,6 +49,13 @@ class MethodSummary:
         """Returns another final score of the best runs; empty where there is none."""
         values = [getattr(run.final.get(split, Scores(loss=0.0)), name) for run in self.best]
         return [value for value in values if value is not None]
+
+
+class Variant(Protocol):
+    """One variant of a study and what was found in it."""
+
+    name: str
+    summaries: list[MethodSummary]
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@
 A decoder of 1.3 million parameters in place of a Llama, rank 8 in all seven linear maps, 300 steps
 of 4 problems of up to 320 tokens. No default was chosen on it: every sweep begins around the
 learning rate that the method's rule gives, docs/results/rates.md. Answers to 64 test problems are
-generated at the end; a decoder of this size solves none.
+generated at the end; a decoder of this size may solve none.
 
 Cost: not run yet.
 """

@@ -9,7 +9,15 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from benchmarks import accelerator
-from benchmarks.accelerator import CHECKED, QUICK, TUNED, Setting, difference_of_devices
+from benchmarks.accelerator import (
+    CHECKED,
+    FULL,
+    QUICK,
+    TUNED,
+    Setting,
+    difference_of_devices,
+    rates_around_rule,
+)
 from benchmarks.train_step import make_problem
 from experiments.errors import ExperimentError
 from tests.experiments.tiny_data import write_books, write_gsm8k
@@ -40,8 +48,24 @@ def test_steps_of_two_devices_are_compared_by_how_far_they_move(monkeypatch):
     assert difference_of_devices("polora", problem) < 1e-5
     found = dict.fromkeys(CHECKED, 0.0) | {"polora": 0.5}
     monkeypatch.setattr(accelerator, "difference_of_devices", lambda name, problem: found[name])
-    with pytest.raises(AssertionError, match=r"differ from the CPU's: \{'polora': 0.5\}"):
-        accelerator.check(Setting(QUICK, None, Console()))
+    assert accelerator.check(Setting(QUICK, None, Console()))["wrong"] == ["polora"]
+
+
+def test_wrong_steps_end_in_an_error_after_the_other_parts(tmp_path, monkeypatch):
+    parts = {"correct": lambda setting: {"wrong": ["polora"]}, "update": lambda setting: {"x": 1}}
+    monkeypatch.setattr(accelerator, "PARTS", parts)
+    result = invoke("--out", tmp_path / "record.json")
+    assert result.exit_code == 1
+    assert "Steps differ from the CPU's: polora" in shown(result)
+    assert list(json.loads((tmp_path / "record.json").read_text())["parts"]) == list(parts)
+
+
+def test_the_rates_of_a_decoder_are_around_those_of_the_rule():
+    """The full decoder: 56 layers, of 512x512 and 512x1368."""
+    rates = rates_around_rule("polora-start", FULL.decoder, 8)
+    width = (4 * 512 + 3 * (512 * 1368) ** 0.5) / 7
+    assert rates[2] == pytest.approx(27 / (56 * width**0.5), rel=0.03)
+    assert rates[4] == pytest.approx(81 * rates[0], rel=0.05)
 
 
 def test_updates_that_there_is_no_time_for_are_listed():
@@ -99,5 +123,6 @@ def test_finished_parts_outlive_a_device_that_goes_away(tmp_path, monkeypatch, e
     record = json.loads(out.read_text())
     assert [part["value"] for part in record["parts"].values()] == [1, 1]
     assert calls == ["fine", "fine"]
+    assert "is of other sizes" in shown(invoke("--out", out, "--resume"))
     out.write_text(json.dumps(record | {"device": "another"}))
     assert "is of another device" in shown(invoke("--out", out, "--resume"))

@@ -37,6 +37,14 @@ class Shape(BaseModel):
 
     model_types: ClassVar[tuple[str, ...]] = ()
 
+    def config(self) -> dict[str, Any]:
+        """Returns the sizes under the names of `config.json`."""
+        fields = type(self).model_fields
+        return {
+            str(fields[name].validation_alias or name): value
+            for name, value in self.model_dump(mode="json").items()
+        }
+
 
 @dataclass(frozen=True)
 class Checkpoint:

@@ -284,7 +284,7 @@ def save_llama(model: Llama, folder: Path) -> None:
         folder: Where to write; it must exist.
     """
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
-    config |= model.shape.model_dump(by_alias=True, mode="json")
+    config |= model.shape.config()
     write_model(model, folder, config, dict(tensor_names(model.shape)))
 
 

@@ -46,7 +46,13 @@ def test_the_folder_holds_the_trained_weights_and_their_record(data, made):
     totals = task.totals(model, batch)
     np.testing.assert_allclose(totals.loss / totals.weight, made.final["test"].loss, rtol=1e-5)
     assert dict(tensor_names(model.shape)).keys() >= {"embed/embedding", "norm/scale"}
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "llama"
+
+
+def test_the_config_has_the_names_of_a_hugging_face_llama(data, made):
+    config = json.loads((data / "decoder" / "config.json").read_text())
+    sizes = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 4, "head_dim": 8}
+    assert config.items() >= ({"model_type": "llama", "eos_token_id": 0} | sizes).items()
+    assert not {"width", "depth", "heads", "eos"} & set(config)
 
 
 def test_the_folder_loads_in_the_task_that_takes_a_decoder(data, made):

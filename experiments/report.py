@@ -9,18 +9,19 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from experiments.errors import ExperimentError
-from experiments.figures import (
-    draw_probes,
-    draw_rules,
-    draw_speedups,
-    draw_stability,
-    draw_variant,
-    draw_variants,
-)
+from experiments.figures import draw_probes, draw_variant, draw_variants
 from experiments.headline import RECOMMENDED, SHOWN, Comparison, claim, compare, headline_table
 from experiments.hunt import hunt_table, is_attempt
+from experiments.overview_figures import (
+    draw_rules,
+    draw_scaling,
+    draw_speedups,
+    draw_stability,
+)
 from experiments.peers import TUNED_ADAMW
 from experiments.rules import rules_table, trials, unseen_table
+from experiments.scaling import STUDY as SCALING
+from experiments.scaling import scaling_table, series
 from experiments.schema import RunResult
 from experiments.stability import lost_runs, ranges, stability_table
 from experiments.study import Study, StudyFile, expand, load_study, study_names
@@ -118,6 +119,8 @@ def study_page(file: StudyFile, variants: Sequence[Variant]) -> str:
     parts = [_provenance(variants), LEGEND]
     if file.study.variant_axis:
         parts.append(f"![Loss by variant]({file.name}.png)")
+    if file.name == SCALING and (found := series(variants)):
+        parts += [f"![Steps and losses by size]({SCALING}.png)", scaling_table(found)]
     for variant in variants:
         if variant.name:
             parts.append(f"## {variant.name}")
@@ -191,13 +194,16 @@ def headline_block(comparisons: Sequence[Comparison]) -> str:
 
 
 def _comparisons(studies: Mapping[str, Sequence[Variant]]) -> list[Comparison]:
-    """Returns what is complete of the comparisons with AdamW as it is tuned in two dimensions."""
+    """Returns what is complete of the comparisons with AdamW as it is tuned in two dimensions.
+
+    One task at eight sizes would outweigh the others: `SCALING` has a page of its own.
+    """
     needed = {RECOMMENDED, *TUNED_ADAMW}
     found = [
         compare(f"{name}, {variant.name}".removesuffix(", "), name, variant.summaries)
         for name, variants in studies.items()
         for variant in variants
-        if needed <= set(variant.study.learning_rates) - set(variant.missing)
+        if name != SCALING and needed <= set(variant.study.learning_rates) - set(variant.missing)
     ]
     return [comparison for comparison in found if comparison is not None]
 
@@ -334,6 +340,8 @@ def draw_pages(results: Path, docs: Path) -> list[Path]:
         draw(draw_stability, found, "How forgiving each method is", f"{STABILITY}.png")
     if tried := trials(studies):
         draw(draw_rules, tried, "Learning rates by rule and by sweep", f"{RATES}.png")
+    if grown := series(studies.get(SCALING, ())):
+        draw(draw_scaling, grown, "What grows with width, rank and steps", f"{SCALING}.png")
     for file, variants in _studies(results):
         if file.study.variant_axis:
             by_variant = {variant.name: variant.summaries for variant in variants}

@@ -45,6 +45,9 @@ class Layers(NamedTuple):
     width: float
 
 
+DECODERS = {128: Layers(28, 163), 256: Layers(28, 325), 448: Layers(28, 569)}
+"""All linear maps of the decoders that `pretrain` makes, by the decoder's width."""
+
 ADAPTED: Mapping[tuple[str, str], Layers] = {
     ("mnist", r"linear/\d"): Layers(3, 116),
     ("cifar", r"layers/\d"): Layers(4, 256),
@@ -56,9 +59,9 @@ ADAPTED: Mapping[tuple[str, str], Layers] = {
     **{("lm", targets): Layers(number, 76) for number, targets in LAYERS.items()},
     ("authors", "query|value"): Layers(12, 384),
     ("cifar-back", r"layers/\d"): Layers(4, 256),
-    ("gsm8k", "query|key|value|out|gate|up|down"): Layers(28, 163),
+    ("gsm8k", "query|key|value|out|gate|up|down"): DECODERS[128],
 }
-"""The layers of a task, by its targets; GSM8K's are of the decoder of width 128."""
+"""The layers of a task, by its targets."""
 
 
 class Rule(NamedTuple):
@@ -107,7 +110,7 @@ RULES: Mapping[str, Rule] = {
 AdamW's first sweeps on SST-2 at rank 32, which had been seen when AdamW's powers were chosen."""
 
 
-UNSEEN_STUDIES = ("authors", "cifar-back", "gsm8k")
+UNSEEN_STUDIES = ("authors", "cifar-back", "gsm8k", "scaling")
 """Tasks that no default was chosen on."""
 
 UNSEEN = (
@@ -123,16 +126,17 @@ UNSEEN = (
 """What runs on tasks that no rule was fitted to."""
 
 
-def sweeps_by_rule(task: str, targets: str, rank: int) -> dict[str, tuple[float, ...]]:
-    """Returns the sweeps of `UNSEEN` on a task: the rate by the rule, a third and three times it.
+def sweeps_by_rule(
+    layers: Layers, rank: int, methods: Sequence[str] = UNSEEN
+) -> dict[str, tuple[float, ...]]:
+    """Returns the sweeps of methods: the rate by the rule, a third and three times it.
 
     Args:
-        task: Name of the task.
-        targets: Its targets, as in `ADAPTED`.
+        layers: What is adapted.
         rank: r of the adapters.
+        methods: Names of methods that have a rule.
     """
-    layers = ADAPTED[task, targets]
-    middles = {method: RULES[method].rate(layers, rank) for method in UNSEEN}
+    middles = {method: RULES[method].rate(layers, rank) for method in methods}
     return {
         method: tuple(float(f"{factor * rate:.2g}") for factor in (1 / 3, 1.0, 3.0))
         for method, rate in middles.items()
@@ -195,7 +199,10 @@ def trials(studies: Mapping[str, Sequence[Variant]]) -> list[Trial]:
 
 def layers_of(config: RunConfig) -> Layers | None:
     """Returns what a run adapts; None for tasks that no rule was made for."""
-    return ADAPTED.get((config.task, config.task_options.get("targets", "")))
+    options = config.task_options
+    if config.task == "shakespeare":
+        return DECODERS.get(options["width"])
+    return ADAPTED.get((config.task, options.get("targets", "")))
 
 
 POWERS = [(p, q, m) for p, q, m in itertools.product((0, 0.5, 1), repeat=3)]
@@ -292,18 +299,17 @@ def unseen_table(studies: Mapping[str, Sequence[Variant]]) -> str:
         for variant in studies.get(study, ()):
             baseline = tuned_baseline(variant.summaries)
             for summary in variant.summaries:
-                layers = layers_of(summary.sweep[0].config)
-                if baseline is None or layers is None or not summary.best:
+                layers, rule = layers_of(summary.sweep[0].config), RULES.get(summary.method)
+                if baseline is None or layers is None or rule is None or not summary.best:
                     continue
-                rank = summary.sweep[0].config.task_options["rank"]
-                rule = RULES[summary.method].rate(layers, rank)
-                distance = lambda run, rule=rule: abs(math.log(run.config.learning_rate / rule))
+                rate = rule.rate(layers, summary.sweep[0].config.task_options["rank"])
+                distance = lambda run, rate=rate: abs(math.log(run.config.learning_rate / rate))
                 by_rule = min(summary.sweep, key=distance)
                 best = min(summary.sweep, key=lambda run: run.validation_loss)
                 swept = min(baseline.sweep, key=lambda run: run.validation_loss)
                 rows.append(
                     [
-                        f"[{study}]({study}.md)",
+                        f"[{study}]({study}.md)" + f", {variant.name}" * bool(variant.name),
                         summary.method,
                         f"{by_rule.config.learning_rate:g}",
                         f"{by_rule.validation_loss:.4g}",

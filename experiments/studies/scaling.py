@@ -5,21 +5,22 @@
 
 Decoders of three widths and four layers, of 1.3, 4.2 and 11.5 million parameters, are pretrained on
 English novels by the first command and adapted to Shakespeare by the second. Around the middle
-(width 256, rank 8, 800 steps) one of width, rank and steps changes at a time. The scale stays 2.
+(width 128, rank 8, 800 steps) one of width, rank and steps changes at a time. The scale stays 2,
+and every sweep begins around the learning rate that the method's rule gives.
 
 Cost: not run yet.
 """
 
 from typing import Any
 
-from experiments.peers import highlights
+from experiments.rules import DECODERS, sweeps_by_rule
 from experiments.schema import Plan
 from experiments.study import Study
 
-ADAMW, POLORA = 3e-3, 0.1
 
-
-def _variant(width: int = 256, rank: int = 8, steps: int = 800) -> dict[str, Any]:
+def _variant(width: int = 128, rank: int = 8, steps: int = 800) -> dict[str, Any]:
+    methods = ("adamw", "lora-plus-4", "lora-plus", "polora-start")
+    sweeps = sweeps_by_rule(DECODERS[width], rank, methods)
     return {
         "task_options.model": f"./build/decoders/w{width}",
         "task_options.width": width,
@@ -27,25 +28,28 @@ def _variant(width: int = 256, rank: int = 8, steps: int = 800) -> dict[str, Any
         "task_options.alpha": 2.0 * rank,
         "plan.steps": steps,
         "plan.eval_every": steps // 20,
+        "learning_rates": {**sweeps, "adamw-start": sweeps["adamw"]},
     }
 
+
+VARIANTS = {
+    "middle": _variant(),
+    "width-256": _variant(width=256),
+    "width-448": _variant(width=448),
+    "rank-2": _variant(rank=2),
+    "rank-32": _variant(rank=32),
+    "rank-128": _variant(rank=128),
+    "steps-200": _variant(steps=200),
+    "steps-3200": _variant(steps=3200),
+}
 
 STUDY = Study(
     task="shakespeare",
     task_options={"batch_size": 8, "length": 64, "eval_limit": 128},
     plan=Plan(steps=800, eval_every=40, head_learning_rate=1e-3),
-    learning_rates=highlights(adamw=ADAMW, polora=POLORA, count=3),
+    learning_rates=VARIANTS["middle"]["learning_rates"],
     seeds=(0, 1, 2),
-    variants={
-        "middle": _variant(),
-        "width-128": _variant(width=128),
-        "width-448": _variant(width=448),
-        "rank-2": _variant(rank=2),
-        "rank-32": _variant(rank=32),
-        "rank-128": _variant(rank=128),
-        "steps-200": _variant(steps=200),
-        "steps-3200": _variant(steps=3200),
-    },
+    variants=VARIANTS,
 )
 
 SMOKE = {
@@ -55,6 +59,6 @@ SMOKE = {
     "task_options.batch_size": 2,
     "task_options.length": 8,
     "task_options.eval_limit": 4,
-    "learning_rates": {"adamw": [3e-3], "polora": [0.1]},
+    "learning_rates": {"adamw": [3e-3], "polora-start": [0.1]},
     "seeds": [0],
 }

@@ -117,7 +117,7 @@ def test_a_row_of_the_table():
 
 def test_a_rule_without_a_sweep_stands_beside_the_swept_adamw():
     config = {"task": "cifar-back", "task_options": {"rank": 16, "targets": r"layers/\d"}}
-    rates = sweeps_by_rule("cifar-back", r"layers/\d", 16)
+    rates = sweeps_by_rule(ADAPTED["cifar-back", r"layers/\d"], 16)
     low, middle, high = rates["polora"]
     runs = [
         run.model_copy(update={"config": run.config.model_copy(update=config)})

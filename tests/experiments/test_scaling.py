@@ -1,0 +1,85 @@
+"""What grows with width, rank and steps: the points along each, their table and their figure."""
+
+import pytest
+
+from experiments.overview_figures import draw_scaling
+from experiments.scaling import scaling_table, series
+from experiments.schema import CurvePoint, Scores
+from experiments.studies.scaling import VARIANTS
+from tests.experiments.samples import make_result
+from tests.experiments.test_stability import Variant
+
+
+def variant(name, *, width=128, rank=8, steps=800, speedup=2.0, loss=0.9):
+    """AdamW at loss 1 after all steps, and PoLoRA that crosses it after `steps / speedup`."""
+    runs = []
+    for method, final, half in (("adamw", 1.0, 1.5), ("polora-start", loss, 1.0)):
+        for seed in range(3):
+            # The seeds' mean is `final`; only it, not its spread, matters here.
+            end = final + 0.01 * (seed - 1)
+            run = make_result(method=method, seed=seed, loss=end)
+            points = [(0, 2.0), (round(steps / speedup), half), (steps, end)]
+            curve = [
+                CurvePoint(step=step, seconds=0.0, validation=Scores(loss=value, accuracy=None))
+                for step, value in points
+            ]
+            options = {"width": width, "rank": rank}
+            plan = run.config.plan.model_copy(update={"steps": steps})
+            config = run.config.model_copy(update={"task_options": options, "plan": plan})
+            runs.append(run.model_copy(update={"config": config, "curve": curve}))
+    return Variant(name, runs)
+
+
+@pytest.fixture
+def variants():
+    return [
+        variant("steps-3200", steps=3200, speedup=4.0, loss=0.8),
+        variant("middle"),
+        variant("rank-2", rank=2, speedup=1.6),
+        variant("width-256", width=256, loss=1.2),
+    ]
+
+
+def test_the_middle_lies_on_all_three_lines(variants):
+    along = {axis: [point.value for point in points] for axis, points in series(variants).items()}
+    assert along == {"width": [128, 256], "rank": [2, 8], "steps": [800, 3200]}
+    assert series(variants[:1]) == {}
+
+
+def test_a_row_for_each_point(variants):
+    rows = scaling_table(series(variants)).splitlines()[2:]
+    cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    assert [row[:2] for row in cells] == [
+        ["width", "128"],
+        ["width", "256"],
+        ["rank", "2"],
+        ["rank", "8"],
+        ["steps", "800"],
+        ["steps", "3200"],
+    ]
+    assert [row[3] for row in cells] == [
+        "2.00× ± 0.00",
+        "2.00× ± 0.00",
+        "1.60× ± 0.00",
+        "2.00× ± 0.00",
+        "2.00× ± 0.00",
+        "4.00× ± 0.00",
+    ]
+    assert cells[0][5].endswith("better")
+    assert cells[1][5].endswith("worse")
+
+
+def test_the_figure_has_a_column_for_each(variants, tmp_path):
+    draw_scaling(series(variants), "What grows", tmp_path / "scaling.png")
+    assert (tmp_path / "scaling.png").stat().st_size > 10_000
+
+
+def test_one_thing_changes_at_a_time():
+    def settings(name):
+        options = VARIANTS[name]
+        return options["task_options.width"], options["task_options.rank"], options["plan.steps"]
+
+    middle = settings("middle")
+    for name in VARIANTS:
+        assert sum(map(int.__ne__, settings(name), middle)) == (name != "middle")
+        assert VARIANTS[name]["task_options.alpha"] == 2 * VARIANTS[name]["task_options.rank"]

@@ -34,12 +34,14 @@ from experiments.tables import (
     spread,
     sweep_table,
 )
+from experiments.why import MECHANISM, parts_table, steps_table
 
 MARKERS = "<!-- {}: begin -->", "<!-- {}: end -->"
 SPEEDUPS = "speedups.png"
 HUNT = "hunt.md"
 STABILITY = "stability"
 RATES = "rates"
+WHY = "why.md"
 
 LEGEND = """\
 Mean ± standard deviation over seeds at each method's best learning rate (chosen by the final
@@ -284,6 +286,11 @@ def make_pages(results: Path, docs: Path, readme: Path) -> dict[Path, str]:
         figure = f"![Best learning rates of the sweeps against those by the rules]({RATES}.png)"
         block = "\n\n".join(filter(None, [rules_table(tried), figure, unseen_table(studies)]))
         pages[path] = replace_block(text, block, str(path))
+    if (parts := parts_table(studies)) and (steps := steps_table(studies.get(MECHANISM, ()))):
+        path = docs / WHY
+        text = path.read_text() if path.exists() else _empty_page("Why", "parts", "steps")
+        text = replace_block(text, parts, str(path), "parts")
+        pages[path] = replace_block(text, steps, str(path), "steps")
     index = docs / "README.md"
     comparisons = _comparisons(studies)
     text = index.read_text() if index.exists() else _empty_page("Results", "headline", "results")

@@ -150,14 +150,15 @@ def probe_table(summaries: Sequence[MethodSummary]) -> str:
     """Writes the probes' means over steps and seeds, in Markdown; empty if there are none."""
     names = probed(summaries)
     rows = [
-        [s.method, *(_probe_mean(s.best, name) for name in names)]
+        [s.method, *(probe_mean(s.best, name) for name in names)]
         for s in summaries
         if any(run.probes for run in s.best)
     ]
     return markdown(["method", *names.values()], rows) if rows else ""
 
 
-def _probe_mean(runs: Sequence[RunResult], name: str) -> str:
+def probe_mean(runs: Sequence[RunResult], name: str) -> str:
+    """Writes a probe's mean over the steps, its mean and standard deviation over the runs."""
     return spread([statistics.mean(getattr(p, name) for p in run.probes) for run in runs])
 
 
@@ -178,9 +179,13 @@ def verdict(found: Difference) -> str:
     """Writes a difference, its pooled standard error, and how many of these it is."""
     if found.error is None:
         return f"{found.value:+.2g} (too few seeds)"
-    word = ("better" if found.value < 0 else "worse") if found.claimed else "within noise"
     units = f"{found.value / found.error:+.1f}" if found.error else "∞"
-    return f"{found.value:+.2g} ± {found.error:.1g} ({units}): {word}"
+    return f"{found.value:+.2g} ± {found.error:.1g} ({units}): {verdict_word(found)}"
+
+
+def verdict_word(found: Difference) -> str:
+    """Says whether a difference is claimed, and in which direction."""
+    return ("better" if found.value < 0 else "worse") if found.claimed else "within noise"
 
 
 def times(found: Speedup) -> str:

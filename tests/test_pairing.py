@@ -193,6 +193,11 @@ def test_scales_that_do_not_fit(scale, message):
         scales(find_pairs(TWO), scale)
 
 
+def test_a_pair_that_is_the_whole_tree_has_a_name_in_messages():
+    with pytest.raises(ValueError, match="at the root: `scale` must be positive, got 0"):
+        scales(find_pairs(LoRAPair(A, B)), 0.0)
+
+
 def test_scales_are_checked_in_init():
     with pytest.raises(ValueError, match="no number for 'y'; it names 'x'"):
         altlora(0.1, scale={"x": 2.0}).init(TWO)

@@ -10,6 +10,7 @@ import optax
 from lowrank_optax._core import krylov
 from lowrank_optax._core.arguments import check_positive
 from lowrank_optax._core.layouts import PairMatcher
+from lowrank_optax._core.names import in_words
 from lowrank_optax._core.pairing import find_pairs
 from lowrank_optax._core.shadows import ShadowedPair
 
@@ -54,8 +55,8 @@ def _scaled(path: str, pair: ShadowedPair, factor: Any) -> ShadowedPair:
     iterations = krylov.iterations_of(pair)
     if krylov.has_metric(pair) and iterations:
         raise ValueError(
-            f"{path}: the products of a pair with a metric cannot be scaled afterwards, for they"
-            " hold the metric of the unscaled gradient. Scale the loss instead, or use"
+            f"{in_words(path)}: the products of a pair with a metric cannot be scaled afterwards,"
+            " for they hold the metric of the unscaled gradient. Scale the loss instead, or use"
             " `iterations=0`."
         )
     by = lambda x, p: (p * x).astype(x.dtype)

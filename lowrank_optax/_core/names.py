@@ -65,6 +65,16 @@ def join_keys(keys: Iterable[Any]) -> str:
     return "/".join(str(key).replace(".", "/") for key in keys)
 
 
+def in_words(path: str) -> str:
+    """Writes a pair's path for a message: a pair that is the whole tree has an empty one.
+
+    Example:
+        >>> in_words("layers/0/q"), in_words("")
+        ('layers/0/q', 'the pair at the root')
+    """
+    return path or "the pair at the root"
+
+
 def matched(pattern: str, path: str) -> list[str] | None:
     """Matches a pattern with the tail of a path.
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from lowrank_optax._core.arguments import NUMBERS
 from lowrank_optax._core.linalg import SIDES
-from lowrank_optax._core.names import lies_under, require_pattern
+from lowrank_optax._core.names import in_words, lies_under, require_pattern
 from lowrank_optax._core.pairing import Pairing
 
 
@@ -78,7 +78,9 @@ def _deciding(rules: Mapping[str, Any], path: str) -> str:
     for pattern in rules:
         if pattern == "*" or lies_under(pattern, path):
             return pattern
-    raise ValueError(f"{path}: no pattern of `scale` fits, of {_listed(list(rules))}; add one.")
+    raise ValueError(
+        f"{in_words(path)}: no pattern of `scale` fits, of {_listed(list(rules))}; add one."
+    )
 
 
 def scales(pairing: Pairing, scale: Any) -> list[Any]:
@@ -125,7 +127,7 @@ def scales(pairing: Pairing, scale: Any) -> list[Any]:
         values = _scales_by_path(scale, names)
     else:
         values = _scales_by_leaf(pairing, scale)
-    for name, value in zip(names, values, strict=True):
+    for name, value in zip(map(in_words, names), values, strict=True):
         if not _is_number(value):
             raise TypeError(f"{name}: `scale` must be a number, got {value!r}.")
         if isinstance(value, jax.core.Tracer):
@@ -181,7 +183,8 @@ def _scales_by_leaf(pairing: Pairing, scale: Any) -> list[Any]:
         a, b = (leaves[pair.leaves[side]] for side in SIDES)
         if a is not b and a != b:
             raise ValueError(
-                f"{pair.path}: `scale` differs between its two factors; give both the same."
+                f"{in_words(pair.path)}: `scale` differs between its two factors; give both the"
+                " same."
             )
     return [leaves[pair.leaves["a"]] for pair in pairing.pairs]
 

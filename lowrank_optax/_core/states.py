@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._core.linalg import compute_dtype, gram
+from lowrank_optax._core.names import in_words
 from lowrank_optax._core.nodes import LoRAPair, both
 from lowrank_optax._core.pairing import Pairing
 
@@ -158,7 +159,7 @@ class StateForm:
             needed = [jnp.shape(y) for x, y in zip(value, pair, strict=True) if x is not None]
             if own != needed:
                 raise ValueError(
-                    f"{at.path}: the state of {self._name} is for factors of shapes {own}, but the"
-                    f" parameters have {needed}: it belongs to adapters of another rank or model."
+                    f"{in_words(at.path)}: the state of {self._name} is for factors of shapes"
+                    f" {own}, but the parameters have {needed}: it belongs to adapters of another rank or model."
                     " Begin with `tx.init(params)`."
                 )

@@ -160,6 +160,6 @@ class StateForm:
             if own != needed:
                 raise ValueError(
                     f"{in_words(at.path)}: the state of {self._name} is for factors of shapes"
-                    f" {own}, but the parameters have {needed}: it belongs to adapters of another rank or model."
-                    " Begin with `tx.init(params)`."
+                    f" {own}, but the parameters have {needed}: it belongs to adapters of another"
+                    " rank or model. Begin with `tx.init(params)`."
                 )

@@ -11,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullLocator
 from sklearn.isotonic import isotonic_regression
 
+from experiments.start import gradients_of
 from experiments.summary import MethodSummary, tuned_baseline
 from experiments.tables import probed
 from lowrank_optax import plots
@@ -157,7 +158,8 @@ def _draw_curves(
     """Draws the median over seeds, and the seeds of the highlighted methods as thin lines."""
     ends, seen = [], []
     for summary in (s for s in summaries if s.best):
-        steps = [point.step for point in summary.best[0].curve]
+        started = gradients_of(summary.best[0].config.method_options)
+        steps = [started + point.step for point in summary.best[0].curve]
         look = styles[summary.method]
         medians = list(map(statistics.median, _seeds(summary)))
         axes.plot(steps, medians, lw=1.8, **look)
@@ -167,7 +169,7 @@ def _draw_curves(
                 axes.plot(steps, losses, lw=0.6, alpha=0.5, **look)
             seen += medians[len(medians) // 5 :]
             ends.append((steps[-1], medians[-1], summary.method, look["color"]))
-    axes.set(xlabel="step", ylabel="validation loss", yscale="log")
+    axes.set(xlabel="step, the start's included", ylabel="validation loss", yscale="log")
     axes.set_title("Best learning rates; median, thin: seeds", fontsize=10)
     axes.grid(alpha=0.2)
     if seen:  # what happens in the first fifth, or to the worst, would squeeze the rest

@@ -177,7 +177,13 @@ _POLORA = {"b1": 0.9, "partner": "identity", "radius": "exact"}
 _TWO_SIDED = {**_POLORA, "partner": "gram"}
 _RIDGE = {"momentum": 0.9, "lmbd": 1e-2}
 
-_LORA_ONE = {"method": "lora_one", "gamma": 128.0, "keep_function": False, "batches": 8}
+_LORA_ONE = {
+    "method": "lora_one",
+    "gamma": 128.0,
+    "keep_function": False,
+    "batches": 1,
+    "iterations": 0,
+}
 _START = {"start": _LORA_ONE}
 _TINY_START = {"start": {**_LORA_ONE, "gamma": 1e6}}
 _PISSA, _OLORA = ({"start": {"method": method}} for method in ("pissa", "olora"))

@@ -48,7 +48,8 @@ Mean ± standard deviation over seeds at each method's best learning rate (chose
 validation loss of the first seed; `*`: it is an end of the sweep). "AdamW" is LoRA with AdamW as
 it is best: of the rows `adamw` (one rate), `lora-plus-4` and `lora-plus` (b 4 and 16 times as
 fast), those that were run. "Fewer steps": AdamW's steps to the lowest point of its mean
-validation curve, divided by the method's to the same loss, interpolated between evaluations. "lr
+validation curve, divided by the method's to the same loss, interpolated between evaluations; a
+start counts as many steps as it takes gradients. "lr
 off by one": the same, averaged over the best rate and its neighbours with the first seed; 0 for
 a run that does not get there. A difference of losses is given with its pooled standard error
 and, in brackets, in units of it; it is claimed only above two. "Time to AdamW's loss" is in
@@ -82,13 +83,8 @@ def _missing(study: Study, results: Sequence[RunResult]) -> Iterator[tuple[str, 
     """Yields what is still to run of each method."""
     for method in study.learning_rates:
         mine = [result for result in results if result.config.method == method]
-        coming = next_run(study, method, mine)
-        if coming is not None:
-            runs = f"{len(mine)} runs are there" if mine else "nothing has run"
-            yield (
-                method,
-                f"`{method}` ({runs}; next: learning rate {coming[0]:g}, seed {coming[1]})",
-            )
+        if next_run(study, method, mine) is not None:
+            yield method, f"`{method}`" + f" ({len(mine)} runs so far)" * bool(mine)
 
 
 def read_variants(file: StudyFile, results: Path) -> list[Variant]:
@@ -128,7 +124,7 @@ def study_page(file: StudyFile, variants: Sequence[Variant]) -> str:
             parts.append(f"## {variant.name}")
         if variant.missing:
             parts.append(
-                "**Not complete.** Still to run: " + "; ".join(variant.missing.values()) + "."
+                "**Not complete.** Without results: " + ", ".join(variant.missing.values()) + "."
             )
         parts.append(comparison_table(variant.summaries))
         parts.append(f"![Loss curves and sweep]({_figure_name(file, variant)})")

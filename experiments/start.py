@@ -18,12 +18,20 @@ class Start(Record):
         gamma: The larger, the smaller the start.
         keep_function: Whether the kernels are corrected so that the model computes what it did.
         batches: How many batches.
+        iterations: Rounds of power iteration.
     """
 
     method: Literal["lora_one", "lora_ga", "frames"] = "lora_one"
     gamma: float = Field(default=128.0, gt=0)
     keep_function: bool = False
-    batches: int = Field(default=8, gt=0)
+    batches: int = Field(default=1, gt=0)
+    iterations: int = Field(default=0, ge=0)
+
+    @property
+    def gradients(self) -> int:
+        """Returns how many gradients of a batch the start takes."""
+        blocks = 2 if self.method == "lora_ga" else 1
+        return blocks * (2 + 2 * self.iterations) * self.batches
 
 
 class WeightStart(Record):
@@ -39,6 +47,11 @@ class WeightStart(Record):
     def keep_function(self) -> bool:
         """True: the model computes what it did."""
         return True
+
+    @property
+    def gradients(self) -> int:
+        """Returns 0: it needs no batch."""
+        return 0
 
 
 _OF_WEIGHTS = get_args(WeightStart.model_fields["method"].annotation)
@@ -57,6 +70,20 @@ def parse_start(values: Mapping[str, Any]) -> Start | WeightStart:
         raise ExperimentError(
             f"start.{first_problem(error)} (settings of a start: {', '.join(kind.model_fields)})"
         ) from error
+
+
+def gradients_of(options: Mapping[str, Any]) -> int:
+    """Returns how many gradients a run's start took, from the method's options as stored.
+
+    Args:
+        options: The options; results that do not tell `iterations` had two.
+    """
+    if "start" not in options:
+        return 0
+    start = {"iterations": 2, **options["start"]}
+    if start["method"] in _OF_WEIGHTS:
+        return 0
+    return Start.model_validate(start).gradients
 
 
 def options_of(method: str, changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from experiments.peers import TUNED_ADAMW
 from experiments.schema import RunResult, Scores
+from experiments.start import gradients_of
 
 
 @dataclass(frozen=True)
@@ -91,6 +92,8 @@ class Goal(NamedTuple):
 @dataclass(frozen=True)
 class Speedup:
     """The baseline's steps to its goal, in units of a method's: 1.5 means a third fewer steps.
+
+    A start from the gradient counts as many steps as it takes gradients.
 
     Attributes:
         reached: Of the runs at the best learning rate that reach the goal, one a seed.
@@ -208,6 +211,7 @@ def speedup(summary: MethodSummary, goal: Goal) -> Speedup:
         steps = steps_to(run, goal.loss) if run.status == "finished" else None
         if steps is None:
             return 0.0
+        steps += gradients_of(run.config.method_options)
         return goal.step / steps if steps else math.inf
 
     values = [of_run(run) for run in summary.best]

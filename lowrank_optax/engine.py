@@ -256,6 +256,8 @@ def lift(
             return rest, state._replace(count=count, fallback=fallback_state)
 
         grads, values = found.take(updates, node), found.take(params, node)
+        # Moments in float16 would underflow. Shadows say by their dtype how exact they are.
+        seen = jax.tree.map(_widened, grads) if node is LoRAPair else grads
         pairs = Pairs(
             count=state.count,
             rate=_rate(learning_rate, state.count),
@@ -264,7 +266,7 @@ def lift(
             decays=_decays(found, weight_decay, decayed, state.count),
             sharded_axes=axes_of(found, params, param_specs),
         )
-        moves, new = checked(rule(pairs, grads, values, old), grads, values, old, name)
+        moves, new = checked(rule(pairs, seen, values, old), grads, values, old, name)
         new_state = PairwiseState(
             count=count,
             skipped=state.skipped + pairs.failures,
@@ -336,6 +338,10 @@ def _require_no_leaves(params: Any, found: pairing.Pairing, name: str) -> None:
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
     if isinstance(params, Mapping | list) and not jax.tree.leaves(params, is_leaf=is_masked):
         raise ValueError(f"{name} is given no parameters at all. {remedy}")
+
+
+def _widened(x: jax.Array) -> jax.Array:
+    return x.astype(compute_dtype(x))
 
 
 def _rate(learning_rate: Any, count: jax.Array) -> Any:

@@ -57,6 +57,27 @@ def test_the_exact_radius_bounds_the_change_of_the_kernel(start, partner, rate, 
     assert moved > 0
 
 
+@pytest.mark.parametrize("partner", ["identity", "gram"])
+@pytest.mark.parametrize("b2", [0.0, 0.99])
+def test_a_pair_that_gets_no_gradient_for_long_stays_where_it_is(partner, b2):
+    """Its curvature decays to zero: an unused layer, or an expert that nothing is routed to."""
+    pair = jax.tree.map(jnp.float32, ZERO_B)
+    tx = polora(0.1, b2=b2, partner=partner)
+    zeros = jax.tree.map(jnp.zeros_like, pair)
+
+    def step(_, carry):
+        pair, state = carry
+        updates, state = tx.update(zeros, state, pair)
+        return optax.apply_updates(pair, updates), state
+
+    moved, state = jax.jit(lambda: jax.lax.fori_loop(0, 8000, step, (pair, tx.init(pair))))()
+    assert jnp.array_equal(moved.a, pair.a)
+    assert jnp.array_equal(moved.b, pair.b)
+    grads = jax.tree.map(jnp.float32, factor_gradients(PAIR, FULL))
+    updates, _ = tx.update(grads, state, moved)  # and it moves once there is a gradient
+    assert all(jnp.all(jnp.isfinite(u)) and jnp.any(u) for u in updates)
+
+
 def test_the_bound_holds_in_every_update_of_a_run(x64):
     scale, pair = 1.5, ZERO_B
     schedule = optax.cosine_decay_schedule(0.5, 40)

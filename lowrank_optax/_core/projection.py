@@ -92,8 +92,7 @@ def projection_rule(
             # `moves` may be a traced value, so each factor's update is under a conditional. There
             # are three: XLA changes moments in place only if nothing else is decided with them.
             new = pairs.switch(moves, [followed if repeats else lambda: own, moved])
-            stay = lambda: jax.tree.map(jnp.zeros_like, _of(x, grads))
-            updates = pairs.switch(moves, [stay, stepped])
+            updates = pairs.switch(moves, [lambda: _of(x, pairs.stay(params)), stepped])
             after, changes = pairs.each(apply_rounded, _of(x, params), updates)
             drift = lambda: pairs.each(functools.partial(cross, x), changes, after)
             return updates, new._replace(drift=pairs.switch(moves, [lambda: own.drift, drift]))

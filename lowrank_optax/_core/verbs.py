@@ -166,6 +166,18 @@ class Pairs(Verbs):
 
         return self.each(update, directions, params, self._grads, self._decays)
 
+    def stay(self, params: Sequence[Any]) -> Any:
+        """Makes updates of zeros, as `descend` would give them.
+
+        Args:
+            params: the pairs that do not move.
+
+        Returns:
+            The list of updates as pairs, in the wider dtype of gradient and parameter.
+        """
+        zeros = lambda side, x, g: jnp.zeros_like(x, update_dtype(g, x))
+        return self.each(lambda pair, grad: both(zeros, pair, grad), params, self._grads)
+
 
 def update_dtype(grad: jax.Array, param: jax.Array) -> jnp.dtype:
     """Returns the dtype of an update: a float16 gradient must not round that of a float32 leaf.

@@ -119,21 +119,20 @@ def polora(
     engine.check_choice("partner", partner, ("identity", "gram"))
     engine.check_choice("radius", radius, ("exact", "linear"))
     root = functools.partial(inverse_root, relative=delta, absolute=1e-12)
+    times_root = mix if partner == "gram" else lambda side, x, root: x
 
     def rule(pairs: engine.Pairs, grads: Any, params: Any, state: PoLoRAState) -> tuple[Any, Any]:
         mu = optax.tree.update_moment(grads, state.mu, b1, 1)
         nesterov = optax.tree.update_moment(grads, mu, b1, 1)
 
-        relative = lambda side, d: d / largest(side, d)[..., None] + delta
+        relative = lambda side, d: _ratio(d, largest(side, d)[..., None]) + delta
         metric = pairs.each(lambda d: both(relative, d), state.curvature)
         whitener = jax.tree.map(jax.lax.rsqrt, metric)
-        times_root = lambda side, x, root: x
-        roots = params  # a placeholder: times_root ignores it
+        roots = params  # of which the identity partner's `times_root` reads nothing
         if partner == "gram":
             weighted = lambda side, x, w: cross(side, weigh(side, x, w), x)
             grams = pairs.each(lambda pair, w: both(weighted, pair, w), params, metric)
             roots = pairs.together(root, grams)
-            times_root = mix
 
         whiten = lambda side, x, w, root: times_root(side, weigh(side, x, w), root)
         whitened = lambda x, w, root: both(whiten, x, w, swap(root))

@@ -214,6 +214,33 @@ def test_bfloat16_parameters_have_float32_state(method):
 
 
 @each_method
+@pytest.mark.parametrize("size", [1e-4, 300.0])
+def test_float16_gradients_give_the_update_of_float32_gradients(method, size):
+    """Squares of 1e-4 vanish in float16, squares of 300 are infinite."""
+    params = separate_pairs(method, "p")
+    grads = jax.tree.map(lambda g: size * jnp.sign(g), _separable_gradients(params))
+    narrow = jax.tree.map(lambda g: g.astype(jnp.float16), grads)
+    _, init, update = default(method)
+    expected, _ = update(
+        jax.tree.map(lambda g: g.astype(jnp.float32), narrow), init(params), params
+    )
+    found, _ = update(narrow, init(params), params)
+    assert_close(found, expected)
+
+
+@each_method
+def test_pairs_without_a_gradient_stay_finite(method):
+    params = separate_pairs(method, "p")
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    _, init, update = default(method)
+    state = init(params)
+    for _ in range(3):
+        updates, state = update(zeros, state, params)
+        params = optax.apply_updates(params, updates)
+    assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(params))
+
+
+@each_method
 def test_updates_have_the_dtype_of_gradients(method):
     params = make_params(method, jnp.bfloat16)
     grads = gradients(params)

@@ -85,10 +85,13 @@ def headline_table(comparisons: Sequence[Comparison]) -> str:
     for comparison in comparisons:
         speedups = comparison.speedups
         shown = [times(speedups[name]) if name in speedups else NOTHING for name in SHOWN]
+        of_means = speedups[RECOMMENDED].of_means
+        shown.insert(1, NOTHING if of_means is None else f"{of_means:.2f}×")
         best = comparison.baseline
         rate = f"{best.best[0].config.learning_rate:g}"
         loss = f"{spread(best.losses(best.reported_split))} ({best.method}, {rate})"
         page = f"[{comparison.label}]({comparison.study}.md)"
         rows.append([page, loss, *shown, verdict(comparison.loss)])
-    headings = ["comparison", "AdamW's loss", *SHOWN, f"loss of {RECOMMENDED} – AdamW's"]
+    shown = [RECOMMENDED, "its mean curve", *SHOWN[1:]]
+    headings = ["comparison", "AdamW's loss", *shown, f"loss of {RECOMMENDED} – AdamW's"]
     return markdown(headings, rows)

@@ -83,7 +83,8 @@ def _missing(study: Study, results: Sequence[RunResult]) -> Iterator[tuple[str, 
     """Yields what is still to run of each method."""
     for method in study.learning_rates:
         mine = [result for result in results if result.config.method == method]
-        if next_run(study, method, mine) is not None:
+        done = [result for result in mine if result.status != "failed"]
+        if next_run(study, method, done) is not None:
             yield method, f"`{method}`" + f" ({len(mine)} runs so far)" * bool(mine)
 
 
@@ -156,8 +157,7 @@ def _provenance(variants: Sequence[Variant]) -> str:
     states = Counter(run.status for run in runs)
     return (
         f"{len(runs)} runs ({', '.join(f'{n} {state}' for state, n in sorted(states.items()))}), "
-        f"{seconds / 60:.0f} minutes of training and evaluation together, "
-        f"compilation and loading apart. Machine: {'; '.join(sorted(machines))}. "
+        f"{seconds / 60:.0f} minutes in all. Machine: {'; '.join(sorted(machines))}. "
         f"Code: {', '.join(sorted(commits))}."
     )
 
@@ -185,8 +185,10 @@ def headline_block(comparisons: Sequence[Comparison]) -> str:
     """Writes the table of the peers."""
     text = (
         f"Fewer steps than tuned AdamW's to its best validation loss, mean ± standard deviation "
-        f"over seeds, and the difference of the final losses. The last of {len(SHOWN)} methods "
-        f"trains all weights."
+        f"over seeds, and the difference of the final losses. A start from the gradient counts as "
+        f"many steps as it takes gradients. Each seed counts from its first evaluation below that "
+        f'loss, which favours noisy curves; "its mean curve" is free of that. The last of '
+        f"{len(SHOWN)} methods trains all weights."
     )
     return f"{text}\n\n{headline_table(comparisons)}" if comparisons else text
 

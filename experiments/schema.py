@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+import lowrank_optax
 from experiments.errors import ExperimentError
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -215,13 +216,14 @@ def read_result(path: Path) -> RunResult:
 @functools.cache
 def current_environment() -> Environment:
     """Describes this process's machine, versions and commit."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "lowrank-optax")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
     commit = _git("rev-parse", "HEAD")
     code = ("--untracked-files=no", "--", "lowrank_optax", "experiments")
     changes = _git("status", "--porcelain", *code) if commit else None
     return Environment(
         python=platform.python_version(),
-        packages={name: version(name) for name in packages},
+        packages={name: version(name) for name in packages}
+        | {"lowrank-optax": lowrank_optax.__version__},  # a checkout need not be installed
         device=jax.devices()[0].device_kind,
         device_count=jax.device_count(),
         cpu_count=os.cpu_count(),

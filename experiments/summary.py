@@ -20,11 +20,13 @@ class MethodSummary:
         sweep: The runs of the first seed, by rising learning rate.
         best: All finished runs at the learning rate with the lowest final validation loss in the
             sweep, one a seed; empty if none finished.
+        broken: How many further seeds did not finish at that rate.
     """
 
     method: str
     sweep: list[RunResult]
     best: list[RunResult]
+    broken: int = 0
 
     @property
     def at_edge(self) -> bool:
@@ -34,8 +36,8 @@ class MethodSummary:
 
     @property
     def lost(self) -> int:
-        """How many runs of the sweep diverged or failed."""
-        return sum(run.status != "finished" for run in self.sweep)
+        """How many runs of the sweep, or at the best rate, diverged or failed."""
+        return sum(run.status != "finished" for run in self.sweep) + self.broken
 
     @property
     def reported_split(self) -> str:
@@ -97,7 +99,9 @@ class Speedup:
 
     Attributes:
         reached: Of the runs at the best learning rate that reach the goal, one a seed.
-        runs: How many runs there are.
+        runs: How many runs there are, those that broke down included.
+        of_means: Where the mean of the curves crosses the goal, in place of each; None if it does
+            not.
         forgiving: The first seed's mean over the best learning rate and its two neighbours in the
             sweep, where a run that does not reach the goal counts as zero; None if the best is an
             end of the sweep.
@@ -105,6 +109,7 @@ class Speedup:
 
     reached: list[float]
     runs: int
+    of_means: float | None
     forgiving: float | None
 
     @property
@@ -130,8 +135,10 @@ def _summarize_method(method: str, runs: list[RunResult]) -> MethodSummary:
     rate_of = lambda run: run.config.learning_rate
     sweep = sorted((run for run in runs if run.config.seed == first), key=rate_of)
     chosen = rate_of(min(sweep, key=lambda run: run.validation_loss))
-    best = [run for run in runs if run.status == "finished" and rate_of(run) == chosen]
-    return MethodSummary(method, sweep, sorted(best, key=lambda run: run.config.seed))
+    there = sorted((r for r in runs if rate_of(r) == chosen), key=lambda run: run.config.seed)
+    best = [run for run in there if run.status == "finished"]
+    broken = sum(run.status != "finished" for run in there if run not in sweep)
+    return MethodSummary(method, sweep, best, broken)
 
 
 def difference(own: Sequence[float], base: Sequence[float]) -> Difference:
@@ -165,38 +172,47 @@ def tuned_baseline(summaries: Sequence[MethodSummary]) -> MethodSummary | None:
     return min(tuned, key=lambda s: statistics.mean(s.losses("validation")), default=None)
 
 
-def goal_of(baseline: MethodSummary) -> Goal:
-    """Returns the lowest point of a method's mean validation curve."""
-    by_step = zip(*(run.curve for run in baseline.best), strict=True)
-    means = [
-        Goal(statistics.mean(p.validation.loss for p in points), points[0].step)
-        for points in by_step
-    ]
-    return min(means)
+Curve = Sequence[tuple[int, float]]
+"""Steps and validation losses."""
 
 
-def steps_to(run: RunResult, loss: float) -> float | None:
-    """Returns the step at which a run's validation loss first is at or below a value.
+def curve_of(run: RunResult) -> Curve:
+    """Returns the steps and validation losses of a run."""
+    return [(point.step, point.validation.loss) for point in run.curve]
+
+
+def steps_to(curve: Curve, loss: float) -> float | None:
+    """Returns the step at which a validation loss first is at or below a value.
 
     Between two evaluations the loss is taken to be linear in the step.
 
     Args:
-        run: The run.
+        curve: The losses.
         loss: The value.
 
     Returns:
-        The step; None if the run never gets there.
+        The step; None if the curve never gets there.
     """
     before = None
-    for point in run.curve:
-        if point.validation.loss <= loss:
+    for step, value in curve:
+        if value <= loss:
             if before is None:
-                return float(point.step)
-            fall = before.validation.loss - point.validation.loss
-            part = (before.validation.loss - loss) / fall
-            return before.step + part * (point.step - before.step)
-        before = point if math.isfinite(point.validation.loss) else None
+                return float(step)
+            part = (before[1] - loss) / (before[1] - value)
+            return before[0] + part * (step - before[0])
+        before = (step, value) if math.isfinite(value) else None
     return None
+
+
+def mean_curve(runs: Sequence[RunResult]) -> Curve:
+    """Returns the mean validation losses of runs that were evaluated at the same steps."""
+    points = zip(*map(curve_of, runs), strict=True)
+    return [(each[0][0], statistics.mean(loss for _, loss in each)) for each in points]
+
+
+def goal_of(baseline: MethodSummary) -> Goal:
+    """Returns the lowest point of a method's mean validation curve."""
+    return min(Goal(loss, step) for step, loss in mean_curve(baseline.best))
 
 
 def speedup(summary: MethodSummary, goal: Goal) -> Speedup:
@@ -207,21 +223,26 @@ def speedup(summary: MethodSummary, goal: Goal) -> Speedup:
         goal: What the baseline reaches, and when.
     """
 
-    def of_run(run: RunResult) -> float:
-        steps = steps_to(run, goal.loss) if run.status == "finished" else None
+    def times(curve: Curve, run: RunResult) -> float:
+        steps = steps_to(curve, goal.loss)
         if steps is None:
             return 0.0
         steps += gradients_of(run.config.method_options)
         return goal.step / steps if steps else math.inf
 
+    def of_run(run: RunResult) -> float:
+        return times(curve_of(run), run) if run.status == "finished" else 0.0
+
     values = [of_run(run) for run in summary.best]
-    forgiving = None
+    of_means = forgiving = None
     if summary.best:
+        of_means = times(mean_curve(summary.best), summary.best[0]) or None
         rates = [run.config.learning_rate for run in summary.sweep]
         at = rates.index(summary.best[0].config.learning_rate)
         near = summary.sweep[max(at - 1, 0) : at + 2]
         forgiving = statistics.mean(map(of_run, near)) if len(near) == 3 else None
-    return Speedup([value for value in values if value], len(values), forgiving)
+    reached = [value for value in values if value]
+    return Speedup(reached, len(values) + summary.broken, of_means, forgiving)
 
 
 def memory(run: RunResult) -> int:

@@ -92,9 +92,9 @@ def look_ahead(study: Study, method: str, results: Iterable[RunResult]) -> Ahead
         return Ahead(missing, len(rest))
     if len(planned) > 1 and len(rates) - len(planned) < study.extensions:
         if best == rates[0]:
-            return Ahead([Run(_round(rates[1] / 10), first)], len(rest))
+            return Ahead([Run(_beyond(rates[1], rates[0]), first)], len(rest))
         if best == rates[-1]:
-            return Ahead([Run(_round(rates[-2] * 10), first)], len(rest))
+            return Ahead([Run(_beyond(rates[-2], rates[-1]), first)], len(rest))
     return Ahead(rest, 0)
 
 
@@ -116,8 +116,11 @@ def next_run(
     return next((run for run in runs if run not in running), None)
 
 
-def _round(rate: float) -> float:
-    return float(f"{rate:.3g}")
+def _beyond(inner: float, end: float) -> float:
+    """The rate beyond an end of a sweep: on the grid 1, 3, 10, … if factors are about 3."""
+    step = end / inner
+    is_fine = 1 / 5 < step < 5
+    return float(f"{inner * (10 if step > 1 else 0.1) if is_fine else end * step:.3g}")
 
 
 def read_results(folder: Path) -> list[RunResult]:

@@ -179,13 +179,9 @@ def verdict(found: Difference) -> str:
     """Writes a difference, its pooled standard error, and how many of these it is."""
     if found.error is None:
         return f"{found.value:+.2g} (too few seeds)"
+    word = ("better" if found.value < 0 else "worse") if found.claimed else "within noise"
     units = f"{found.value / found.error:+.1f}" if found.error else "∞"
-    return f"{found.value:+.2g} ± {found.error:.1g} ({units}): {verdict_word(found)}"
-
-
-def verdict_word(found: Difference) -> str:
-    """Says whether a difference is claimed, and in which direction."""
-    return ("better" if found.value < 0 else "worse") if found.claimed else "within noise"
+    return f"{found.value:+.2g} ± {found.error:.1g} ({units}): {word}"
 
 
 def times(found: Speedup) -> str:

@@ -1,5 +1,6 @@
 """What the trainer asks of a task."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -55,6 +56,14 @@ class Totals(NamedTuple):
     correct: jax.Array | None
     weight: jax.Array
     confusion: jax.Array | None = None
+
+    def matthews(self) -> float | None:
+        """Returns Matthews' correlation of two classes; 0 where only one is ever answered."""
+        if self.confusion is None:
+            return None
+        (tn, fp), (fn, tp) = self.confusion
+        margins = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+        return float((tp * tn - fp * fn) / margins) if margins else 0.0
 
 
 class Task(ABC, Generic[OptionsT]):

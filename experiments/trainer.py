@@ -285,7 +285,7 @@ class Trainer:
         return Scores(
             loss=float(sums.loss / sums.weight),
             accuracy=None if sums.correct is None else float(sums.correct / sums.weight),
-            matthews=None if sums.confusion is None else _matthews(sums.confusion),
+            matthews=sums.matthews(),
         )
 
     def _build_model(self, seed: int) -> nnx.Module:
@@ -303,7 +303,13 @@ class Trainer:
 
             batches = itertools.islice(self.task.train_batches(seed), start.batches)
             settings = start.model_dump(exclude={"batches"})
-            nn.gradient_start(model, loss, list(batches), **settings, seed=seed, progress=False)
+            try:
+                nn.gradient_start(model, loss, list(batches), **settings, seed=seed, progress=False)
+            except (ValueError, jax.errors.JaxRuntimeError) as failure:
+                raise ExperimentError(
+                    f"no start for {self.method_name!r} on {self.task.name!r}, seed {seed}: "
+                    f"{failure}; what has finished is written, --resume goes on"
+                ) from failure
         return model
 
     def _split(self, model: nnx.Module) -> _Parts:
@@ -389,10 +395,3 @@ def _bytes(tree: Any) -> int:
 def _block_means(values: list[float], size: int) -> list[float]:
     blocks = (values[start : start + size] for start in range(0, len(values), size))
     return [float(f"{np.mean(block):.6g}") for block in blocks]
-
-
-def _matthews(confusion: np.ndarray) -> float:
-    """Matthews' correlation of two classes; 0 where only one is ever answered."""
-    (tn, fp), (fn, tp) = confusion
-    margins = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    return float((tp * tn - fp * fn) / margins) if margins else 0.0

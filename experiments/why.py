@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from experiments.headline import RECOMMENDED
 from experiments.hunt import PREFIX, REFERENCE
 from experiments.summary import MethodSummary, Variant, difference
-from experiments.tables import NOTHING, PROBES, markdown, probe_mean, spread, verdict_word
+from experiments.tables import NOTHING, PROBES, markdown, probe_mean, spread, verdict
 
 PARTS = {
     "no-diagonal": "the curvature diagonals",
@@ -84,7 +84,7 @@ def _changed(changed: MethodSummary | None, whole: MethodSummary) -> str:
         return NOTHING
     losses, split = changed.losses(whole.reported_split), whole.reported_split
     found = difference(losses, whole.losses(split))
-    return f"{statistics.mean(losses):.4g}, {verdict_word(found)}"
+    return f"{spread(losses)}; {verdict(found)}"
 
 
 def _mean(summary: MethodSummary) -> str:

@@ -5,6 +5,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, suppress
 from queue import Empty
 from typing import Any
@@ -64,7 +65,9 @@ def run_jobs(jobs: list[Job], workers: int, progress: Progress) -> list[RunResul
         if label in lines:  # it diverged or failed before its last step
             progress.update(lines[label], visible=False)
         if result.status != "finished":
-            why = f": {result.error}" if result.error else f" after {result.steps_done} steps"
+            why = f" after {result.steps_done} steps"
+            if result.error:
+                why = f": {result.error}; --resume runs it again"
             progress.console.print(f"{label} {result.status}{why}")
         count()
 
@@ -188,8 +191,18 @@ def _run_in_processes(board: Board, workers: int, on_progress: OnProgress) -> No
                 return
             for worker, (job, run, future) in list(busy.items()):
                 if future.done():
-                    board.enter(job, run, future.result())  # an error ends the others too
+                    board.enter(job, run, _result_of(future))  # an error ends the others too
                     del busy[worker]
+
+
+def _result_of(future: Future[RunResult]) -> RunResult:
+    try:
+        return future.result()
+    except BrokenProcessPool as error:
+        raise ExperimentError(
+            "a worker was killed, which mostly means that memory ran out: what has finished is "
+            "written; go on with --resume and fewer --jobs"
+        ) from error
 
 
 def _pass_on(steps: Any, on_progress: OnProgress) -> None:

@@ -82,6 +82,8 @@ from lowrank_optax._core.linalg import (
     product,
     weigh,
 )
+from lowrank_optax._core.moments import adam_direction
+from lowrank_optax._core.names import in_words
 from lowrank_optax._core.nodes import LoRAPair, both, join, only, register_node, swap
 from lowrank_optax._core.roots import inverse_root, pseudo_inverse_root, spectral_norm
 from lowrank_optax._core.scales import scales
@@ -97,6 +99,7 @@ __all__ = [
     "Rule",
     "Side",
     "Small",
+    "adam_direction",
     "apply_rounded",
     "both",
     "check",
@@ -197,7 +200,8 @@ def lift(
         ValueError: a learning rate or decay out of range; in `init`, no pairs; in `init` or
             `update`, pairs that do not fit (see `find_pairs`), missing `params`, trees that do not
             match, or a rule that returns another structure.
-        TypeError: a rule that is a generator; the state of another method.
+        TypeError: a rate or decay that is neither a number nor a schedule; a fallback that is no
+            optax transformation; a rule that is a generator; the state of another method.
 
     Example:
         See the module, `lowrank_optax.engine`.
@@ -313,12 +317,12 @@ def find_nodes(
     for pair in found.pairs:
         if not needed <= set(pair.leaves) <= set(node._fields):
             raise ValueError(
-                f"{pair.path}: {name} works on {node.__name__}, but this is a"
+                f"{in_words(pair.path)}: {name} works on {node.__name__}, but this is a"
                 f" {pair.kind.__name__}. Use the optimizer made for it, or {node.made_by()}."
             )
     for pair, value in zip(found.pairs, found.take(params, node), strict=True):
         if reason := why_unfit(value):
-            raise ValueError(f"{pair.path}: {name} {reason}")
+            raise ValueError(f"{in_words(pair.path)}: {name} {reason}")
     return found
 
 
@@ -387,6 +391,6 @@ def _check_same_tree(updates: Any, found: pairing.Pairing, name: str) -> None:
             if not hasattr(leaves[index], "shape"):
                 raise ValueError(
                     f"{name}: {found.paths[index]} has no gradient ({leaves[index]!r}), so"
-                    f" {pair.path!r} is half a pair ({role!r} is missing). Take gradients of both"
-                    " factors, or mask both in the parameters too."
+                    f" {in_words(pair.path)} is half a pair ({role!r} is missing). Take gradients"
+                    " of both factors, or mask both in the parameters too."
                 )

@@ -65,10 +65,31 @@ def test_nonsense_is_refused(make, keywords, message):
         use()
 
 
-@pytest.mark.parametrize("keywords", [{"b2": -0.1}, {"eps": -1.0}])
+@pytest.mark.parametrize("keywords", [{"b2": -0.1}, {"eps": -1.0}, {"eps": 0.0}])
 def test_second_moment_arguments(keywords):
     with pytest.raises(ValueError, match="must"):
         altlora_plus(0.1, **keywords)
+
+
+def test_infinite_numbers_are_refused():
+    with pytest.raises(ValueError, match="`learning_rate` must be finite, got inf"):
+        altlora(float("inf"))
+    with pytest.raises(ValueError, match="`weight_decay` must be finite"):
+        altlora(0.1, weight_decay=float("inf"))
+    with pytest.raises(ValueError, match="`ratio` must be finite"):
+        lora_plus(0.1, ratio=float("inf"))
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"b1": 1.5}, "`b1` must lie in"),
+        ({"solver_damping": -1.0}, "`solver_damping` must not be negative"),
+    ],
+)
+def test_scaled_oplora_names_its_own_arguments(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        scaled_oplora(0.1, **keywords)
 
 
 @pytest.mark.parametrize(
@@ -77,7 +98,7 @@ def test_second_moment_arguments(keywords):
         ({"learning_rate": 0.0}, "`learning_rate` must be positive"),
         ({"b1": 1.0}, r"`b1` must lie in \[0, 1\)"),
         ({"b2": -0.1}, r"`b2` must lie in \[0, 1\)"),
-        ({"eps": -1.0}, "`eps` must not be negative"),
+        ({"eps": -1.0}, "`eps` must be positive"),
         ({"damping": 0.0}, "`damping` must be positive"),
         ({"order": "alternating"}, "`order` must be one of simultaneous, sequential, got 'alter"),
         ({"weight_decay": -0.1}, "`weight_decay` must not be negative"),
@@ -108,7 +129,7 @@ ADAM_NUMBERS = [
     ({"learning_rate": 0.0}, "`learning_rate` must be positive"),
     ({"b1": 1.0}, r"`b1` must lie in \[0, 1\)"),
     ({"b2": -0.1}, r"`b2` must lie in \[0, 1\)"),
-    ({"eps": -1.0}, "`eps` must not be negative"),
+    ({"eps": -1.0}, "`eps` must be positive"),
     ({"weight_decay": -0.1}, "`weight_decay` must not be negative"),
 ]
 DAMPING = ({"damping": 0.0}, "`damping` must be positive")

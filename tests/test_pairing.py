@@ -193,6 +193,30 @@ def test_scales_that_do_not_fit(scale, message):
         scales(find_pairs(TWO), scale)
 
 
+@pytest.mark.parametrize(
+    ("keywords", "error", "message"),
+    [
+        ({"a": ".*/down"}, ValueError, "'.*/down' is a regular expression"),
+        ({"b": "^up$"}, ValueError, "is a regular expression"),
+        ({"a_in": 0}, TypeError, r"`a_in` must be .*axes.*such as \(0,\), got 0"),
+        ({"b_out": [0]}, TypeError, r"`b_out` must be .*got \[0\]"),
+        ({"a_rank": (0,)}, TypeError, r"`a_rank` must be an axis, such as 0, got \(0,\)"),
+    ],
+)
+def test_a_spec_is_checked_when_it_is_made(keywords, error, message):
+    with pytest.raises(error, match=message):
+        PairSpec(**{"a": "down", "b": "up", **keywords})
+
+
+def test_the_remedy_for_a_rank_that_is_too_high_works():
+    named = {"q": {"lora_a": jnp.ones((6, 7)), "lora_b": jnp.ones((7, 9))}}
+    with pytest.raises(ValueError, match=r"by specs=\[Unpaired\('q'\), \*DEFAULT_SPECS\]"):
+        find_pairs(named)
+    assert not find_pairs(named, [Unpaired("q"), *DEFAULT_SPECS]).pairs
+    with pytest.raises(ValueError, match=r"smaller LoRA rank for this layer\. If"):
+        find_pairs({"q": LoRAPair(*named["q"].values())})
+
+
 def test_a_pair_that_is_the_whole_tree_has_a_name_in_messages():
     with pytest.raises(ValueError, match="at the root: `scale` must be positive, got 0"):
         scales(find_pairs(LoRAPair(A, B)), 0.0)

@@ -90,7 +90,7 @@ def test_scalar_form_has_the_products_of_factors_that_are_refactored(decay):
     """The released RefLoRA-S: factors and moments are rescaled before each step, then AdamW."""
     pair, moments, expected = PAIR, [(0.0, 0.0)] * 2, [PAIR.a @ PAIR.b]
     tx = reflora(
-        0.01, **BETAS, refactoring="scalar", warmup_steps=0, eps=0.0, damping=1e-30,
+        0.01, **BETAS, refactoring="scalar", warmup_steps=0, eps=1e-300, damping=1e-30,
         weight_decay=decay,
     )  # fmt: skip
     for t in range(1, 21):
@@ -99,7 +99,7 @@ def test_scalar_form_has_the_products_of_factors_that_are_refactored(decay):
         (m_a, v_a), (m_b, v_b) = moments
         moments = [(m_a / root, v_a / root**2), (m_b * root, v_b * root**2)]
         grads = gradients(pair, pair.a @ pair.b - TARGET)
-        directions = adam(moments, grads, t, **BETAS, eps=0.0)
+        directions = adam(moments, grads, t, **BETAS, eps=1e-300)
         moved = (x - 0.01 * (d + decay * x) for x, d in zip(pair, directions, strict=True))
         pair = LoRAPair(*moved)
         expected.append(pair.a @ pair.b)
@@ -161,7 +161,7 @@ def test_first_order_change_depends_on_the_product_alone():
 def test_scalar_form_has_the_same_products_for_all_scalings_of_the_factors():
     def of(form, factor):
         pair = LoRAPair(factor * PAIR.a, PAIR.b / factor)
-        tx = reflora(0.02, refactoring=form, warmup_steps=0, eps=0.0, damping=1e-30)
+        tx = reflora(0.02, refactoring=form, warmup_steps=0, eps=1e-300, damping=1e-30)
         return products(run(tx, data_from(pair, 15), 1.0))
 
     np.testing.assert_allclose(of("scalar", 7.0), of("scalar", 1.0), atol=1e-10)

@@ -133,7 +133,7 @@ def test_forward_scale_enters_the_moments_once_and_the_updates_not_at_all():
     """There is no 1/s²: with s the gradients grow by s, and so do the preconditioned ones."""
     once, twice = first_preconditioned(PAIR), first_preconditioned(PAIR, scale=2.0)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(2 * x, y, rtol=1e-12), once, twice)
-    tx = scaled_adamw(0.01, eps=0.0)
+    tx = scaled_adamw(0.01, eps=1e-300)
     steps = [tx.update(gradients(PAIR, scale=s), tx.init(PAIR), PAIR)[0] for s in (1.0, 2.0)]
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-12), *steps)
 

@@ -246,15 +246,28 @@ def test_absent_leaves_stay_absent(absent):
 
 
 @pytest.mark.parametrize(
+    ("rank", "error"), [(0, ValueError), (-1, ValueError), (1.5, TypeError), (True, TypeError)]
+)
+def test_a_rank_that_is_none_is_refused_at_once(rank, error):
+    with pytest.raises(error, match="`rank` must be"):
+        svd_lora(optax.sgd(0.1), rank)
+    with pytest.raises(error, match="`rank` must be"):
+        pair_of_delta(jnp.ones((6, 5)), rank)
+
+
+def test_the_inner_optimizer_must_be_one():
+    with pytest.raises(TypeError, match="`inner` must be an optax transformation, got 0"):
+        svd_lora(0.1, RANK)
+
+
+@pytest.mark.parametrize(
     ("leaf", "rank", "error", "message"),
     [
         (jnp.ones(5), 1, ValueError, r"block/w: a matrix .* got \(5,\).* `optax.masked`"),
         (jnp.ones((6, 5), int), 1, TypeError, r"block/w: a floating matrix .*int.* `optax.masked`"),
         (jnp.ones((6, 5)), 6, ValueError, r"block/w: the rank .* \(6, 5\), got 6: .*`optax.masked"),
-        (jnp.ones((6, 5)), 0, ValueError, r"block/w: the rank .* got 0: choose another rank"),
-        (jnp.ones((6, 5)), -1, ValueError, r"block/w: the rank .* got -1: choose another rank"),
     ],
-    ids=["one axis", "integers", "rank too high", "rank zero", "rank negative"],
+    ids=["one axis", "integers", "rank too high"],
 )
 def test_leaves_that_cannot_be_projected_are_named(leaf, rank, error, message):
     params = {"block": {"w": leaf}}

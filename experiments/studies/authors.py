@@ -16,7 +16,7 @@ from experiments.study import Study
 STUDY = Study(
     task="authors",
     task_options={"batch_size": 16, "max_length": 64},
-    plan=Plan(steps=200, eval_every=20, head_learning_rate=2e-3),
+    plan=Plan(steps=200, eval_every=10, head_learning_rate=2e-3),
     learning_rates=sweeps_by_rule(ADAPTED["authors", "query|value"], 8),
     seeds=(0, 1, 2),
 )

@@ -25,7 +25,7 @@ STUDY = Study(
         "solve_limit": 64,
         "dtype": "float32",
     },
-    plan=Plan(steps=300, eval_every=30, head_learning_rate=1e-3),
+    plan=Plan(steps=300, eval_every=15, head_learning_rate=1e-3),
     learning_rates=sweeps_by_rule(DECODERS[128], 8),
     seeds=(0, 1, 2),
 )

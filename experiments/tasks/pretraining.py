@@ -29,5 +29,6 @@ def pretrain(
     plan = Plan(steps=steps, eval_every=steps, head_learning_rate=learning_rate)
     run = Trainer(task, "full-adamw", plan).run(learning_rate, seed, on_step)
     if run.result.status != "finished":
-        raise ExperimentError(f"the pretraining, task {task.name!r}, {run.result.status}")
+        why = f": {run.result.error}" if run.result.error else ""
+        raise ExperimentError(f"the pretraining, task {task.name!r}, {run.result.status}{why}")
     return run

@@ -20,7 +20,7 @@ def check(name: str, value: Any, ok: Callable[[Any], bool], remedy: str) -> None
 
     Raises:
         TypeError: it is no number.
-        ValueError: the condition fails.
+        ValueError: the condition fails, or it is infinite.
 
     Example:
         >>> check("damping", 1e-6, lambda v: v > 0, "must be positive")
@@ -33,6 +33,8 @@ def check(name: str, value: Any, ok: Callable[[Any], bool], remedy: str) -> None
         raise TypeError(f"`{name}` must be one number, got an array of shape {np.shape(value)}.")
     if not ok(np.asarray(value)[()]):
         raise ValueError(f"`{name}` {remedy}, got {value}.")
+    if np.isinf(value):
+        raise ValueError(f"`{name}` must be finite, got {value}.")
 
 
 def check_schedule(name: str, value: Any, ok: Callable[[Any], bool], remedy: str) -> None:
@@ -58,17 +60,17 @@ def check_schedule(name: str, value: Any, ok: Callable[[Any], bool], remedy: str
     check(name, value, ok, remedy)
 
 
-_STATIC = "; under `optax.inject_hyperparams` name it in `static_args`"
+STATIC_HINT = "; under `optax.inject_hyperparams` name it in `static_args`"
 
 
-def check_integer(name: str, value: Any, least: int, hint: str = _STATIC) -> None:
+def check_integer(name: str, value: Any, least: int, hint: str = "") -> None:
     """Raises unless a value is an integer that is large enough; shapes and loops depend on it.
 
     Args:
         name: the argument's name.
         value: its value.
         least: the smallest value that is allowed.
-        hint: what to say besides of what is not an integer.
+        hint: what to say besides of what is not an integer, such as `STATIC_HINT`.
 
     Raises:
         TypeError: it is not an integer. A boolean is none.

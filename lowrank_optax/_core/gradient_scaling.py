@@ -10,6 +10,7 @@ import optax
 from lowrank_optax._core import krylov
 from lowrank_optax._core.arguments import check_positive
 from lowrank_optax._core.layouts import PairMatcher
+from lowrank_optax._core.linalg import SIDES, compute_dtype
 from lowrank_optax._core.names import in_words
 from lowrank_optax._core.pairing import find_pairs
 from lowrank_optax._core.shadows import ShadowedPair
@@ -90,7 +91,7 @@ def _powers(factor: Any, degrees: Sequence[int], ndim: int, axis: int) -> jax.Ar
 
 def clip_by_global_norm(
     max_norm: Any, specs: Sequence[PairMatcher] | None = None
-) -> optax.GradientTransformation:
+) -> optax.GradientTransformationExtraArgs:
     """Clips the global norm of the gradients of trained leaves, OPLoRA's products consistently.
 
     `optax.clip_by_global_norm` counts the shadows into the norm and scales all products alike,
@@ -101,7 +102,9 @@ def clip_by_global_norm(
         specs: layouts of the pairs (`PairSpec`).
 
     Returns:
-        The transformation, stateless. Its `update` raises as `scale_gradients` does.
+        The transformation, stateless. Its `update` raises as `scale_gradients` does. Inside
+        `shard_map` it takes `param_specs`, a `PartitionSpec` for each parameter, and sums the norm
+        over the devices.
 
     Raises:
         ValueError: a norm that is not positive.
@@ -116,12 +119,32 @@ def clip_by_global_norm(
     """
     check_positive("max_norm", max_norm)
 
-    def update(updates: Any, state: optax.EmptyState, params: Any = None) -> Any:
-        del params
-        found = find_pairs(updates, specs)
-        trained = [(pair.a, pair.b) for pair in found.take(updates)]
-        norm = optax.tree.norm((trained, found.rest(updates)))
+    def update(
+        updates: Any,
+        state: optax.EmptyState,
+        params: Any = None,
+        *,
+        param_specs: Any = None,
+        **extra_args: Any,
+    ) -> Any:
+        del params, extra_args
+        norm = _global_norm(updates, specs, param_specs)
         factor = max_norm / jnp.maximum(norm, max_norm)
         return scale_gradients(updates, factor, specs), state
 
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    return optax.GradientTransformationExtraArgs(lambda params: optax.EmptyState(), update)
+
+
+def _global_norm(updates: Any, specs: Any, param_specs: Any) -> jax.Array:
+    """The norm of all leaves but the products beside factors, whole ones inside `shard_map`."""
+    found = find_pairs(updates, specs)
+    beside = {i for pair in found.pairs for role, i in pair.leaves.items() if role not in SIDES}
+    placed = found.by_leaf(jax.P() if param_specs is None else param_specs, "param_specs")
+    total: Any = 0.0
+    for i, (x, spec) in enumerate(zip(jax.tree.leaves(updates), placed, strict=True)):
+        if i in beside:
+            continue
+        squares = jnp.sum(jnp.square(x.astype(compute_dtype(x))))  # float16 ends at 65,504
+        axes = tuple(name for entry in spec for name in jax.tree.leaves(entry))
+        total += jax.lax.psum(squares, axes) if axes else squares
+    return jnp.sqrt(total)

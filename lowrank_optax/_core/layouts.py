@@ -70,6 +70,10 @@ class PairSpec:
         leading_batch: whether, of several readings, that with the most leading batch axes is taken,
             if one has any; an error by default.
 
+    Raises:
+        ValueError: a pattern is a regular expression.
+        TypeError: axes that are none.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from lowrank_optax import find_pairs
@@ -88,6 +92,20 @@ class PairSpec:
     b_rank: int | None = None
     b_out: Axes | None = None
     leading_batch: bool = False
+
+    def __post_init__(self) -> None:
+        for pattern in self.patterns().values():
+            require_pattern("PairSpec", pattern)
+        for name in ("a_in", "b_out"):
+            axes = getattr(self, name)
+            if axes is not None and not _are_integers(axes):
+                raise TypeError(
+                    f"PairSpec: `{name}` must be a tuple of axes, such as (0,), got {axes!r}."
+                )
+        for name in ("a_rank", "b_rank"):
+            axis = getattr(self, name)
+            if axis is not None and not _are_integers((axis,)):
+                raise TypeError(f"PairSpec: `{name}` must be an axis, such as 0, got {axis!r}.")
 
     @property
     def layout(self) -> Layout | None:
@@ -111,6 +129,10 @@ class PairSpec:
                 prefix, *captures = found
                 return Member(pair_name((self.a, self.b), prefix, captures), role, self)
         return None
+
+
+def _are_integers(axes: Any) -> bool:
+    return isinstance(axes, tuple) and all(type(axis) is int for axis in axes)
 
 
 class Member(NamedTuple):

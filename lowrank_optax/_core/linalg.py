@@ -181,7 +181,8 @@ def apply_rounded(x: jax.Array, update: jax.Array) -> tuple[jax.Array, jax.Array
 
     Returns:
         The new value, exactly representable in the dtype of `x`, and its difference to the old
-        one in `compute_dtype`.
+        one in `compute_dtype`; in float32 or better the update itself, which rounding may differ
+        from the difference.
 
     Example:
         >>> import jax.numpy as jnp
@@ -221,7 +222,8 @@ def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
         damping: δ, a positive scalar.
 
     Returns:
-        (..., r, r). Finite for every finite input, NaN for any other.
+        (..., r, r). Finite where the trace is, unless both δ and the matrix vanish; NaN for any
+        other input.
 
     Example:
         >>> import jax.numpy as jnp

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._core.arguments import check, check_integer
+from lowrank_optax._core.arguments import STATIC_HINT, check, check_integer
 from lowrank_optax._core.linalg import (
     Side,
     compute_dtype,
@@ -137,16 +137,14 @@ def lorsum(
     return LoRAPair(a.value, b.value)
 
 
-def check_settings(momentum: Any, iterations: Any, lmbd: Any, damping: Any) -> None:
+def check_settings(iterations: Any, lmbd: Any) -> None:
     """Raises unless the settings that OPLoRA and its variants share are in range.
 
     Example:
-        >>> check_settings(momentum=0.9, iterations=1, lmbd=1e-2, damping=0.0)
+        >>> check_settings(iterations=1, lmbd=1e-2)
     """
-    check("momentum", momentum, lambda v: 0 <= v < 1, "must lie in [0, 1)")
-    check_integer("iterations", iterations, least=0)
+    check_integer("iterations", iterations, least=0, hint=STATIC_HINT)
     check("lmbd", lmbd, lambda v: v >= 0, "must not be negative")
-    check("damping", damping, lambda v: v >= 0, "must not be negative")
 
 
 def approximate(

@@ -19,7 +19,7 @@ from lowrank_optax._core.layouts import (
     Unpaired,
 )
 from lowrank_optax._core.linalg import SIDES
-from lowrank_optax._core.names import SAYS_LORA, node_name, path_name
+from lowrank_optax._core.names import SAYS_LORA, in_words, node_name, path_name
 from lowrank_optax._core.nodes import is_node, kind_with
 from lowrank_optax._core.readings import resolve, weights_beside
 from lowrank_optax._core.suspects import near_misses
@@ -211,7 +211,7 @@ def find_pairs(tree: Any, specs: Sequence[PairMatcher] | None = None) -> Pairing
             if member.role in indices:
                 raise ValueError(
                     f"{paths[indices[member.role]]} and {path} both claim the role"
-                    f" {member.role!r} of the pair {member.pair!r}; make the spec tell them apart."
+                    f" {member.role!r} of {in_words(member.pair)}; make the spec tell them apart."
                 )
             indices[member.role] = index
     paired = {index for _, indices in found.values() for index in indices.values()}
@@ -227,7 +227,7 @@ def find_pairs(tree: Any, specs: Sequence[PairMatcher] | None = None) -> Pairing
         pairs.append(PairLeaves(name, layout, indices, kind))
     for pair in pairs:
         _check_types(pair, paths, leaves)
-        _check_shapes(pair, paths, leaves)
+        _check_shapes(pair, paths, leaves, paths[pair.leaves["a"]] in in_nodes)
     if message := near_misses(paths, leaves, paired | unpaired):
         warnings.warn(message, stacklevel=2)
     return Pairing(treedef, paths, tuple(pairs))
@@ -342,8 +342,9 @@ def _check_whole(name: str, kind: Any, leaves: Mapping[str, int], paths: Sequenc
         if role not in leaves and role not in kind._field_defaults:
             present = ", ".join(paths[i] for i in leaves.values())
             raise ValueError(
-                f"Half a pair at {name!r}: found {present}, but no leaf for {role!r}. Keep the"
-                " factors of a pair together: give them the same label or mask, or leave both out."
+                f"Half a pair at {repr(name) if name else 'the root'}: found {present}, but no leaf"
+                f" for {role!r}. Keep the factors of a pair together: give them the same label or"
+                " mask, or leave both out."
             )
 
 
@@ -357,7 +358,9 @@ def _check_types(pair: PairLeaves, paths: Sequence[str], leaves: Sequence[Any]) 
             _check_rank_axis(path, spec[axis])
 
 
-def _check_shapes(pair: PairLeaves, paths: Sequence[str], leaves: Sequence[Any]) -> None:
+def _check_shapes(
+    pair: PairLeaves, paths: Sequence[str], leaves: Sequence[Any], is_node: bool
+) -> None:
     """Raises unless the factors multiply and their rank is possible."""
     (path_a, shape_a), (path_b, shape_b) = (
         (paths[pair.leaves[role]], tuple(leaves[pair.leaves[role]].shape)) for role in SIDES
@@ -371,10 +374,11 @@ def _check_shapes(pair: PairLeaves, paths: Sequence[str], leaves: Sequence[Any])
     if batch_a != batch_b:
         raise ValueError(f"{both} have different batch axes: {batch_a} and {batch_b}. {remedy}")
     if not 1 <= rank <= min(n_in, n_out):
+        named = f", or leave it to the fallback by specs=[Unpaired({pair.path!r}), *DEFAULT_SPECS]"
+        without = "" if is_node else named  # nodes are pairs whatever the specs say
         raise ValueError(
             f"{both}: the rank {rank} must lie between 1 and min(in, out) = {min(n_in, n_out)};"
-            " choose a smaller LoRA rank for this layer, or leave it to the fallback by"
-            f" specs=[Unpaired({pair.path!r}), *DEFAULT_SPECS]. {remedy}"
+            f" choose a smaller LoRA rank for this layer{without}. {remedy}"
         )
 
 

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax._core.arguments import check_integer
 from lowrank_optax._core.linalg import compute_dtype, product, qr, svd
 from lowrank_optax._core.nodes import LoRAPair
 
@@ -42,6 +43,7 @@ def compress(node: Any, rank: int) -> tuple[LoRAPair, jax.Array]:
         error `‖ΔK' - ΔK‖ / ‖ΔK‖` in the Frobenius norm, (...), 0 for ΔK = 0.
 
     Raises:
+        TypeError: a rank that is no integer.
         ValueError: a rank above that of the pair or below 1.
 
     Example:
@@ -52,13 +54,14 @@ def compress(node: Any, rank: int) -> tuple[LoRAPair, jax.Array]:
 
     Source: Eckart and Young, 1936.
     """
+    check_integer("rank", rank, least=1)
     pair = plain_pair(node)
     dtype = compute_dtype(*pair)
     transposed = lambda x: jnp.swapaxes(x, -1, -2)
     q_a, r_a = qr(pair.a.astype(dtype))
     q_b, r_b = qr(transposed(pair.b.astype(dtype)))
     left, values, right = svd(product(r_a, transposed(r_b)))
-    if not 1 <= rank <= values.shape[-1]:
+    if rank > values.shape[-1]:
         raise ValueError(
             f"a pair of rank {values.shape[-1]} has no nearest pair of rank {rank}; give a rank"
             " from 1 to that."
@@ -109,5 +112,6 @@ def combine(
     shapes = {(*pair.a.shape[:-1], pair.b.shape[-1]) for pair in pairs}
     if len(shapes) > 1:
         raise ValueError(f"pairs of one layer have the same in and out, got {sorted(shapes)}")
-    a = jnp.concatenate([w * pair.a for w, pair in zip(weights, pairs, strict=True)], axis=-1)
+    weighted = [w * x.a.astype(compute_dtype(*x)) for w, x in zip(weights, pairs, strict=True)]
+    a = jnp.concatenate(weighted, axis=-1)
     return compress(LoRAPair(a, jnp.concatenate([pair.b for pair in pairs], axis=-2)), rank)

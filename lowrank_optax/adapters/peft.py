@@ -159,7 +159,7 @@ def load_peft(
         FileNotFoundError, ValueError, ImportError: as `read_peft`. ValueError too for modules of
             the file that have no pair and pairs that are not in the file, both listed, for whole
             weights, other shapes or scales, layers that are merged, or whose kernel a start has
-        changed; nothing is changed then.
+            changed; nothing is changed then.
 
     Example:
         >>> import tempfile, jax.numpy as jnp

@@ -86,7 +86,7 @@ def opened(folder: str | os.PathLike[str], step: int | None) -> Iterator["Step"]
     """
     folder = _absolute(folder)
     if step is not None:
-        check_integer("step", step, least=0, hint="")
+        check_integer("step", step, least=0)
     if not (found := whole_steps(folder)):
         raise FileNotFoundError(
             f"{folder} has no checkpoint that `checkpoints.save` wrote; give the folder that it"

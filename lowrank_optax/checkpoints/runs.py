@@ -84,9 +84,9 @@ def save(
         >>> path.name, steps(folder)
         ('30', [20, 30])
     """
-    check_integer("step", step, least=0, hint="")
+    check_integer("step", step, least=0)
     if keep is not None:
-        check_integer("keep", keep, least=1, hint="")
+        check_integer("keep", keep, least=1)
     leaves = named({"params": params, "opt_state": opt_state, "rngs": rngs})
     kinds = {name: Kind.of(name, leaf, jax.Array) for name, leaf in leaves.items()}
     if not any(kind.size for name, kind in kinds.items() if name.split("/")[0] == "params"):

@@ -31,11 +31,11 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from lowrank_optax import engine
 from lowrank_optax._core.projection import projection_rule
+from lowrank_optax.engine import adam_direction
 
 
 class AltLoRAState(NamedTuple):
@@ -166,7 +166,7 @@ def altlora_plus(
         learning_rate: $\eta$, positive, or a schedule; of the order of AdamW's.
         b1: decay of the momentum, in [0, 1).
         b2: decay of the second moment, in [0, 1).
-        eps: $\epsilon$, added to the root of the second moment.
+        eps: $\epsilon$, added to the root of the second moment, positive.
         damping: $\delta$, added to the Gram matrices, positive.
         order: `"simultaneous"`, `"sequential"` or `"alternating"`, as in `altlora`.
         switch_every: updates until the other factor's turn, when alternating.
@@ -195,7 +195,7 @@ def altlora_plus(
     """
     engine.check_decay("b1", b1)
     engine.check_decay("b2", b2)
-    engine.check("eps", eps, lambda v: v >= 0, "must not be negative")
+    engine.check_positive("eps", eps)
 
     def update_moments(state: AltLoRAPlusState, projected: list[Any]) -> AltLoRAPlusState:
         mu = optax.tree.update_moment(projected, state.mu, b1, 1)
@@ -203,9 +203,7 @@ def altlora_plus(
         return state._replace(mu=mu, nu=nu)
 
     def direction(state: AltLoRAPlusState, k: jax.Array) -> list[Any]:
-        mu = optax.tree.bias_correction(state.mu, b1, k)
-        nu = optax.tree.bias_correction(state.nu, b2, k)
-        return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu, nu)
+        return adam_direction(state.mu, state.nu, k, b1=b1, b2=b2, eps=eps)
 
     return engine.lift(
         projection_rule(update_moments, direction, damping, order, switch_every, first),

@@ -72,7 +72,7 @@ def lora_fa(
         learning_rate: $\eta$, positive, or a schedule; of the order of AdamW's.
         b1: decay of the momentum, in [0, 1).
         b2: decay of the second moment, in [0, 1).
-        eps: $\epsilon$, added to the root of the second moment; 1e-6 is PEFT's.
+        eps: $\epsilon$, added to the root of the second moment, positive; 1e-6 is PEFT's.
         damping: $\delta$, positive; 1e-8 is PEFT's.
         scale: the forward scale s: a number, a callable from a pair's path, or a tree.
         weight_decay: $\lambda$, decoupled, of b and the other leaves.
@@ -100,7 +100,7 @@ def lora_fa(
     """
     engine.check_decay("b1", b1)
     engine.check_decay("b2", b2)
-    engine.check("eps", eps, lambda v: v >= 0, "must not be negative")
+    engine.check_positive("eps", eps)
     engine.check_positive("damping", damping)
 
     def rule(

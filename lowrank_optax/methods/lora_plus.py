@@ -15,11 +15,10 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from lowrank_optax import engine
+from lowrank_optax.engine import adam_direction
 
 
 class LoRAPlusState(NamedTuple):
@@ -59,7 +58,7 @@ def lora_plus(
         b1: decay of the momentum, in [0, 1).
         b2: decay of the second moment, in [0, 1).
         ratio: $\rho$, the rate of `b` over that of `a`, positive.
-        eps: $\epsilon$, added to the root of the second moment.
+        eps: $\epsilon$, added to the root of the second moment, positive.
         weight_decay: $\lambda$, decoupled.
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
         fallback: transformation of unpaired leaves; AdamW at the rate of `a` by default.
@@ -86,16 +85,14 @@ def lora_plus(
     engine.check_positive("ratio", ratio)
     engine.check_decay("b1", b1)
     engine.check_decay("b2", b2)
-    engine.check("eps", eps, lambda v: v >= 0, "must not be negative")
+    engine.check_positive("eps", eps)
 
     def rule(
         pairs: engine.Pairs, grads: Any, params: Any, state: LoRAPlusState
     ) -> tuple[Any, LoRAPlusState]:
         mu = optax.tree.update_moment(grads, state.mu, b1, 1)
         nu = optax.tree.update_moment(grads, state.nu, b2, 2)
-        mu_hat = optax.tree.bias_correction(mu, b1, pairs.count + 1)
-        nu_hat = optax.tree.bias_correction(nu, b2, pairs.count + 1)
-        directions = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
+        directions = adam_direction(mu, nu, pairs.count + 1, b1=b1, b2=b2, eps=eps)
         steps = pairs.descend(directions, params)
         updates = pairs.each(lambda step: step._replace(b=ratio * step.b), steps)
         return updates, LoRAPlusState(mu, nu)

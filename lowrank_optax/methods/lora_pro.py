@@ -41,7 +41,7 @@ import optax
 
 from lowrank_optax import engine
 from lowrank_optax._core.equivalent import adjusted
-from lowrank_optax.engine import LoRAPair, cross, product
+from lowrank_optax.engine import LoRAPair, adam_direction, cross, product
 
 
 class LoRAProState(NamedTuple):
@@ -92,7 +92,7 @@ def lora_pro(
         learning_rate: $\eta$, positive, or a schedule; it measures steps of s a b.
         b1: decay of the momentum, in [0, 1).
         b2: decay of the second moment, in [0, 1).
-        eps: $\epsilon$, added to the root of the second moment.
+        eps: $\epsilon$, added to the root of the second moment, positive.
         damping: $\delta$, added to the Gram matrices, positive.
         scale: the forward scale s: a number, a callable from a pair's path, or a tree.
         weight_decay: $\lambda$, decoupled.
@@ -179,7 +179,7 @@ def lora_pro_efficient(
         learning_rate: $\eta$, positive, or a schedule; of the order of AdamW's.
         b1: decay of the momentum, in [0, 1).
         b2: decay of the second moment, in [0, 1).
-        eps: $\epsilon$, added to the root of the second moment.
+        eps: $\epsilon$, added to the root of the second moment, positive.
         damping: $\delta$, added to the Gram matrices, positive.
         scale: the forward scale s: a number, a callable from a pair's path, or a tree.
         weight_decay: $\lambda$, decoupled.
@@ -232,7 +232,7 @@ def lora_pro_efficient(
 def _check(b1: Any, b2: Any, eps: Any, damping: Any) -> None:
     engine.check_decay("b1", b1)
     engine.check_decay("b2", b2)
-    engine.check("eps", eps, lambda v: v >= 0, "must not be negative")
+    engine.check_positive("eps", eps)
     engine.check_positive("damping", damping)
 
 
@@ -242,6 +242,4 @@ def _adam(
     """Returns Adam's direction and its new moments."""
     mu = optax.tree.update_moment(grads, state.mu, b1, 1)
     nu = optax.tree.update_moment(grads, state.nu, b2, 2)
-    mu_hat = optax.tree.bias_correction(mu, b1, pairs.count + 1)
-    nu_hat = optax.tree.bias_correction(nu, b2, pairs.count + 1)
-    return jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat), mu, nu
+    return adam_direction(mu, nu, pairs.count + 1, b1=b1, b2=b2, eps=eps), mu, nu

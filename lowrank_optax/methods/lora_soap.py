@@ -44,7 +44,7 @@ import optax
 
 from lowrank_optax import engine
 from lowrank_optax._core.linalg import qr
-from lowrank_optax.engine import both, gram, mix, product
+from lowrank_optax.engine import adam_direction, both, gram, mix, product
 
 
 class LoRASOAPState(NamedTuple):
@@ -87,7 +87,7 @@ def lora_soap(
         learning_rate: $\eta$, positive, or a schedule; of the order of AdamW's.
         b1: decay of the momentum, in [0, 1).
         b2: decay of the second moments, in [0, 1).
-        eps: $\epsilon$, added to the root of the second moment.
+        eps: $\epsilon$, added to the root of the second moment, positive.
         every: updates from one basis to the next.
         weight_decay: $\lambda$, decoupled.
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
@@ -115,7 +115,7 @@ def lora_soap(
     """
     engine.check_decay("b1", b1)
     engine.check_decay("b2", b2)
-    engine.check("eps", eps, lambda v: v >= 0, "must not be negative")
+    engine.check_positive("eps", eps)
     engine.check(
         "every", every, lambda v: v >= 1 and v == int(v), "must be a whole number, 1 or more"
     )
@@ -123,20 +123,19 @@ def lora_soap(
     def rule(
         pairs: engine.Pairs, grads: Any, params: Any, state: LoRASOAPState
     ) -> tuple[Any, LoRASOAPState]:
-        count = pairs.count + 1
         grams = pairs.each(lambda g: both(gram, g), grads)
         grams = optax.tree.update_moment(grams, state.gram, b2, 1)
         followed = lambda: pairs.together(_power_step, grams, state.basis)
         branches = [lambda: pairs.together(_eigenvectors, grams), followed, lambda: state.basis]
-        rest = jnp.where(pairs.count % jnp.asarray(every, pairs.count.dtype) == 0, 1, 2)
-        basis = pairs.switch(jnp.where(pairs.count < 2, 0, rest), branches)
+        is_due = pairs.count % jnp.asarray(every, pairs.count.dtype) == 0
+        new, follow, keep = range(3)
+        turn = jnp.where(pairs.count < 2, new, jnp.where(is_due, follow, keep))
+        basis = pairs.switch(turn, branches)
 
         turned = lambda x: pairs.each(lambda x, q: both(mix, x, q), x, basis)
         mu = optax.tree.update_moment(grads, state.mu, b1, 1)
         nu = optax.tree.update_moment(turned(grads), state.nu, b2, 2)
-        mu_hat = optax.tree.bias_correction(turned(mu), b1, count)
-        nu_hat = optax.tree.bias_correction(nu, b2, count)
-        directions = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
+        directions = adam_direction(turned(mu), nu, pairs.count + 1, b1=b1, b2=b2, eps=eps)
         back = jax.tree.map(_transposed, basis)
         directions = pairs.each(lambda d, q: both(mix, d, q), directions, back)
         return pairs.descend(directions, params), LoRASOAPState(mu, nu, grams, basis)

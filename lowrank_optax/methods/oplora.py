@@ -88,7 +88,9 @@ def oplora(
 
     Source: arXiv 2509.19977.
     """
-    check_settings(momentum, iterations, lmbd, damping)
+    check_settings(iterations, lmbd)
+    engine.check_decay("momentum", momentum)
+    engine.check("damping", damping, lambda v: v >= 0, "must not be negative")
     engine.check("dampening", dampening, lambda v: 0 <= v < 1, "must lie in [0, 1)")
     engine.check_positive("momentum_damping", momentum_damping)
 

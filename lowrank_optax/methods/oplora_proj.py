@@ -90,7 +90,9 @@ def oplora_proj(
 
     Source: arXiv 2509.19977, the projected variant.
     """
-    check_settings(momentum, iterations, lmbd, damping)
+    check_settings(iterations, lmbd)
+    engine.check_decay("momentum", momentum)
+    engine.check("damping", damping, lambda v: v >= 0, "must not be negative")
     products = max(iterations, 1) + 1  # the solved factors' Krylov coordinates, times G once more
 
     def rule(

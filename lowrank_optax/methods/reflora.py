@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import engine
-from lowrank_optax.engine import LoRAPair, both, gram, mix, product
+from lowrank_optax.engine import LoRAPair, adam_direction, both, gram, mix, product
 
 FORMS = ("full", "scalar")
 
@@ -84,7 +84,7 @@ def reflora(
         refactoring: `"full"`, or `"scalar"`: Adam at the rates $\eta\,\sigma^{-1/2}$ of a and
             $\eta\,\sigma^{1/2}$ of b, $\sigma = \|b\| / \|a\|$.
         warmup_steps: how many updates are AdamW's at first; 100 is the released scripts'.
-        eps: $\epsilon$, added to the root of the second moment.
+        eps: $\epsilon$, added to the root of the second moment, positive.
         damping: added to the Gram matrices, or to the squared norms, positive.
         weight_decay: $\lambda$, decoupled.
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
@@ -114,7 +114,7 @@ def reflora(
     engine.check_choice("refactoring", refactoring, FORMS)
     whole = "must be a whole number, 0 or more"
     engine.check("warmup_steps", warmup_steps, lambda v: v >= 0 and v == v // 1, whole)
-    engine.check("eps", eps, lambda v: v >= 0, "must not be negative")
+    engine.check_positive("eps", eps)
     engine.check_positive("damping", damping)
     is_full = refactoring == "full"
 
@@ -136,9 +136,7 @@ def reflora(
         scaled = refactored(mix, grads) if is_full else grads
         mu = optax.tree.update_moment(scaled, state.mu, b1, 1)
         nu = optax.tree.update_moment(scaled, state.nu, b2, 2)
-        mu_hat = optax.tree.bias_correction(mu, b1, pairs.count + 1)
-        nu_hat = optax.tree.bias_correction(nu, b2, pairs.count + 1)
-        directions = jax.tree.map(lambda m, v: m / (jnp.sqrt(v) + eps), mu_hat, nu_hat)
+        directions = adam_direction(mu, nu, pairs.count + 1, b1=b1, b2=b2, eps=eps)
         if not is_full:
             directions = refactored(lambda side, x, c: c * x, directions)
         return pairs.descend(directions, params), RefLoRAState(mu, nu)

@@ -76,7 +76,7 @@ def scaled_adamw(
         learning_rate: $\eta$, positive, or a schedule; of the order of AdamW's.
         b1: decay of the momentum, in [0, 1).
         b2: decay of the second moment, in [0, 1).
-        eps: $\epsilon$, added to the root of the second moment; 1e-6 is the released code's.
+        eps: $\epsilon$, added to the root of the second moment, positive; 1e-6 as released.
         damping: $\delta$, positive; 1e-2 is PEFT's, the released code has 1e-6.
         order: "simultaneous" (PEFT's), or "sequential": a, then b against the new a (released).
         weight_decay: $\lambda$, decoupled.
@@ -104,7 +104,7 @@ def scaled_adamw(
     """
     engine.check_decay("b1", b1)
     engine.check_decay("b2", b2)
-    engine.check("eps", eps, lambda v: v >= 0, "must not be negative")
+    engine.check_positive("eps", eps)
     engine.check_positive("damping", damping)
     engine.check_choice("order", order, ORDERS)
 

@@ -91,8 +91,10 @@ def scaled_oplora(
 
     Source: arXiv 2602.16456.
     """
-    check_settings(b1, iterations, lmbd, solver_damping)
+    check_settings(iterations, lmbd)
+    engine.check_decay("b1", b1)
     engine.check_decay("b2", b2)
+    engine.check("solver_damping", solver_damping, lambda v: v >= 0, "must not be negative")
     engine.check_positive("damping", damping)
     engine.check_positive("power", power)
     engine.check_positive("momentum_damping", momentum_damping)

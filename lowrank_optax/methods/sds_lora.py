@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import engine
-from lowrank_optax._core.arguments import check, check_choice, check_integer
+from lowrank_optax._core.arguments import STATIC_HINT, check, check_choice, check_integer
 from lowrank_optax._core.frames import FramedPair
 from lowrank_optax._core.reframing import (
     FOLLOW,
@@ -112,7 +112,8 @@ def sds_lora(
     """
     schedule = {"warmup_steps": warmup_steps, "total_steps": total_steps, "phases": phases}
     for name, value in schedule.items():
-        check_integer(name, value, least=1 if name == "phases" else 0)
+        least = 1 if name == "phases" else 0
+        check_integer(name, value, least=least, hint=STATIC_HINT)
     above = f"must be above warmup_steps = {warmup_steps}"
     check("total_steps", total_steps, lambda v: v > warmup_steps, above)
     check_choice("refresh", refresh, ("frames", "preserving"))

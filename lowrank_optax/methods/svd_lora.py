@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._core import meshes
+from lowrank_optax._core.arguments import check_integer
 from lowrank_optax._core.linalg import compute_dtype, product, svd
 from lowrank_optax._core.names import path_name
 from lowrank_optax._core.nodes import LoRAPair, is_node
@@ -54,7 +55,8 @@ def svd_lora(
     Raises:
         ValueError: from `init` and `update`, a leaf without two axes or too small for the rank,
             or a LoRA pair; from `update`, no `params`.
-        TypeError: a leaf that is not floating.
+        TypeError: a leaf that is not floating; an `inner` that is no transformation, a rank that is
+            no integer.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -67,6 +69,9 @@ def svd_lora(
 
     Source: arXiv 2509.19977, SVDLoRA.
     """
+    check_integer("rank", rank, least=1)
+    if not isinstance(inner, optax.GradientTransformation):
+        raise TypeError(f"`inner` must be an optax transformation, got {inner!r}.")
     inner = optax.with_extra_args_support(inner)
 
     def check_leaves(params: Any) -> None:
@@ -120,7 +125,7 @@ def pair_of_delta(delta: jax.Array, rank: int) -> LoRAPair:
 
     Raises:
         ValueError: fewer than two axes, or a rank out of range.
-        TypeError: `delta` is not floating.
+        TypeError: `delta` is not floating, or the rank no integer.
 
     Example:
         >>> import jax.numpy as jnp
@@ -131,6 +136,7 @@ def pair_of_delta(delta: jax.Array, rank: int) -> LoRAPair:
 
     Source: arXiv 2509.19977; Eckart and Young, 1936, for the nearest matrix of a rank.
     """
+    check_integer("rank", rank, least=1)
     _check("delta", delta, rank)
     left, values, right = _truncated_svd(delta.astype(compute_dtype(delta)), rank)
     root = jnp.sqrt(values)

@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.typing import DTypeLike
 
 from lowrank_optax._core.arguments import check, check_integer, check_positive
@@ -201,10 +200,7 @@ class LoRAConfig:
     extra: Extra | None = None
 
     def __post_init__(self) -> None:
-        if isinstance(self.rank, bool) or not isinstance(self.rank, int | np.integer):
-            raise TypeError(f"rank must be an integer, got {self.rank!r}; write rank=8, say")
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        check_integer("rank", self.rank, least=1, hint="; write rank=8, say")
         check_positive("alpha", self.alpha)
         check("dropout", self.dropout, lambda v: 0 <= v < 1, "must lie in [0, 1)")
         for name in ("a_init", "b_init"):

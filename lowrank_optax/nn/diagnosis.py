@@ -50,14 +50,16 @@ def check_training_setup(
         for path, layer in layers.items()
         if layer.merged
     ]
-    problems += _about_what_moves(model, optimizer)
+    problems += _about_what_moves(model, layers, optimizer)
     problems += _about_age(model, optimizer)
     problems += _about_kinds(layers, optimizer)
     problems += [] if grads is None else _about_gradients(grads)
     return problems
 
 
-def _about_what_moves(model: nnx.Module, optimizer: nnx.Optimizer[Any]) -> list[str]:
+def _about_what_moves(
+    model: nnx.Module, layers: dict[str, Any], optimizer: nnx.Optimizer[Any]
+) -> list[str]:
     moved = _paths(model, optimizer.wrt)
     factors = _paths(model, nnx.LoRAParam)
     problems = []
@@ -65,7 +67,8 @@ def _about_what_moves(model: nnx.Module, optimizer: nnx.Optimizer[Any]) -> list[
         problems.append(
             f"The optimizer does not move {_listed(missing)}. Give it wrt=nnx.LoRAParam."
         )
-    base = sorted(path for path in moved - factors if "/base/" in path or path.startswith("base/"))
+    bases = tuple(f"{path}/base/".lstrip("/") for path in layers)
+    base = sorted(path for path in moved - factors if path.startswith(bases))
     if base:
         problems.append(
             f"The optimizer moves frozen weights: {_listed(base)}. Give it and the gradient"

@@ -22,6 +22,8 @@ from rich.progress import Progress
 from lowrank_optax._core.arguments import check_choice, check_integer, check_positive
 from lowrank_optax._core.frames import FramedPair
 from lowrank_optax._core.layouts import variables_of
+from lowrank_optax._core.linalg import compute_dtype
+from lowrank_optax._core.names import in_words
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.pairing import find_pairs
 from lowrank_optax._core.scales import scales
@@ -58,6 +60,7 @@ def gradient_start(
         model: an NNX model with LoRA layers. What its adapters hold is overwritten.
         loss_fn: `loss_fn(model, batch)`, a scalar; the gradient is the mean over the batches.
         batches: a few batches, gone through 2 + 2 `iterations` times (twice that for `"lora_ga"`).
+            The studies take one.
         method: `"lora_one"`, `"lora_ga"`, or `"frames"` for adapters with
             `Frames(warmup=False)`.
         gamma: $\gamma$, positive: the larger, the smaller the start. By default 128 for
@@ -65,7 +68,8 @@ def gradient_start(
             not depend on it, 1e6.
         keep_function: whether to subtract $s\,a\,b$ from the kernels, so that the model computes
             what it did. By default as the method's release: not for `"lora_one"`, for `"lora_ga"`.
-        iterations: rounds of power iteration.
+        iterations: rounds of power iteration. 0 did as well as 2 in the studies, by two
+            gradients a batch; singular vectors as the papers define them need some.
         seed: of the random start of the power iteration.
         progress: whether to show a progress bar.
 
@@ -118,7 +122,8 @@ def gradient_start(
     finally:
         replace_lora(model, lambda path, layer: layers[path])
     for path, layer in layers.items():
-        _require_rank(path, triplets[path], layer.lora.rank * _BLOCKS[method])
+        noise = max(_NOISE, float(jnp.finfo(_narrowest(layer)).eps) / 64)
+        _require_rank(f"{path}: ", triplets[path], layer.lora.rank * _BLOCKS[method], noise)
     for index, (path, layer) in enumerate(layers.items(), start=1):
         key = jax.random.fold_in(jax.random.key(seed), index)  # key(seed) began the iteration
         _start(path, layer, method, triplets[path], gamma, keep_function, key)
@@ -156,8 +161,10 @@ def gradient_triplets(
         The triplets by path of the pair.
 
     Raises:
-        TypeError: batches that are no list, such as one array.
-        ValueError: no batches, no pairs, or a gradient that is not finite.
+        TypeError: batches that are no list, such as one array; blocks or iterations that are no
+            integers.
+        ValueError: no batches, no pairs, blocks or iterations out of range, or a gradient that is
+            not finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -174,6 +181,8 @@ def gradient_triplets(
     if not pairing.pairs:
         raise ValueError("the parameters hold no LoRA pairs: there is no gradient to start from")
     _require_batches(batches)
+    check_integer("blocks", blocks, least=1)
+    check_integer("iterations", iterations, least=0)
     pairs = pairing.take(params, LoRAPair)
     factors = scales(pairing, scale)
     others = pairing.rest(params)
@@ -192,7 +201,9 @@ def gradient_triplets(
         def gradients(pairs: list[LoRAPair]) -> list[LoRAPair]:
             total = None
             for batch in batches:
-                part = gradient(pairs, batch, *frozen)
+                part = jax.tree.map(
+                    lambda x: x.astype(compute_dtype(x)), gradient(pairs, batch, *frozen)
+                )
                 total = part if total is None else jax.tree.map(jnp.add, total, part)
                 bar.advance(task)
             mean = lambda g, s: jax.tree.map(lambda x: x / (s * len(batches)), g)
@@ -200,7 +211,8 @@ def gradient_triplets(
             for at, pair in zip(pairing.pairs, means, strict=True):
                 if not all(jnp.all(jnp.isfinite(x)) for x in pair):
                     raise ValueError(
-                        f"{at.path}: the gradient is not finite; check the loss and the batches"
+                        f"{in_words(at.path)}: the gradient is not finite; check the loss and the"
+                        " batches"
                     )
             return means
 
@@ -223,7 +235,9 @@ def start_pair(triplets: Triplets, rank: int, method: str, gamma: float) -> Any:
         A `LoRAPair`, for `"frames"` a `FramedPair`, in the dtype of the triplets.
 
     Raises:
-        ValueError: an unknown method.
+        TypeError: a rank that is no integer.
+        ValueError: an unknown method, an argument out of range, fewer triplets than the method
+            needs, or a gradient that is zero or of a lower rank.
 
     Example:
         >>> import jax.numpy as jnp
@@ -232,6 +246,16 @@ def start_pair(triplets: Triplets, rank: int, method: str, gamma: float) -> Any:
         [[-0.5, -0.0, -0.0]]
     """
     check_choice("method", method, tuple(_BLOCKS))
+    check_integer("rank", rank, least=1)
+    check_positive("gamma", gamma)
+    needed, there = _BLOCKS[method] * rank, triplets.values.shape[-1]
+    if there < needed:
+        raise ValueError(
+            f"a start by {method!r} at rank {rank} needs {needed} triplets, got {there}; give"
+            " `gradient_triplets` pairs of this rank, and blocks=2 for 'lora_ga'"
+        )
+    if not isinstance(triplets.values, jax.core.Tracer):
+        _require_rank("", triplets, needed, _NOISE)
     left, right = triplets.left[..., :rank], triplets.right[..., :rank, :]
     if method == "frames":
         return FramedPair(jnp.zeros_like(left), jnp.zeros_like(right), left, right)
@@ -315,16 +339,22 @@ def _plain(layer: LoRALayer) -> LoRALayer:
     return LoRALayer(layer.base, config, rngs=nnx.Rngs(0))
 
 
-def _require_rank(path: str, triplets: Triplets, rank: int) -> None:
+def _narrowest(layer: LoRALayer) -> Any:
+    """The dtype of an adapter's products that has the fewest digits."""
+    dtypes = [layer.pair.a.dtype, layer.lora.dtype or layer.pair.a.dtype]
+    return max(dtypes, key=lambda dtype: jnp.finfo(dtype).eps)
+
+
+def _require_rank(where: str, triplets: Triplets, rank: int, noise: float) -> None:
     values = triplets.values
     if not jnp.all(values[..., 0] > 0):
         raise ValueError(
-            f"{path}: the gradient is zero and gives no start; leave the layer out of the targets"
+            f"{where}the gradient is zero and gives no start; leave the layer out of the targets"
         )
-    seen = jnp.min(jnp.sum(values > _NOISE * values[..., :1], axis=-1))
+    seen = jnp.min(jnp.sum(values[..., :rank] > noise * values[..., :1], axis=-1))
     if seen < rank:
         raise ValueError(
-            f"{path}: the gradient has rank {int(seen)}, but the start needs {rank}: give more"
+            f"{where}the gradient has rank {int(seen)}, but the start needs {rank}: give more"
             " batches or tokens, or a lower rank"
         )
 

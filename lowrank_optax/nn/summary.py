@@ -118,6 +118,9 @@ def lora_summary(model: Any, scale: Any = None) -> LoRASummary:
     Returns:
         The summary, which prints as a table.
 
+    Raises:
+        ValueError: scales for an NNX model; pairs that do not fit, as from `find_pairs`.
+
     Example:
         >>> from flax import nnx
         >>> from lowrank_optax import nn
@@ -132,6 +135,8 @@ def lora_summary(model: Any, scale: Any = None) -> LoRASummary:
         └──────────┴──────────┴─────┴─────┴──────┴───────┴─────────┘
     """
     if isinstance(model, nnx.Module):
+        if scale is not None:
+            raise ValueError("an NNX model knows its forward scales; leave `scale` out")
         layers = dict(find_lora_layers(model))
         pairs = [(path, layer.pair, layer.scale) for path, layer in layers.items()]
         magnitudes = {

@@ -97,8 +97,9 @@ def weight_start(
             pair, rank = _split(matrix, layer.lora.rank, method, layer.scale, iterations, key)
             _require_rank(rank, layer.lora.rank, f"{path}: ")
             pairs.append(pair)
-    for layer, pair in zip(layers.values(), pairs, strict=True):
-        _write(layer, pair, jax.random.key(seed))
+    keys = jax.random.split(jax.random.key(seed), len(layers))
+    for layer, pair, key in zip(layers.values(), pairs, keys, strict=True):
+        _write(layer, pair, key)
     return sorted(layers)
 
 

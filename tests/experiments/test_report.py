@@ -25,6 +25,7 @@ from experiments.report import (
 from experiments.schema import CurvePoint, Plan, Scores
 from experiments.study import Study, expand, load_study
 from experiments.summary import (
+    Speedup,
     difference,
     goal_of,
     speedup,
@@ -88,12 +89,12 @@ def with_curve(*losses, **changes):
 
 
 def test_steps_to_a_loss_are_interpolated_between_evaluations():
-    run = with_curve(4.0, 2.0, 1.0, 1.5)
-    assert steps_to(run, 2.0) == 10
-    assert steps_to(run, 3.0) == 5
-    assert steps_to(run, 1.2) == pytest.approx(18)
-    assert steps_to(run, 5.0) == 0
-    assert steps_to(run, 0.9) is None
+    curve = [(0, 4.0), (10, 2.0), (20, 1.0), (30, 1.5)]
+    assert steps_to(curve, 2.0) == 10
+    assert steps_to(curve, 3.0) == 5
+    assert steps_to(curve, 1.2) == pytest.approx(18)
+    assert steps_to(curve, 5.0) == 0
+    assert steps_to(curve, 0.9) is None
 
 
 @pytest.fixture
@@ -110,6 +111,14 @@ def curves():
     ]
 
 
+def test_a_seed_that_breaks_down_at_the_best_rate_is_counted(curves):
+    lost = make_result(method="polora-start", learning_rate=0.1, seed=2, status="diverged")
+    adamw, _, polora = summarize([*curves, lost])
+    assert (len(polora.best), polora.broken, polora.lost) == (2, 1, 1)
+    found = speedup(polora, goal_of(adamw))
+    assert (len(found.reached), found.runs, found.mean) == (2, 3, None)
+
+
 def test_the_baseline_is_the_best_of_adamw_at_all_ratios(curves):
     assert tuned_baseline(summarize(curves)).method == "adamw"
     better = with_curve(4.0, 0.2, 0.2, 0.2, method="lora-plus")
@@ -122,9 +131,12 @@ def test_speedup_is_the_baselines_steps_by_the_methods(curves):
     goal = goal_of(adamw)
     assert goal == (1.5, 20)
     found = speedup(polora, goal)
-    assert found.reached == pytest.approx([20 / 10, 20 / 15])
-    assert found.mean == pytest.approx((2 + 4 / 3) / 2)
-    assert found.forgiving == pytest.approx((0 + 2 + 20 / (10 * 2.5 / 3)) / 3)
+    start = 2  # gradients
+    assert found.reached == pytest.approx([20 / (10 + start), 20 / (15 + start)])
+    assert found.mean == pytest.approx((20 / 12 + 20 / 17) / 2)
+    of_means = 10 + 10 * (1.75 - 1.5) / (1.75 - 1.0)
+    assert found.of_means == pytest.approx(20 / (of_means + start))
+    assert found.forgiving == pytest.approx((0 + 20 / 12 + 20 / (10 * 2.5 / 3 + start)) / 3)
     at_edge = speedup(summarize(curves[4:])[0], goal)
     assert at_edge.forgiving is None
     assert speedup(adamw, goal).mean is None  # one of two seeds does not reach the mean
@@ -132,14 +144,15 @@ def test_speedup_is_the_baselines_steps_by_the_methods(curves):
 
 def test_the_claim_counts_the_comparisons(curves):
     found = compare("digits, peers", "digits", summarize(curves))
-    assert found.speedups["polora-start"].mean == pytest.approx(5 / 3)
-    text = claim([found, found._replace(study="mnist")])
-    assert "In 2 comparisons on 2 tasks" in text
-    assert "1.7 to 1.7 times fewer steps" in text
-    assert "at least 1.5 times fewer on 2, at least 2 times on 0" in text
+    assert found.speedups["polora-start"].mean == pytest.approx((20 / 12 + 20 / 17) / 2)
+    speedups = {"polora-start": Speedup([1.7], 2, None, None)}  # one seed of two arrives
+    text = claim([found, found._replace(study="mnist"), found._replace(speedups=speedups)])
+    assert "In 2 of 3 comparisons on 2 tasks, every seed of PoLoRA" in text
+    assert "1.4 to 1.4 times fewer steps there (median 1.4)" in text
+    assert "at least 1.5 times fewer in 0, at least 2 times in 0" in text
     row = headline_table([found]).splitlines()[2]
     assert row.startswith("| [digits, peers](digits.md) | 2 ± 0.71 (adamw, 0.001) |")
-    assert "1.67× ± 0.47" in row
+    assert "1.42× ± 0.35 | 1.30×" in row
     assert compare("x", "x", summarize(curves[:3])) is None
     assert claim([]) == "No comparison has run yet."
 
@@ -217,7 +230,7 @@ def test_what_is_missing_is_said(results):
     )
     missing = Variant("", study, results).missing
     assert list(missing) == ["altlora", "sgd"]
-    assert "next: learning rate 0.1, seed 0" in missing["altlora"].replace("0.01", "0.1")
+    assert missing["altlora"] == "`altlora` (3 runs so far)"
     assert missing["sgd"] == "`sgd`"
 
 

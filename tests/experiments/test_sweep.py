@@ -339,3 +339,19 @@ def test_a_full_disk_loses_no_finished_run(tmp_path, monkeypatch):
     assert code == 0, output
     assert len(read_results(tmp_path)) == 3
     assert first.read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("rates", "best", "beyond"),
+    [
+        ((0.01, 0.03, 0.1), 0.01, 0.003),
+        ((0.01, 0.03, 0.1), 0.1, 0.3),
+        ((0.1, 1.0), 0.1, 0.01),
+        ((0.05, 1.0), 1.0, 20.0),
+    ],
+)
+def test_the_next_rate_lies_beyond_the_end_of_a_sweep(rates, best, beyond):
+    plan = Plan(steps=2, eval_every=2, head_learning_rate=1e-3)
+    study = Study(task="digits", plan=plan, learning_rates={"adamw": rates})
+    results = [make_result(learning_rate=rate, loss=0.5 if rate == best else 1.0) for rate in rates]
+    assert next_run(study, "adamw", results).learning_rate == pytest.approx(beyond)

@@ -19,7 +19,7 @@ def test_scale():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 0}, "rank must be at least 1, got 0"),
+        ({"rank": 0}, "`rank` must be at least 1, got 0"),
         ({"rank": 2, "alpha": 0.0}, "`alpha` must be positive, got 0.0"),
         ({"rank": 2, "dropout": 1.0}, r"`dropout` must lie in \[0, 1\), got 1.0"),
         ({"rank": 2, "dropout": -0.1}, r"`dropout` must lie in \[0, 1\), got -0.1"),
@@ -33,10 +33,10 @@ def test_settings_out_of_range_are_refused(settings, message):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"rank": 4.0}, r"rank must be an integer, got 4\.0; write rank=8"),
-        ({"rank": "8"}, r"rank must be an integer, got '8'"),
-        ({"rank": True}, r"rank must be an integer, got True"),
-        ({"rank": None}, r"rank must be an integer, got None"),
+        ({"rank": 4.0}, r"`rank` must be an integer, got 4\.0; write rank=8"),
+        ({"rank": "8"}, r"`rank` must be an integer, got '8'"),
+        ({"rank": True}, r"`rank` must be an integer, got True"),
+        ({"rank": None}, r"`rank` must be an integer, got None"),
         ({"rank": 2, "extra": True}, r"extra must be an nn\.Extra such as nn\.Shadows\(\).*True"),
         ({"rank": 2, "extra": nn.Shadows}, r"extra must be an nn\.Extra such as nn\.Shadows\(\)"),
     ],

@@ -311,7 +311,7 @@ def test_sharding_boxes_of_parameters_and_factors_survive_a_merge():
         (lambda path, module: False, {}, "the predicate"),
         ("norm", {}, "layers_0/norm is a LayerNorm"),
         ("attention", {}, "layers_0/attention is a MultiHeadDotProductAttention"),
-        ("query", {"rank": 0}, "rank must be at least 1"),
+        ("query", {"rank": 0}, "`rank` must be at least 1"),
         ("query", {"rank": 9}, "layers_0/attention/query: rank 9 exceeds"),
         ("query", {"dropout": 1.0}, "`dropout` must lie in"),
         ("query", {"alpha": 0.0}, "`alpha` must be positive"),

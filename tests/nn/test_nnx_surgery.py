@@ -263,7 +263,7 @@ def test_stacked_layers_get_stacked_factors():
         ("norm", {}, "layers/0/norm is a LayerNorm"),
         ("attention", {}, "layers/0/attention is a MultiHeadAttention"),
         (lambda path, module: False, {}, "the predicate"),
-        ("query", {"rank": 0}, "rank must be at least 1"),
+        ("query", {"rank": 0}, "`rank` must be at least 1"),
         ("query", {"rank": 9}, "layers/0/attention/query: rank 9 exceeds"),
         ("query", {"dropout": 1.0}, "`dropout` must lie in"),
         ("query", {"alpha": -1.0}, "`alpha` must be positive"),

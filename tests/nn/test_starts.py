@@ -7,6 +7,7 @@ import pytest
 from flax import linen, nnx
 
 from lowrank_optax import LoRAPair, nn
+from lowrank_optax._core.sketch import Triplets
 
 RANK, IN, HIDDEN, OUT, TOKENS = 2, 10, 8, 6, 40
 
@@ -250,6 +251,50 @@ def test_what_gives_no_start_is_refused_and_leaves_the_model_alone(keywords, mes
     with pytest.raises(ValueError, match=message):
         nn.gradient_start(model, **arguments, progress=False)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"gamma": -1.0}, "`gamma` must be positive"),
+        ({"rank": 3}, r"at rank 3 needs 3 triplets, got 2; .*blocks=2"),
+        ({"method": "lora_ga"}, "at rank 2 needs 4 triplets, got 2"),
+        ({"values": jnp.zeros(2)}, "the gradient is zero and gives no start"),
+        ({"values": jnp.array([1.0, 1e-8])}, "the gradient has rank 1, but the start needs 2"),
+    ],
+)
+def test_start_pair_refuses_what_gives_no_start(arguments, message):
+    values = arguments.pop("values", jnp.array([2.0, 1.0]))
+    triplets = Triplets(jnp.eye(4, 2), values, jnp.eye(2, 3))
+    with pytest.raises(ValueError, match=message):
+        nn.start_pair(triplets, **{"rank": 2, "method": "lora_one", "gamma": 1.0, **arguments})
+
+
+@pytest.mark.parametrize("keywords", [{"blocks": 0}, {"iterations": -1}])
+def test_gradient_triplets_refuses_nonsense(keywords):
+    params = {"q": LoRAPair(jnp.zeros((4, 2)), jnp.zeros((2, 3)))}
+    loss = lambda params, x: jnp.sum(nn.lora_apply(x, params["q"]))
+    with pytest.raises(ValueError, match="must be at least"):
+        nn.gradient_triplets(loss, params, [jnp.eye(4)], progress=False, **keywords)
+
+
+def test_a_gradient_is_the_mean_over_many_bfloat16_batches():
+    """A bfloat16 sum would stop to grow."""
+    params = {"q": LoRAPair(*(jnp.zeros(s, jnp.bfloat16) for s in ((4, 2), (2, 3))))}
+    loss = lambda params, x: jnp.sum(nn.lora_apply(x, params["q"]) * jnp.arange(3.0))
+    of = lambda batches: nn.gradient_triplets(loss, params, batches, iterations=0, progress=False)[
+        "q"
+    ].values[0]
+    one = jnp.eye(4, dtype=jnp.bfloat16)
+    np.testing.assert_allclose(of([one] * 600), of([one]), rtol=1e-3)
+
+
+def test_rounding_of_bfloat16_adapters_is_no_direction():
+    model = MLP(nnx.Rngs(0))
+    config = nn.LoRAConfig(rank=RANK, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+    nn.add_lora(model, "first", config, rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match="first: the gradient has rank 1, but the start needs 2"):
+        nn.gradient_start(model, loss_fn, ONE_TOKEN, progress=False)
 
 
 def test_a_kernel_that_is_not_floating_cannot_be_corrected():

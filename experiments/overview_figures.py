@@ -58,10 +58,12 @@ def draw_stability(found: Mapping[str, Sequence[Range]], title: str, path: Path)
     """Draws how wide the range of good learning rates is, a row a method.
 
     Args:
-        found: The ranges by method, the most forgiving first.
+        found: The ranges by method, the most forgiving first; those of fewer than three
+            comparisons are left out.
         title: Title of the figure.
         path: The PNG file to write.
     """
+    found = {method: each for method, each in found.items() if len(each) >= 3}
     figure = Figure(figsize=(8.5, 1.6 + 0.26 * len(found)), layout="constrained")
     axes = figure.subplots()
     figure.suptitle(title)

@@ -23,7 +23,7 @@ from experiments.rules import rules_table, trials, unseen_table
 from experiments.scaling import STUDY as SCALING
 from experiments.scaling import scaling_table, series
 from experiments.schema import RunResult
-from experiments.stability import lost_runs, ranges, stability_table
+from experiments.stability import broken_seeds, lost_runs, ranges, stability_table
 from experiments.study import Study, StudyFile, expand, load_study, study_names
 from experiments.summary import MethodSummary, difference, summarize, tuned_baseline
 from experiments.sweep import next_run, read_results
@@ -275,7 +275,7 @@ def make_pages(results: Path, docs: Path, readme: Path) -> dict[Path, str]:
     if found := ranges(studies):
         path = docs / f"{STABILITY}.md"
         text = path.read_text() if path.exists() else _empty_page("Stability")
-        table = stability_table(found, lost_runs(studies))
+        table = stability_table(found, lost_runs(studies), broken_seeds(studies))
         figure = f"![Width of the range of good learning rates, by method]({STABILITY}.png)"
         pages[path] = replace_block(text, f"{figure}\n\n{table}", str(path))
     if tried := trials(studies):

@@ -13,6 +13,9 @@ from experiments.tables import NOTHING, markdown
 SLACK = 1.05
 """A rate is nearly as good if its final validation loss is at most so many times the best one's."""
 
+BROKEN = 1.25
+"""A seed has broken down if its final validation loss is so many times the median of the seeds."""
+
 SYNTHETIC = {"linear", "conditioning"}
 """Tasks whose loss falls to zero, where 5 % of it means little."""
 
@@ -81,8 +84,8 @@ def ranges(studies: Mapping[str, Sequence[Variant]]) -> dict[str, list[Range]]:
         studies: The variants by study.
 
     Returns:
-        The ranges by method, for methods with three comparisons or more; ordered by the median of
-        their widths.
+        The ranges by method, ordered by the median of their widths; methods with fewer than three
+        comparisons last.
     """
     found: dict[str, list[Range]] = {}
     for study, variant in _comparisons(studies):
@@ -90,8 +93,7 @@ def ranges(studies: Mapping[str, Sequence[Variant]]) -> dict[str, list[Range]]:
             each = range_of(summary, f"{study}, {variant.name}".removesuffix(", "))
             if each is not None:
                 found.setdefault(summary.method, []).append(each)
-    enough = {method: each for method, each in found.items() if len(each) >= 3}
-    return dict(sorted(enough.items(), key=lambda item: -_median(item[1])))
+    return dict(sorted(found.items(), key=lambda item: (len(item[1]) < 3, -_median(item[1]))))
 
 
 def _comparisons(studies: Mapping[str, Sequence[Variant]]) -> Iterator[tuple[str, Variant]]:
@@ -106,12 +108,15 @@ def _median(found: Sequence[Range]) -> float:
     return statistics.median(each.decades for each in found)
 
 
-def stability_table(found: Mapping[str, Sequence[Range]], lost: Mapping[str, str]) -> str:
+def stability_table(
+    found: Mapping[str, Sequence[Range]], lost: Mapping[str, str], broken: Mapping[str, str]
+) -> str:
     """Writes a row for each method, in Markdown.
 
     Args:
         found: The ranges by method.
         lost: How many runs were lost, by method.
+        broken: How many seeds broke down, by method.
     """
     rows = []
     base = {one.comparison: one.decades for one in found.get(BASELINE, ())}
@@ -127,6 +132,7 @@ def stability_table(found: Mapping[str, Sequence[Range]], lost: Mapping[str, str
                 f"{narrow.decades:.2f} ({narrow.comparison})",
                 str(sum(one.is_open for one in each)),
                 lost.get(method, NOTHING),
+                broken.get(method, NOTHING),
             ]
         )
     headings = [
@@ -137,6 +143,7 @@ def stability_table(found: Mapping[str, Sequence[Range]], lost: Mapping[str, str
         "narrowest",
         "open",
         "runs lost",
+        "seeds broken down",
     ]
     return markdown(headings, rows)
 
@@ -163,3 +170,27 @@ def lost_runs(studies: Mapping[str, Sequence[Variant]]) -> dict[str, str]:
             gone = sum(run.status != "finished" for run in near)
             counts[summary.method] = (lost + gone, total + len(near))
     return {method: f"{lost} of {total}" for method, (lost, total) in counts.items()}
+
+
+def broken_seeds(studies: Mapping[str, Sequence[Variant]]) -> dict[str, str]:
+    """Counts the seeds that break down at the rate that is best with the first seed.
+
+    They do not finish, or end at more than `BROKEN` times the median of the method's seeds.
+
+    Args:
+        studies: The variants by study.
+
+    Returns:
+        Such seeds and all seeds, by method.
+    """
+    counts: dict[str, tuple[int, int]] = {}
+    for _, variant in _comparisons(studies):
+        for summary in variant.summaries:
+            if not summary.best:
+                continue
+            losses = summary.losses("validation")
+            gone = sum(loss > BROKEN * statistics.median(losses) for loss in losses)
+            broken, total = counts.get(summary.method, (0, 0))
+            more = summary.broken
+            counts[summary.method] = broken + gone + more, total + len(losses) + more
+    return {method: f"{broken} of {total}" for method, (broken, total) in counts.items()}

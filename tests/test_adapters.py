@@ -38,6 +38,14 @@ def test_the_plain_pair_is_what_the_layer_computes(kind, batch):
     np.testing.assert_allclose(nn.lora_delta(node, 1.5), 1.5 * pair.a @ pair.b, atol=1e-12)
 
 
+def test_weights_of_a_sum_are_not_rounded_to_bfloat16():
+    pair = LoRAPair(*(x.astype(jnp.bfloat16) for x in make_nodes()["plain"]))
+    wide = jax.tree.map(lambda x: x.astype(jnp.float32), pair)
+    sum_, error = adapters.combine([pair], [0.3], 2)
+    np.testing.assert_allclose(sum_.a @ sum_.b, 0.3 * wide.a @ wide.b, rtol=1e-4, atol=1e-5)
+    assert error < 1e-5
+
+
 def test_framed_pairs_are_the_sum_of_their_two_products():
     nodes = make_nodes()
     pair, framed = nodes["plain"], nodes["framed"]

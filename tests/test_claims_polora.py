@@ -78,6 +78,23 @@ def test_a_pair_that_gets_no_gradient_for_long_stays_where_it_is(partner, b2):
     assert all(jnp.all(jnp.isfinite(u)) and jnp.any(u) for u in updates)
 
 
+@pytest.mark.parametrize("partner", ["identity", "gram"])
+@pytest.mark.parametrize(("dtype", "rounding"), [(jnp.float32, 1e-5), (jnp.bfloat16, 0.02)])
+@pytest.mark.parametrize("size", [1e-3, 1.0, 1e3])
+def test_the_bound_holds_up_to_rounding(partner, dtype, rounding, size):
+    """At rates that are not below the rounding of the factors themselves."""
+    pair = jax.tree.map(lambda x: jnp.asarray(size * x, dtype), PAIR)
+    grads = jax.tree.map(lambda x: jnp.asarray(x, dtype), factor_gradients(PAIR, FULL))
+    rate = size**2
+    tx = polora(rate, partner=partner)
+    updates, _ = tx.update(grads, tx.init(pair), pair)
+    wide = lambda tree: jax.tree.map(jnp.float32, tree)
+    before, step = wide(pair), wide(updates)
+    moved = jax.tree.map(jnp.add, before, step)
+    change = jnp.linalg.norm(moved.a @ moved.b - before.a @ before.b, ord=2)
+    assert 0 < change <= rate * (1 + rounding)
+
+
 def test_the_bound_holds_in_every_update_of_a_run(x64):
     scale, pair = 1.5, ZERO_B
     schedule = optax.cosine_decay_schedule(0.5, 40)

@@ -12,7 +12,17 @@ import optax
 import pytest
 from optax.contrib import schedule_free, schedule_free_eval_params
 
-from lowrank_optax import LoRAPair, altlora_plus, lora_plus, polora, scaled_adamw
+from lowrank_optax import (
+    LoRAPair,
+    altlora_plus,
+    lora_plus,
+    lora_pro_efficient,
+    lora_rite,
+    lora_soap,
+    polora,
+    reflora,
+    scaled_adamw,
+)
 
 pytestmark = pytest.mark.usefixtures("x64")
 
@@ -56,6 +66,9 @@ RIGHT = {
     "lora_plus": lora_plus(RATE, b1=0.0, ratio=4.0),
     "scaled_adamw": scaled_adamw(RATE, b1=0.0),
     "altlora_plus": altlora_plus(RATE, b1=0.0),
+    "lora_soap": lora_soap(RATE, b1=0.0),
+    "reflora": reflora(RATE, b1=0.0, warmup_steps=0),
+    "lora_pro_efficient": lora_pro_efficient(RATE, b1=0.0),
     "polora": polora(RATE, b1=0.0),  # whose steps are bounded: it needs a larger rate
 }
 
@@ -128,6 +141,20 @@ def test_wrong_around_altlora_plus_with_momentum():
     assert np.abs(drift - expected).max() > 1e-3
     whole = state.z.a - former.z.a
     np.testing.assert_allclose(drift, whole.T @ (before.a + whole), atol=1e-12)
+
+
+def test_wrong_around_lora_rite():
+    """Its record of the last basis in the new one is that of the whole update.
+
+    A record of orthonormal frames against the factors that y has would have frame's norms.
+    """
+    *_, (before, former), (after, state) = train(lora_rite(RATE, b1=0.0), steps=3)
+    frame, _ = np.linalg.qr(before.a)
+    overlap = state.base_optimizer_state.pairs.overlap[0].a
+    gram = lambda x: x.T @ x
+    whole = state.z.a - former.z.a
+    np.testing.assert_allclose(gram(overlap), gram(frame.T @ (before.a + whole)), atol=1e-8)
+    assert np.abs(gram(overlap) - gram(frame.T @ after.a)).max() > 1e-3
 
 
 def test_polora_bounds_the_step_of_the_pair_that_has_the_norms_of_y():

@@ -18,6 +18,7 @@ from lowrank_optax import (
     ShadowedPair,
     altlora,
     altlora_plus,
+    clip_by_global_norm,
     frame,
     nn,
     shadow,
@@ -43,6 +44,34 @@ COLUMNS_AND_LAYERS = sharding.stacked(sharding.tensor_parallel(["up"], ["down"])
 
 def lying(recipe, tree, **keywords):
     return sharding.partition_specs(tree, make_mesh(), recipe, **keywords)
+
+
+# Clipping
+
+
+def test_the_norm_is_that_of_whole_gradients_inside_shard_map():
+    """One factor is sharded, one replicated: both are clipped by one norm."""
+    mesh = make_mesh()
+    grads = {"q": LoRAPair(jnp.arange(16.0).reshape(8, 2), jnp.ones((2, 4))), "bias": jnp.ones(3)}
+    specs = {"q": LoRAPair(P("data"), P()), "bias": P()}
+    tx = clip_by_global_norm(1.0)
+
+    @jax.shard_map(mesh=mesh, in_specs=(specs,), out_specs=specs)
+    def clipped(grads):
+        return tx.update(grads, tx.init(grads), param_specs=specs)[0]
+
+    expected, _ = optax.clip_by_global_norm(1.0).update(grads, optax.EmptyState())
+    for x, y in zip(
+        jax.tree.leaves(jax.jit(clipped)(grads)), jax.tree.leaves(expected), strict=True
+    ):
+        np.testing.assert_allclose(x, y, rtol=1e-6)
+
+
+def test_the_norm_of_float16_gradients_is_finite():
+    grads = {"q": LoRAPair(*(jnp.full(s, 300.0, jnp.float16) for s in ((8, 2), (2, 4))))}
+    clipped, _ = clip_by_global_norm(1.0).update(grads, optax.EmptyState())
+    assert clipped["q"].a.dtype == jnp.float16
+    np.testing.assert_allclose(clipped["q"].a, 1 / np.sqrt(24), rtol=1e-2)
 
 
 # Recipes

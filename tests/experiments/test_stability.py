@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from experiments.stability import lost_runs, range_of, ranges, stability_table
+from experiments.stability import broken_seeds, lost_runs, range_of, ranges, stability_table
 from experiments.summary import summarize
 from tests.experiments.samples import make_result
 
@@ -65,8 +65,23 @@ def test_methods_are_ordered_by_their_median_and_compared_with_adamw():
     found = ranges(studies | {"linear": [Variant("", runs)]})
     assert {method: len(each) for method, each in found.items()} == {"polora": 3, "adamw": 3}
     assert list(found) == ["polora", "adamw"]
-    table = stability_table(found, lost_runs(studies))
-    assert "| polora | 3 | 1.00 | 0.10 | 1.00 (cifar) | 0 | 0 of 6 |" in table
+    table = stability_table(found, lost_runs(studies), broken_seeds(studies))
+    assert "| polora | 3 | 1.00 | 0.10 | 1.00 (cifar) | 0 | 0 of 6 | 0 of 3 |" in table
+
+
+def test_methods_of_few_comparisons_come_last():
+    wide = [*sweep({0.01: 1.01, 0.1: 1.0, 1.0: 1.01}, "polora")]
+    adamw = sweep({0.01: 2.0, 0.1: 1.0, 1.0: 2.0})
+    studies = {name: [Variant("", adamw)] for name in ("cifar", "digits")}
+    found = ranges(studies | {"mnist": [Variant("", [*adamw, *wide])]})
+    assert list(found) == ["adamw", "polora"]
+
+
+def test_seeds_that_break_down_at_the_best_rate_are_counted():
+    runs = [make_result(learning_rate=0.1, seed=seed, loss=1.0) for seed in range(3)]
+    runs.append(make_result(learning_rate=0.1, seed=3, loss=1.6))
+    runs.append(make_result(learning_rate=0.1, seed=4, status="diverged", loss=1e9))
+    assert broken_seeds({"mnist": [Variant("", runs)]}) == {"adamw": "2 of 5"}
 
 
 def test_only_runs_that_a_user_might_make_count_as_lost():

@@ -69,6 +69,14 @@ def test_an_optimizer_that_moves_the_base_is_told():
     assert "does not move down/lora_a, down/lora_b" in missing
 
 
+def test_a_part_of_the_model_that_is_called_base_may_train():
+    model = Model()
+    model.base = nnx.Linear(2, 2, rngs=nnx.Rngs(3))
+    wanted = nnx.Any(nnx.LoRAParam, lambda path, _: path[0] == "base")
+    optimizer = optimizer_of(model, optax.sgd(0.1), wrt=wanted)
+    assert nn.check_training_setup(model, optimizer) == []
+
+
 @pytest.mark.parametrize(
     ("extra", "kind"), [(nn.Frames(), "FramedPair"), (nn.Shadows(), "ShadowedPair")]
 )

@@ -47,6 +47,11 @@ def test_rows_of_a_linen_collection_and_of_any_tree():
     assert "?" in repr(nn.lora_summary(lora))
 
 
+def test_an_nnx_model_knows_its_scales():
+    with pytest.raises(ValueError, match="leave `scale` out"):
+        nn.lora_summary(adapted(), scale=99.0)
+
+
 def test_a_model_without_adapters_has_an_empty_table():
     summary = nn.lora_summary(nnx.Linear(2, 2, rngs=nnx.Rngs(0)))
     assert summary.rows == ()

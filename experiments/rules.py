@@ -117,6 +117,7 @@ UNSEEN = (
     "adamw",
     "lora-plus-4",
     "lora-plus",
+    "adamw-start",
     "polora-start",
     "polora",
     "altlora-plus-simultaneous",
@@ -134,9 +135,10 @@ def sweeps_by_rule(
     Args:
         layers: What is adapted.
         rank: r of the adapters.
-        methods: Names of methods that have a rule.
+        methods: Names of methods that have a rule; AdamW from the gradient is swept as AdamW is.
     """
-    middles = {method: RULES[method].rate(layers, rank) for method in methods}
+    rule_of = lambda method: RULES["adamw" if method == "adamw-start" else method]
+    middles = {method: rule_of(method).rate(layers, rank) for method in methods}
     return {
         method: tuple(float(f"{factor * rate:.2g}") for factor in (1 / 3, 1.0, 3.0))
         for method, rate in middles.items()

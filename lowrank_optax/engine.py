@@ -80,10 +80,11 @@ from lowrank_optax._core.linalg import (
     orthonormalizer,
     other,
     product,
+    transposed,
     weigh,
 )
 from lowrank_optax._core.moments import adam_direction
-from lowrank_optax._core.names import in_words
+from lowrank_optax._core.names import in_words, listed
 from lowrank_optax._core.nodes import LoRAPair, both, join, only, register_node, swap
 from lowrank_optax._core.roots import inverse_root, pseudo_inverse_root, spectral_norm
 from lowrank_optax._core.scales import scales
@@ -132,6 +133,7 @@ __all__ = [
     "register_node",
     "spectral_norm",
     "swap",
+    "transposed",
     "weigh",
 ]
 
@@ -336,9 +338,8 @@ def _require_no_leaves(params: Any, found: pairing.Pairing, name: str) -> None:
         " with `specs`; `allow_no_pairs=True` leaves everything to the fallback."
     )
     if found.paths:
-        shown = ", ".join(path or "the parameter" for path in found.paths[:4])
-        more = f" and {len(found.paths) - 4} more" if len(found.paths) > 4 else ""
-        raise ValueError(f"{name} finds no LoRA pairs among {shown}{more}. {remedy}")
+        shown = listed([path or "the parameter" for path in found.paths])
+        raise ValueError(f"{name} finds no LoRA pairs among {shown}. {remedy}")
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
     if isinstance(params, Mapping | list) and not jax.tree.leaves(params, is_leaf=is_masked):
         raise ValueError(f"{name} is given no parameters at all. {remedy}")

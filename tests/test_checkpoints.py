@@ -596,7 +596,7 @@ def test_all_that_does_not_fit_is_listed(tmp_path):
 
 def test_long_lists_are_cut(tmp_path):
     saved(tmp_path, params={f"x{i:02}": jnp.ones(1) for i in range(12)})
-    with pytest.raises(ValueError, match=r"params/x00, .*params/x07, and 4 more;.*targets: params"):
+    with pytest.raises(ValueError, match=r"params/x00, .*params/x07 and 4 more;.*targets: params"):
         checkpoints.restore(tmp_path, params=jnp.ones(1), opt_state=())
 
 

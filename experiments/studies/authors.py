@@ -9,6 +9,7 @@ learning rate that the method's rule gives: docs/results/rates.md.
 Cost: not run yet.
 """
 
+from experiments.peers import around
 from experiments.rules import ADAPTED, sweeps_by_rule
 from experiments.schema import Plan
 from experiments.study import Study
@@ -17,7 +18,10 @@ STUDY = Study(
     task="authors",
     task_options={"batch_size": 16, "max_length": 64},
     plan=Plan(steps=200, eval_every=10, head_learning_rate=2e-3),
-    learning_rates=sweeps_by_rule(ADAPTED["authors", "query|value"], 8),
+    learning_rates={
+        **sweeps_by_rule(ADAPTED["authors", "query|value"], 8),
+        "full-adamw": around(1e-4, 3),
+    },
     seeds=(0, 1, 2),
 )
 

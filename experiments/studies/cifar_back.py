@@ -9,13 +9,17 @@ Cost: 11 minutes on two CPU cores with --jobs 2. Expect PoLoRA far ahead at the 
 docs/results/cifar-back.md.
 """
 
+from experiments.peers import around
 from experiments.rules import ADAPTED, sweeps_by_rule
 from experiments.studies import cifar_transfer
 
 STUDY = cifar_transfer.STUDY.model_copy(
     update={
         "task": "cifar-back",
-        "learning_rates": sweeps_by_rule(ADAPTED["cifar-back", r"layers/\d"], 16),
+        "learning_rates": {
+            **sweeps_by_rule(ADAPTED["cifar-back", r"layers/\d"], 16),
+            "full-adamw": around(1e-3, 3),
+        },
         "variants": {},
     }
 )

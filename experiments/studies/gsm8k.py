@@ -11,6 +11,7 @@ generated at the end; a decoder of this size may solve none.
 Cost: not run yet.
 """
 
+from experiments.peers import around
 from experiments.rules import DECODERS, sweeps_by_rule
 from experiments.schema import Plan
 from experiments.study import Study
@@ -26,7 +27,7 @@ STUDY = Study(
         "dtype": "float32",
     },
     plan=Plan(steps=300, eval_every=15, head_learning_rate=1e-3),
-    learning_rates=sweeps_by_rule(DECODERS[128], 8),
+    learning_rates={**sweeps_by_rule(DECODERS[128], 8), "full-adamw": around(1e-3, 3)},
     seeds=(0, 1, 2),
 )
 

@@ -19,8 +19,7 @@ from experiments.study import Study
 
 
 def _variant(width: int = 128, rank: int = 8, steps: int = 800) -> dict[str, Any]:
-    methods = ("adamw", "lora-plus-4", "lora-plus", "polora-start")
-    sweeps = sweeps_by_rule(DECODERS[width], rank, methods)
+    methods = ("adamw", "lora-plus-4", "lora-plus", "adamw-start", "polora-start")
     return {
         "task_options.model": f"./build/decoders/w{width}",
         "task_options.width": width,
@@ -28,7 +27,7 @@ def _variant(width: int = 128, rank: int = 8, steps: int = 800) -> dict[str, Any
         "task_options.alpha": 2.0 * rank,
         "plan.steps": steps,
         "plan.eval_every": steps // 20,
-        "learning_rates": {**sweeps, "adamw-start": sweeps["adamw"]},
+        "learning_rates": sweeps_by_rule(DECODERS[width], rank, methods),
     }
 
 

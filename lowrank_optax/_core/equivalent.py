@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._core.linalg import cross, damped_inverse, eigh, gram, mix, product
+from lowrank_optax._core.linalg import cross, damped_inverse, eigh, gram, mix, product, transposed
 from lowrank_optax._core.nodes import LoRAPair, both
 from lowrank_optax._core.verbs import Pairs
 
@@ -66,7 +66,7 @@ def _solve(
     if balanced:
         y = -_sylvester(m, n, product(c_a, inverse_n), damping)
     of_b = product(product(inverse_m, c_b), inverse_n) + y
-    return inverse_n, y, inverse_m, jnp.swapaxes(of_b, -1, -2)
+    return inverse_n, y, inverse_m, transposed(of_b)
 
 
 def _sylvester(m: jax.Array, n: jax.Array, c: jax.Array, damping: Any) -> jax.Array:
@@ -75,5 +75,5 @@ def _sylvester(m: jax.Array, n: jax.Array, c: jax.Array, damping: Any) -> jax.Ar
     sums = jnp.maximum(of_m, 0)[..., :, None] + jnp.maximum(of_n, 0)[..., None, :]
     floor = 4 * jnp.finfo(m.dtype).eps * jnp.max(sums, axis=(-1, -2), keepdims=True)
     sums = jnp.maximum(sums, jnp.maximum(jnp.asarray(damping, m.dtype), floor))
-    inner = product(product(jnp.swapaxes(u, -1, -2), c), v) / sums
-    return product(product(u, inner), jnp.swapaxes(v, -1, -2))
+    inner = product(product(transposed(u), c), v) / sums
+    return product(product(u, inner), transposed(v))

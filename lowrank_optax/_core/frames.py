@@ -26,6 +26,7 @@ from lowrank_optax._core.linalg import (
     orthonormalizer,
     product,
     svd,
+    transposed,
 )
 from lowrank_optax._core.nodes import AxisName, LongAxes, LoRAPair, both, matmul, register_node
 from lowrank_optax._core.verbs import Verbs
@@ -227,7 +228,7 @@ def decompose(
 
     frames = orthonormalize(pairs, factors)
     left, values, right = pairs.together(svd, pairs.each(core, frames, factors, scales))
-    turned = lambda q, u, v: both(mix, q, LoRAPair(u, jnp.swapaxes(v, -1, -2)))
+    turned = lambda q, u, v: both(mix, q, LoRAPair(u, transposed(v)))
     return pairs.each(turned, frames, left, right), values
 
 
@@ -290,7 +291,6 @@ def seen_from(frame: LoRAPair, pair: FramedPair) -> LoRAPair:
     in_a, in_e = cross("a", frame.a, pair.a), cross("a", frame.a, pair.f_in)  # Eᵀ a, Eᵀ E₀
     out_f, out_b = cross("b", pair.f_out, frame.b), cross("b", pair.b, frame.b)  # F₀ Fᵀ, b Fᵀ
     core = product(in_a, out_f) + product(in_e, out_b)  # Eᵀ D Fᵀ
-    transposed = lambda m: jnp.swapaxes(m, -1, -2)
     columns = mix("a", pair.a, out_f) + mix("a", pair.f_in, out_b)  # D Fᵀ
     rows = mix("b", pair.f_out, transposed(in_a)) + mix("b", pair.b, transposed(in_e))  # Eᵀ D
     return LoRAPair(

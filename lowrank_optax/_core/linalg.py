@@ -210,6 +210,16 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
     return _einsum("...ik,...kj->...ij", x, y)
 
 
+def transposed(matrix: jax.Array) -> jax.Array:
+    """Exchanges the last two axes.
+
+    Example:
+        >>> transposed(jnp.ones((5, 2, 3))).shape
+        (5, 3, 2)
+    """
+    return jnp.swapaxes(matrix, -1, -2)
+
+
 def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
     r"""Inverts damped Gram matrices by Cholesky: `(M + δ I)⁻¹`.
 
@@ -259,7 +269,7 @@ def orthonormalizer(matrix: jax.Array) -> jax.Array:
     info = jnp.finfo(matrix.dtype)
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
     root = _inverse_root(matrix + (4 * info.eps * trace + info.tiny) * eye)
-    return jnp.swapaxes(root, -1, -2)
+    return transposed(root)
 
 
 def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

@@ -75,6 +75,18 @@ def in_words(path: str) -> str:
     return path or "the pair at the root"
 
 
+def listed(names: Iterable[str], most: int = 4) -> str:
+    """Writes names into a message, the first of many.
+
+    Example:
+        >>> listed("abc"), listed("abcdef")
+        ('a, b, c', 'a, b, c, d and 2 more')
+    """
+    names = list(names)
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
 def matched(pattern: str, path: str) -> list[str] | None:
     """Matches a pattern with the tail of a path.
 

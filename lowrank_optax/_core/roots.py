@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._core.linalg import eigh, product
+from lowrank_optax._core.linalg import eigh, product, transposed
 
 # Rounding of a Gram matrix in units of the dtype's epsilon; at most 6.4 was seen at r = 64.
 _NOISE = 10
@@ -33,7 +33,7 @@ def inverse_root(matrix: jax.Array, relative: Any, absolute: Any) -> jax.Array:
     values, vectors = eigh(matrix)
     values = jnp.maximum(values, 0)
     damped = values + jnp.maximum(relative * values[..., -1:], absolute)
-    return product(vectors / jnp.sqrt(damped)[..., None, :], jnp.swapaxes(vectors, -1, -2))
+    return product(vectors / jnp.sqrt(damped)[..., None, :], transposed(vectors))
 
 
 def pseudo_inverse_root(matrix: jax.Array) -> jax.Array:
@@ -57,7 +57,7 @@ def pseudo_inverse_root(matrix: jax.Array) -> jax.Array:
     floor = _NOISE * info.eps * values[..., -1:] + info.tiny
     is_seen = values > floor
     roots = jnp.where(is_seen, jax.lax.rsqrt(jnp.where(is_seen, values, 1)), 0)
-    return product(vectors * roots[..., None, :], jnp.swapaxes(vectors, -1, -2))
+    return product(vectors * roots[..., None, :], transposed(vectors))
 
 
 def spectral_norm(matrix: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ import numpy as np
 
 from lowrank_optax._core.arguments import NUMBERS
 from lowrank_optax._core.linalg import SIDES
-from lowrank_optax._core.names import in_words, lies_under, require_pattern
+from lowrank_optax._core.names import in_words, lies_under, listed, require_pattern
 from lowrank_optax._core.pairing import Pairing
 
 
@@ -190,6 +190,4 @@ def _scales_by_leaf(pairing: Pairing, scale: Any) -> list[Any]:
 
 
 def _listed(names: Sequence[str]) -> str:
-    shown = ", ".join(repr(name) for name in names[:4])
-    more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-    return f"{shown}{more}" if shown else "nothing"
+    return listed(map(repr, names)) or "nothing"

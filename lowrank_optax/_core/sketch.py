@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core.frames import decompose, orthonormalize
-from lowrank_optax._core.linalg import Side, compute_dtype, product
+from lowrank_optax._core.linalg import Side, compute_dtype, product, transposed
 from lowrank_optax._core.nodes import LoRAPair, only
 from lowrank_optax._core.verbs import Verbs
 
@@ -119,7 +119,6 @@ def _with(pair: LoRAPair, side: Side, x: jax.Array) -> LoRAPair:
 
 def _deflated(side: Side, x: jax.Array, found: Sequence[Triplets]) -> jax.Array:
     """Projects a factor off the singular vectors that were found."""
-    transposed = lambda m: jnp.swapaxes(m, -1, -2)
     for triplets in found:
         if side == "a":
             x -= product(triplets.left, product(transposed(triplets.left), x))

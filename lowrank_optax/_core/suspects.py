@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from lowrank_optax._core.names import MAGNITUDE, SAYS_LORA
+from lowrank_optax._core.names import MAGNITUDE, SAYS_LORA, listed
 
 _PARTNERS = {"a": "b", "A": "B", "down": "up"}
 _SHOWN = 4
@@ -38,13 +38,12 @@ def near_misses(paths: Sequence[str], leaves: Sequence[Any], paired: Collection[
     }
     if not shapes:
         return ""
-    shown = ", ".join(list(shapes)[:_SHOWN])
-    more = f" and {len(shapes) - _SHOWN} more" if len(shapes) > _SHOWN else ""
+    shown = listed(shapes, _SHOWN)
     specs = dict.fromkeys(spec for path in shapes if (spec := _spec_for(path, shapes)))
     found = ", ".join(specs) or "PairSpec(a, b, ...)"
     return (
         "Leaves that look like LoRA factors belong to no pair, so they would be trained as"
-        f" ordinary parameters: {shown}{more}. Declare them, as specs=[*DEFAULT_SPECS, {found}]."
+        f" ordinary parameters: {shown}. Declare them, as specs=[*DEFAULT_SPECS, {found}]."
     )
 
 

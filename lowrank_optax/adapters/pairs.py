@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core.arguments import check_integer
-from lowrank_optax._core.linalg import compute_dtype, product, qr, svd
+from lowrank_optax._core.linalg import compute_dtype, product, qr, svd, transposed
 from lowrank_optax._core.nodes import LoRAPair
 
 
@@ -57,7 +57,6 @@ def compress(node: Any, rank: int) -> tuple[LoRAPair, jax.Array]:
     check_integer("rank", rank, least=1)
     pair = plain_pair(node)
     dtype = compute_dtype(*pair)
-    transposed = lambda x: jnp.swapaxes(x, -1, -2)
     q_a, r_a = qr(pair.a.astype(dtype))
     q_b, r_b = qr(transposed(pair.b.astype(dtype)))
     left, values, right = svd(product(r_a, transposed(r_b)))

@@ -8,17 +8,18 @@ can be read without the code that wrote it.
 import contextlib
 import importlib
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lowrank_optax._core.arguments import check_integer
+from lowrank_optax._core.names import listed
 from lowrank_optax.checkpoints.leaves import Kind, loaded_form
 
 _MANIFEST = "manifest"  # the item of orbax that tells a step of ours from any other folder
-_MANY = 8  # names that a message lists
+MANY = 8  # names that a message lists
 
 
 def write(
@@ -94,7 +95,7 @@ def opened(folder: str | os.PathLike[str], step: int | None) -> Iterator["Step"]
         )
     if step is not None and step not in found:
         raise FileNotFoundError(
-            f"{folder} has no checkpoint of step {step}; there are {listed(map(str, found))}."
+            f"{folder} has no checkpoint of step {step}; there are {listed(map(str, found), MANY)}."
         )
     with _manager(folder, writes=False) as manager:
         yield Step(manager, found[-1] if step is None else int(step))
@@ -161,20 +162,8 @@ class Step:
             raise ValueError(
                 f"{self.path} cannot be read: a file of it is damaged or missing, or a sharding"
                 " does not fit. Nothing was restored. Other steps there:"
-                f" {listed(others) or 'none'}."
+                f" {listed(others, MANY) or 'none'}."
             ) from error
-
-
-def listed(names: Iterable[str]) -> str:
-    """Writes names into a message, the first of many.
-
-    Example:
-        >>> listed("abcdefghij")
-        'a, b, c, d, e, f, g, h, and 2 more'
-    """
-    names = list(names)
-    more = [f"and {len(names) - _MANY} more"] if len(names) > _MANY else []
-    return ", ".join(names[:_MANY] + more)
 
 
 def _absolute(folder: str | os.PathLike[str]) -> Path:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from lowrank_optax._core.arguments import check_integer
+from lowrank_optax._core.names import listed
 from lowrank_optax.checkpoints import folders
 from lowrank_optax.checkpoints.leaves import (
     Kind,
@@ -232,7 +233,7 @@ def _require_same(found: folders.Step, kinds: Mapping[str, Kind]) -> None:
         ("only in the targets: ", sorted(missing)),
         ("", others),
     ]
-    problems = [f"{text}{folders.listed(names)}" for text, names in parts if names]
+    problems = [f"{text}{listed(names, folders.MANY)}" for text, names in parts if names]
     if problems:
         raise ValueError(
             f"{found.path} does not fit the targets; {'; '.join(problems)}. Nothing was restored."

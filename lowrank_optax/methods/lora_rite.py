@@ -39,7 +39,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import engine
-from lowrank_optax.engine import LoRAPair, Side, both, cross, gram, mix, product, swap
+from lowrank_optax.engine import LoRAPair, Side, both, cross, gram, mix, product, swap, transposed
 
 
 class LoRARITEState(NamedTuple):
@@ -130,7 +130,7 @@ def lora_rite(
         whitened = mixed(unmagnified, roots)
         mu = optax.tree.update_moment(whitened, mixed(state.mu, turns), decay1, 1)
 
-        directions = mixed(mu, jax.tree.map(_transposed, inverses))
+        directions = mixed(mu, jax.tree.map(transposed, inverses))
         updates = pairs.descend(directions, params)
         moved = pairs.moved(params, updates)
         overlap = pairs.each(lambda u, x: both(cross, u, x), frames, moved)
@@ -177,7 +177,7 @@ def _clip(g: LoRAPair, longest: Any) -> tuple[LoRAPair, LoRAPair]:
 def _turn(overlap: jax.Array, inverse: jax.Array, nu: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes Tᵀ from the other factor's matrices, and T V Tᵀ."""
     turn = product(overlap, inverse)
-    return turn, product(product(_transposed(turn), nu), turn)
+    return turn, product(product(transposed(turn), nu), turn)
 
 
 def _inverse_root(matrix: jax.Array, eps: Any) -> jax.Array:
@@ -185,11 +185,7 @@ def _inverse_root(matrix: jax.Array, eps: Any) -> jax.Array:
     rounding = matrix.shape[-1] * jnp.finfo(matrix.dtype).eps
     values = jnp.maximum(values, rounding * jnp.maximum(values[..., -1:], 0))
     roots = 1 / (jnp.sqrt(values) + eps)
-    return product(vectors * roots[..., None, :], _transposed(vectors))
-
-
-def _transposed(matrix: jax.Array) -> jax.Array:
-    return jnp.swapaxes(matrix, -1, -2)
+    return product(vectors * roots[..., None, :], transposed(vectors))
 
 
 def _corrected(decay: Any, t: jax.Array) -> Any:

@@ -44,7 +44,7 @@ import optax
 
 from lowrank_optax import engine
 from lowrank_optax._core.linalg import qr
-from lowrank_optax.engine import adam_direction, both, gram, mix, product
+from lowrank_optax.engine import adam_direction, both, gram, mix, product, transposed
 
 
 class LoRASOAPState(NamedTuple):
@@ -136,7 +136,7 @@ def lora_soap(
         mu = optax.tree.update_moment(grads, state.mu, b1, 1)
         nu = optax.tree.update_moment(turned(grads), state.nu, b2, 2)
         directions = adam_direction(turned(mu), nu, pairs.count + 1, b1=b1, b2=b2, eps=eps)
-        back = jax.tree.map(_transposed, basis)
+        back = jax.tree.map(transposed, basis)
         directions = pairs.each(lambda d, q: both(mix, d, q), directions, back)
         return pairs.descend(directions, params), LoRASOAPState(mu, nu, grams, basis)
 
@@ -161,7 +161,3 @@ def _eigenvectors(matrix: jax.Array) -> jax.Array:
 
 def _power_step(matrix: jax.Array, basis: jax.Array) -> jax.Array:
     return qr(product(matrix, basis))[0]
-
-
-def _transposed(matrix: jax.Array) -> jax.Array:
-    return jnp.swapaxes(matrix, -1, -2)

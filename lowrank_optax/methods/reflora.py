@@ -41,7 +41,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import engine
-from lowrank_optax.engine import LoRAPair, adam_direction, both, gram, mix, product
+from lowrank_optax.engine import LoRAPair, adam_direction, both, gram, mix, product, transposed
 
 FORMS = ("full", "scalar")
 
@@ -166,13 +166,13 @@ def _geometric_mean(m: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes S⁻¹ and S = M⁻¹ # N of positive definite M and N."""
     right = engine.orthonormalizer(m)  # L⁻ᵀ
     left = product(m, right)  # L
-    values, vectors = engine.eigh(product(_transposed(left), product(n, left)))
+    values, vectors = engine.eigh(product(transposed(left), product(n, left)))
     floor = 4 * jnp.finfo(m.dtype).eps * jnp.sum(jnp.abs(values), axis=-1, keepdims=True)
     roots = jnp.sqrt(jnp.maximum(values, floor))[..., None, :]
 
     def congruent(x: jax.Array, roots: jax.Array) -> jax.Array:
         x = product(x, vectors)
-        return product(x * roots, _transposed(x))
+        return product(x * roots, transposed(x))
 
     return congruent(left, 1 / roots), congruent(right, roots)
 
@@ -182,7 +182,3 @@ def _ratio_of_traces(m: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
     ratio = jnp.trace(n, axis1=-2, axis2=-1) / jnp.trace(m, axis1=-2, axis2=-1)
     root = ratio[..., None, None] ** 0.25
     return 1 / root, root
-
-
-def _transposed(matrix: jax.Array) -> jax.Array:
-    return jnp.swapaxes(matrix, -1, -2)

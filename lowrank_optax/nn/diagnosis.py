@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from lowrank_optax._core.names import join_keys
+from lowrank_optax._core.names import join_keys, listed
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.pairing import find_pairs
 from lowrank_optax._core.states import PairwiseState, skipped
@@ -65,13 +65,13 @@ def _about_what_moves(
     problems = []
     if missing := sorted(factors - moved):
         problems.append(
-            f"The optimizer does not move {_listed(missing)}. Give it wrt=nnx.LoRAParam."
+            f"The optimizer does not move {listed(missing)}. Give it wrt=nnx.LoRAParam."
         )
     bases = tuple(f"{path}/base/".lstrip("/") for path in layers)
     base = sorted(path for path in moved - factors if path.startswith(bases))
     if base:
         problems.append(
-            f"The optimizer moves frozen weights: {_listed(base)}. Give it and the gradient"
+            f"The optimizer moves frozen weights: {listed(base)}. Give it and the gradient"
             " wrt=nnx.LoRAParam."
         )
     return problems
@@ -120,10 +120,10 @@ def _about_gradients(grads: Any) -> list[str]:
     still = [at.path for at, pair in pairs if _all(lambda x: x == 0, pair)]
     problems = []
     if bad:
-        problems.append(f"The gradient is not finite at {_listed(bad)}. Check loss and batch.")
+        problems.append(f"The gradient is not finite at {listed(bad)}. Check loss and batch.")
     if still:
         problems.append(
-            f"No gradient reaches {_listed(still)}. Is the layer used in the loss, with its"
+            f"No gradient reaches {listed(still)}. Is the layer used in the loss, with its"
             " adapter, and not merged?"
         )
     return problems
@@ -131,8 +131,3 @@ def _about_gradients(grads: Any) -> list[str]:
 
 def _all(holds: Any, pair: LoRAPair) -> bool:
     return all(bool(jnp.all(holds(leaf))) for leaf in pair)
-
-
-def _listed(paths: list[str]) -> str:
-    more = f" and {len(paths) - 4} more" if len(paths) > 4 else ""
-    return ", ".join(paths[:4]) + more

@@ -4,6 +4,8 @@ import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from lowrank_optax._core.names import listed
+
 Targets = str | Sequence[str] | Callable[[str, Any], bool]
 
 _LISTED_PATHS = 12
@@ -83,11 +85,10 @@ class TargetMatcher:
         if not self.unused:
             return
         paths = sorted(available)
-        listed = ", ".join(paths[:_LISTED_PATHS]) or "none (wrap a bare layer by hand)"
-        more = f", and {len(paths) - _LISTED_PATHS} more" if len(paths) > _LISTED_PATHS else ""
+        there = listed(paths, _LISTED_PATHS) or "none (wrap a bare layer by hand)"
         raise ValueError(
             f"targets that match no module: {', '.join(self.unused)}. "
-            f"Layers that can be adapted: {listed}{more}"
+            f"Layers that can be adapted: {there}"
         )
 
 

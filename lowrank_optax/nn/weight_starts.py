@@ -22,7 +22,7 @@ from rich.progress import Progress
 
 from lowrank_optax._core import meshes
 from lowrank_optax._core.arguments import check_choice, check_integer, check_positive
-from lowrank_optax._core.linalg import compute_dtype, product, qr, svd
+from lowrank_optax._core.linalg import compute_dtype, product, qr, svd, transposed
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.sketch import Triplets, leading_triplets
 from lowrank_optax.nn.config import Frames, LoRAConfig
@@ -204,8 +204,8 @@ def _split(
 ) -> tuple[LoRAPair, int]:
     """The factors of matrices (..., in, out), and how many of them are more than rounding."""
     if method == "olora":
-        q, r = qr(_transposed(matrix))
-        return LoRAPair(_transposed(r[..., :rank, :]), _transposed(q[..., :rank])), rank
+        q, r = qr(transposed(matrix))
+        return LoRAPair(transposed(r[..., :rank, :]), transposed(q[..., :rank])), rank
     if method == "pissa":
         left, values, right = svd(matrix)
         found = Triplets(left[..., :rank], values[..., :rank], right[..., :rank, :])
@@ -223,16 +223,12 @@ def _sketched(matrix: jax.Array, rank: int, iterations: int, key: jax.Array) -> 
 
     def products(pairs: list[LoRAPair]) -> list[LoRAPair]:
         [pair] = pairs
-        of_a = product(matrix, _transposed(pair.b))
-        return [LoRAPair(of_a, product(_transposed(pair.a), matrix))]
+        of_a = product(matrix, transposed(pair.b))
+        return [LoRAPair(of_a, product(transposed(pair.a), matrix))]
 
     pair = LoRAPair(zeros(n_in, rank), zeros(rank, n_out))
     [found] = leading_triplets(products, [pair], key, iterations=iterations)
     return found
-
-
-def _transposed(matrix: jax.Array) -> jax.Array:
-    return jnp.swapaxes(matrix, -1, -2)
 
 
 def _write(layer: LoRALayer, pair: LoRAPair, key: jax.Array) -> None:

@@ -1,117 +1,141 @@
-"""All that is to be measured on a GPU or TPU, in one call of at most eight minutes.
+"""All that is to be measured on a GPU or TPU, in one call of eight minutes.
 
 ``python -m benchmarks.accelerator --data-dir DATA --out RECORD.json`` runs four parts:
 
-- "correct": three steps of every method, against the same steps on the CPU. Where one differs the
-  other parts run all the same, and the exit status is 1.
-- "update": time of an update at Llama-3-8B's full width, against `optax.adamw`.
+- "correct": three steps of every method, against the same steps on the CPU.
+- "update": time of an update at Llama-3-8B's full width, beside `optax.adamw`.
 - "step": time and memory of a training step of layers of that width, in bfloat16.
-- "tune": pretrains a decoder on novels for three minutes, then adapts it to GSM8K by AdamW, PoLoRA
-  and AltLoRA+, with five learning rates each around those of their rules.
+- "tune": pretrains a decoder on novels for a minute, then adapts it to GSM8K by AdamW, PoLoRA and
+  AltLoRA+, with five learning rates each around those of their rules.
 
-Each part is written before the next begins, and has a limit of time: what does not fit is listed
-under "skipped". After a failure ``--resume`` goes on with the parts that are not there.
+The record is on the disk after every method and run. What fails stands there with its error, what
+there was no time for under "skipped"; ``--resume`` does both, with the decoder that lies beside the
+record. The exit status is 1 if anything failed, or if steps differ from the CPU's.
+
+A bare checkout will do: "tune" alone needs `experiments` and what it imports. JAX must have the
+CPU beside the accelerator, as by ``JAX_PLATFORMS=cuda,cpu``, which is set where nothing is.
 ``--quick`` is small enough for a CPU.
 """
 
 import functools
+import importlib.util
+import itertools
 import json
 import pathlib
 import statistics
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from typing import Annotated, Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import Progress
 
 from benchmarks import train_step, update_step
-from benchmarks.timing import Runner, environment, time_in_turn, write_record
-from experiments.decoder import make_decoder
-from experiments.errors import ExperimentError
-from experiments.rules import RULES, Layers
-from experiments.schema import Plan
-from experiments.tasks.books import Books, BooksOptions
-from experiments.tasks.gsm8k import GSM8K, GSM8KOptions
-from experiments.trainer import Trainer
+from benchmarks.timing import (
+    BesideAdamW,
+    Item,
+    LeftOutError,
+    Part,
+    Record,
+    environment,
+    jax_option,
+    programs_kept,
+    use_accelerator,
+)
+from lowrank_optax import find_pairs, nn
+
+if TYPE_CHECKING:  # these need packages that the other parts can do without
+    from experiments.schema import RunResult
+    from experiments.tasks.books import Books, BooksOptions
+    from experiments.trainer import Trainer
 
 CHECKED = [name for name in train_step.METHODS if "," not in name]
+FIRST = ("adamw", "polora", "polora two-sided", "altlora_plus")
 TUNED = ("adamw", "polora-start", "altlora-plus-simultaneous")
+NEAREST_FIRST = (2, 1, 3, 0, 4)
+SEED = 0
 TOLERANCE = 1e-3
-"""Of the largest move of a leaf: both devices compute in float32, in another order."""
+"""Of the largest move of a ΔK: both devices compute in float32, in another order."""
+
+SHARES = {"correct": 0.25, "update": 0.2, "step": 0.15, "tune": 0.4}
+"""Of the time of the chosen parts; what one leaves goes to the next."""
+
+IN_TIME = 0.95
+"""Of the time; the rest is for what still runs then."""
+
+FIRST_S = {"stacked": 5.0, "separate": 20.0, "run": 30.0}
+"""Seconds that the first of its kind may take: most of them compiling."""
+
+NEEDED = ("datasets", "pydantic", "safetensors", "tokenizers")
+TIMES = ("median_ms", "ratio")
 
 
 class Sizes(NamedTuple):
-    """How large the parts are, and how many seconds each but the first may take."""
+    """How large the parts are."""
 
-    width: float
-    rank: int
-    layers: int
-    tokens: int
-    steps: int
-    update_s: float
-    step_s: float
-    pretrain_s: float
-    decoder: BooksOptions
-    tuning: Plan
-    length: int
-    batch_size: int
-    eval_limit: int
+    width: float = 1.0
+    rank: int = 16
+    layers: int = 4
+    tokens: int = 8192
+    steps: int = 20
+    updates: int = 10
+    pretrain_s: float = 60.0
+    pretrain_steps: int = 1500
+    decoder: Mapping[str, Any] = MappingProxyType(
+        {"width": 512, "depth": 8, "head_width": 64, "batch_size": 64, "length": 256}
+    )
+    tune_steps: int = 200
+    length: int = 384
+    batch_size: int = 16
+    eval_limit: int = 256
 
 
-FULL = Sizes(
-    width=1.0,
-    rank=16,
-    layers=4,
-    tokens=8192,
-    steps=20,
-    update_s=100.0,
-    step_s=60.0,
-    pretrain_s=180.0,
-    decoder=BooksOptions(width=512, depth=8, head_width=64, batch_size=64, length=256),
-    tuning=Plan(steps=200, eval_every=50, head_learning_rate=1e-3),
-    length=384,
-    batch_size=16,
-    eval_limit=256,
-)
+FULL = Sizes()
 QUICK = Sizes(
     width=1 / 128,
     rank=2,
     layers=2,
     tokens=32,
     steps=2,
-    update_s=1.0,
-    step_s=1.0,
+    updates=2,
     pretrain_s=2.0,
-    decoder=BooksOptions(
-        width=32, depth=1, head_width=8, vocabulary=300, batch_size=2, length=16, eval_limit=4
-    ),
-    tuning=Plan(steps=2, eval_every=2, head_learning_rate=1e-3),
+    pretrain_steps=20,
+    decoder={"width": 32, "depth": 1, "head_width": 8, "vocabulary": 300}
+    | {"batch_size": 2, "length": 16, "eval_limit": 4},
+    tune_steps=2,
     length=1024,  # few tokens make long texts
     batch_size=2,
     eval_limit=2,
 )
 
 
-class Setting(NamedTuple):
-    """What a part is given."""
+class Call(NamedTuple):
+    """What a part is given: the sizes, the data, and where the decoder is or will be."""
 
     sizes: Sizes
     data_dir: pathlib.Path | None
-    console: Console
+    decoder: pathlib.Path
 
 
-def check(setting: Setting) -> dict[str, Any]:
+def in_order(names: Iterable[str]) -> list[str]:
+    """Puts the methods that matter most first."""
+    return [*FIRST, *(name for name in names if name not in FIRST)]
+
+
+def check(call: Call) -> Part:
     """Compares three steps of every method with the CPU's."""
     problem = train_step.make_problem(layers=3, width=32, tokens=64, rank=4, dtype=jnp.float32)
-    errors = {name: difference_of_devices(name, problem) for name in CHECKED}
-    wrong = {name: error for name, error in errors.items() if not error < TOLERANCE}
-    return {"difference": errors, "tolerance": TOLERANCE, "wrong": list(wrong)}
+
+    def find(name: str) -> dict[str, Any]:
+        difference = difference_of_devices(name, problem)
+        return {"difference": difference, "wrong": not difference < TOLERANCE}
+
+    items = [Item(name, functools.partial(find, name)) for name in in_order(CHECKED)]
+    content = {"tolerance": TOLERANCE, "matmul_precision": "highest"}
+    return Part(content, items, ("difference",))
 
 
 def difference_of_devices(name: str, problem: Any, steps: int = 3) -> float:
@@ -123,123 +147,169 @@ def difference_of_devices(name: str, problem: Any, steps: int = 3) -> float:
         steps: How many.
 
     Returns:
-        The largest difference of a parameter, relative to how far the CPU moved its leaf.
+        The largest difference of a ΔK, relative to how far the CPU moved it.
     """
 
     def run(device: jax.Device) -> tuple[Any, Any]:
         with jax.default_device(device), jax.default_matmul_precision("highest"):
             pairs, batch = jax.device_put(problem, device)
-            runner = train_step.make_runner(name, pairs, batch, "separate")
-            start = jax.tree.map(np.array, runner.carry[0])
+            runner = train_step.make_runner(name, pairs, batch, "stacked")
+            start = products(runner.carry[0])
             for _ in range(steps):
                 runner.run()
-            return start, jax.tree.map(np.array, runner.carry[0])
+            return start, products(runner.carry[0])
 
     start, want = run(jax.devices("cpu")[0])
     _, got = run(jax.devices()[0])
     return train_step.relative_difference(got, want, start)
 
 
-def time_updates(setting: Setting) -> dict[str, Any]:
-    """Times the update of every method, layers separate and stacked."""
-    sizes, found = setting.sizes, {}
-    for layout in train_step.LAYOUTS:
-        params = update_step.make_params(sizes.rank, sizes.width, stacked=layout == "stacked")
-        compile_update = functools.partial(_compile_update, params=params)
-        runners, skipped = within(sizes.update_s / 2, list(update_step.METHODS), compile_update)
-        time_in_turn(runners, sizes.steps, setting.console)
-        rows = {
-            name: update_step.result_of(runner, runners["adamw"])
-            for name, runner in runners.items()
-        }
-        found[layout] = {"rows": rows, "skipped": skipped}
-    return {"rank": sizes.rank, "width": sizes.width, **found}
+def products(params: Any) -> list[np.ndarray]:
+    """Computes ΔK of every pair, on the CPU.
 
-
-def _compile_update(name: str, params: Any) -> Runner:
-    return update_step.make_runner(update_step.METHODS[name](), params)
-
-
-def time_training(setting: Setting) -> dict[str, Any]:
-    """Times a training step of every method, layers separate and stacked."""
-    sizes, found = setting.sizes, {}
-    width = int(4096 * sizes.width)
-    pairs, batch = train_step.make_problem(
-        sizes.layers, width, sizes.tokens, sizes.rank, jnp.bfloat16
-    )
-    for layout in train_step.LAYOUTS:
-        compile_step = functools.partial(
-            train_step.make_runner, pairs=pairs, batch=batch, layout=layout
-        )
-        runners, skipped = within(sizes.step_s / 2, CHECKED, compile_step)
-        time_in_turn(runners, sizes.steps, setting.console)
-        rows = train_step.rows_of(runners, layout)
-        found[layout] = {"rows": rows, "skipped": skipped}
-    return {"layers": sizes.layers, "width": width, "tokens": sizes.tokens, **found}
-
-
-def within(
-    seconds: float, names: Sequence[str], make: Callable[[str], Runner]
-) -> tuple[dict[str, Runner], list[str]]:
-    """Compiles steps for so long; the first in any case.
-
-    Returns:
-        The steps, and the names of those that there was no time for.
+    Factors are compared by it: of two that only differ in signs, as those of SDS-LoRA do with
+    whose singular vectors they are, neither is wrong.
     """
-    begin, made = time.perf_counter(), dict[str, Runner]()
-    for name in names:
-        if made and time.perf_counter() - begin > seconds:
-            break
-        made[name] = make(name)
-    return made, list(names)[len(made) :]
+    with jax.default_device(jax.devices("cpu")[0]), jax.default_matmul_precision("highest"):
+        params = jax.tree.map(jnp.asarray, jax.device_get(params))
+        nodes = find_pairs(params).take(params)
+        inputs = [jnp.eye(node.a.shape[-2]) + jnp.zeros_like(node.a[..., :1]) for node in nodes]
+        applied = [
+            nn.lora_apply(*each, train_step.SCALE) for each in zip(inputs, nodes, strict=True)
+        ]
+        return [np.asarray(product) for product in applied]
 
 
-def tune(setting: Setting) -> dict[str, Any]:
-    """Pretrains a decoder, then adapts it to GSM8K."""
-    sizes = setting.sizes
-    with tempfile.TemporaryDirectory() as folder, Progress(console=setting.console) as progress:
-        bar = progress.add_task("pretraining", total=None)
-        advance = lambda done, total: progress.update(bar, completed=done, total=total)
-        decoder, novels = pathlib.Path(folder) / "decoder", Books(sizes.decoder, setting.data_dir)
-        pretraining = make_decoder(
-            novels,
-            decoder,
-            steps=steps_in(sizes.pretrain_s, novels),
-            learning_rate=0.4 / sizes.decoder.width,
-            on_step=advance,
+def time_updates(call: Call) -> Part:
+    """Times the update of every method of plain pairs, layers stacked and separate."""
+    sizes, items = call.sizes, list[Item]()
+    for layout in reversed(train_step.LAYOUTS):
+        params = functools.cache(
+            lambda stacked=layout == "stacked": update_step.make_params(
+                sizes.rank, sizes.width, stacked
+            )
         )
-        options = GSM8KOptions(
-            model=str(decoder),
-            max_length=sizes.length,
-            batch_size=sizes.batch_size,
-            eval_limit=sizes.eval_limit,
-            dtype="float32",
+        make = lambda name, params=params: update_step.make_runner(
+            update_step.METHODS[name](), params(), sizes.updates
         )
-        task, losses = GSM8K(options, setting.data_dir), {}
-        for method in TUNED:
-            rates = rates_around_rule(method, sizes.decoder, options.rank)
-            trainer = Trainer(task, method, sizes.tuning)
-            bar = progress.add_task(method, total=None)
-            runs = [trainer.run(rate, 0, advance).result for rate in rates]
-            losses[method] = {
-                f"{run.config.learning_rate:g}": {
-                    "status": run.status,
-                    "validation": run.final["validation"].loss,
-                    "curve": [(p.step, p.validation.loss) for p in run.curve],
-                    "step_ms": run.median_step_seconds and 1e3 * run.median_step_seconds,
-                }
-                for run in runs
-            }
-    return {
-        "parameters": pretraining.trainable_parameters,
-        "pretraining_steps": pretraining.steps_done,
-        "pretraining_loss": pretraining.final["test"].loss,
-        "steps": sizes.tuning.steps,
-        "methods": losses,
+        describe = lambda name, runner, base: update_step.result_of(runner, base)
+        bench = BesideAdamW(make, describe, sizes.steps)
+        items += bench.items(in_order(update_step.METHODS), layout, FIRST_S[layout])
+    content = {"rank": sizes.rank, "width": sizes.width, "updates_a_call": sizes.updates}
+    return Part(content, items, TIMES)
+
+
+def time_training(call: Call) -> Part:
+    """Times a training step of every method, layers stacked and separate."""
+    sizes, items = call.sizes, list[Item]()
+    width = int(4096 * sizes.width)
+    shape = {"layers": sizes.layers, "width": width, "tokens": sizes.tokens, "rank": sizes.rank}
+    problem = functools.cache(lambda: train_step.make_problem(**shape, dtype=jnp.bfloat16))
+    for layout in reversed(train_step.LAYOUTS):
+        make = lambda name, layout=layout: train_step.make_runner(name, *problem(), layout)
+        describe = lambda name, runner, base, layout=layout: train_step.rows_of(
+            {"adamw": base, name: runner}, layout
+        )[-1]
+        bench = BesideAdamW(make, describe, sizes.steps)
+        items += bench.items(in_order(CHECKED), layout, FIRST_S[layout])
+    return Part(shape | {"dtype": "bfloat16"}, items, TIMES)
+
+
+def tune(call: Call) -> Part:
+    """Pretrains a decoder, then adapts it to GSM8K, every method at the rate of its rule first."""
+    from experiments.schema import Plan
+    from experiments.tasks.books import BooksOptions
+    from experiments.tasks.gsm8k import GSM8K, GSM8KOptions
+
+    sizes, decoder = call.sizes, BooksOptions(**call.sizes.decoder)
+    options = GSM8KOptions(
+        model=str(call.decoder.absolute()),
+        max_length=sizes.length,
+        batch_size=sizes.batch_size,
+        eval_limit=sizes.eval_limit,
+        dtype="float32",
+    )
+    every = max(1, sizes.tune_steps // 10)
+    plan = Plan(steps=sizes.tune_steps, eval_every=every, head_learning_rate=1e-3)
+    task = functools.cache(lambda: GSM8K(options, call.data_dir))
+    trainer = functools.cache(lambda method: make_trainer(task(), method, plan))
+
+    def adapt(method: str, rate: float) -> dict[str, Any]:
+        if not call.decoder.is_dir():
+            raise LeftOutError(f"{call.decoder}, the decoder, is not there (any more)")
+        run = trainer(method).run(rate, SEED).result
+        if run.status == "failed":
+            raise RuntimeError(run.error)
+        return kept_of(run)
+
+    rates = {method: rates_around_rule(method, decoder, options.rank) for method in TUNED}
+    make = functools.partial(pretrained, call, decoder)
+    items = [Item("decoder", make, "decoder", sizes.pretrain_s)]
+    for at, method in itertools.product(NEAREST_FIRST, TUNED):
+        kind = "first run" if at == NEAREST_FIRST[0] else "run"
+        find = functools.partial(adapt, method, rates[method][at])
+        items.append(Item(f"{method}, {rates[method][at]:g}", find, kind, FIRST_S["run"]))
+    content = {
+        "note": "not a comparison: one seed",
+        "seed": SEED,
+        "rates_by_rule": {method: found[NEAREST_FIRST[0]] for method, found in rates.items()},
+        "matmul_precision": jax_option("jax_default_matmul_precision") or "default",
     }
+    return Part(content, items, ("status", "loss", "steps_done", "median_step_seconds"))
 
 
-def rates_around_rule(method: str, decoder: BooksOptions, rank: int) -> list[float]:
+def pretrained(call: Call, options: "BooksOptions") -> dict[str, Any]:
+    """Pretrains the decoder unless it is there; all of it, host's work too, in `pretrain_s`."""
+    from experiments.decoder import RECORD_FILE, make_decoder
+    from experiments.errors import ExperimentError
+    from experiments.schema import RunResult
+    from experiments.task import ignore_steps
+    from experiments.tasks.books import Books
+
+    if not call.decoder.is_dir():
+        end = time.monotonic() + call.sizes.pretrain_s
+        novels, rate = Books(options, call.data_dir), 0.4 / options.width
+        steps = steps_until(end, novels, rate, call.sizes)
+        make_decoder(novels, call.decoder, steps=steps, learning_rate=rate, on_step=ignore_steps)
+    run = RunResult.model_validate_json((call.decoder / RECORD_FILE).read_text())
+    if run.config.task_options != options.model_dump(mode="json"):
+        raise ExperimentError(f"{call.decoder} is of other sizes: pass another --out")
+    return kept_of(run)
+
+
+def kept_of(run: "RunResult") -> dict[str, Any]:
+    """Returns what a record keeps of a run, by way of text, in which infinities survive."""
+    stored = json.loads(run.model_dump_json(exclude={"environment", "error"}))
+    return {"loss": run.final["validation"].loss, **stored}
+
+
+def steps_until(end: float, task: "Books", rate: float, sizes: Sizes) -> int:
+    """Measures how many steps of the pretraining fit; most often all that are wanted.
+
+    The plan is that of `make_decoder` for so many steps, whose program is then compiled already.
+    """
+    from experiments.schema import Plan
+    from experiments.trainer import Trainer
+
+    wanted = sizes.pretrain_steps
+    plan = Plan(steps=wanted, eval_every=wanted, head_learning_rate=rate)
+    clock = Trainer(task, "full-adamw", plan).stopwatch()
+    times = [next(clock) for _ in range(6)]
+    # A fifth is for the scores; and however slow the host was, a decoder needs some steps.
+    left = max(0.8 * (end - time.monotonic()), 0.2 * sizes.pretrain_s)
+    return max(1, min(wanted, int(left / statistics.median(times[1:]))))
+
+
+def make_trainer(task: Any, method: str, plan: Any) -> "Trainer":
+    """Makes a trainer that computes a start from the gradient once, and not for every rate."""
+    from experiments.trainer import Trainer
+
+    trainer = Trainer(task, method, plan)
+    trainer._build_model = functools.cache(trainer._build_model)  # type: ignore[method-assign]
+    return trainer
+
+
+def rates_around_rule(method: str, decoder: "BooksOptions", rank: int) -> list[float]:
     """Returns five learning rates, a factor of three apart, around that of the method's rule.
 
     Args:
@@ -247,21 +317,15 @@ def rates_around_rule(method: str, decoder: BooksOptions, rank: int) -> list[flo
         decoder: Sizes of the decoder, all of whose linear maps are adapted.
         rank: r of the adapters.
     """
+    from experiments.rules import RULES, Layers
+
     width, mlp_width = decoder.width, decoder.shape.mlp_width
     mean = (4 * width + 3 * (width * mlp_width) ** 0.5) / 7
     middle = RULES[method].rate(Layers(7 * decoder.depth, mean), rank)
     return [float(f"{middle * 3.0**power:.2g}") for power in range(-2, 3)]
 
 
-def steps_in(seconds: float, task: Books) -> int:
-    """Measures how many steps of a pretraining fit in a time."""
-    plan = Plan(steps=1, eval_every=1, head_learning_rate=1e-3)
-    clock = Trainer(task, "full-adamw", plan).stopwatch()
-    times = [next(clock) for _ in range(6)]
-    return max(1, int(seconds / statistics.median(times[1:])))
-
-
-PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
+PARTS: dict[str, Callable[[Call], Part]] = {
     "correct": check,
     "update": time_updates,
     "step": time_training,
@@ -269,51 +333,64 @@ PARTS: dict[str, Callable[[Setting], dict[str, Any]]] = {
 }
 
 
+def why_not_tuned(call: Call) -> str:
+    """Says what "tune" lacks, before anything that takes long."""
+    missing = " ".join(name for name in NEEDED if importlib.util.find_spec(name) is None)
+    if missing:
+        return f"packages are missing: pip install {missing} (without internet, from their wheels)"
+    try:
+        from experiments.schema import current_environment
+        from experiments.tasks.books import SOURCES, TEXT_FILE
+        from experiments.tasks.gsm8k import DATA
+        from experiments.tasks.windows import require_file
+
+        require_file("books", call.data_dir, TEXT_FILE, SOURCES)
+        DATA.load(call.data_dir)
+        current_environment()  # every run's record has it
+        tune(call)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
 def main(
     out: Annotated[pathlib.Path, typer.Option(help="JSON file to write.")],
     data_dir: Annotated[
         pathlib.Path | None, typer.Option(help="Folder that holds `books` and `gsm8k`.")
     ] = None,
+    minutes: Annotated[float, typer.Option(help="When to end.")] = 8.0,
+    part: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(PARTS)}.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small enough for a CPU.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the parts that are not there.")
+        bool, typer.Option("--resume", help="Go on with what is not there, or failed.")
     ] = False,
 ) -> None:
-    """Measures on the accelerator, and writes each part as it ends."""
-    console = Console()
-    setting = Setting(QUICK if quick else FULL, data_dir, console)
-    done = _parts_there(out, quick, resume)
-    for name, part in PARTS.items():
-        if name in done:
-            continue
-        begin = time.perf_counter()
-        try:
-            found = part(setting)
-        except (jax.errors.JaxRuntimeError, ExperimentError) as error:
-            kept = f"finished and in {out}: {', '.join(done)}" if done else "nothing is written yet"
-            text = f"Part {name!r} failed: {error}\n{kept}. Go on with --resume."
-            console.print(text, markup=False, soft_wrap=True)
-            raise typer.Exit(1) from error
-        done[name] = {"seconds": time.perf_counter() - begin, **found}
-        write_record(out, "accelerator", console, quick=quick, parts=done)
-    if wrong := done.get("correct", {}).get("wrong"):
-        console.print(f"Steps differ from the CPU's: {', '.join(wrong)}", markup=False)
+    """Measures on the accelerator, and writes each number when it is there."""
+    begin = time.monotonic()
+    if part and not set(part) <= set(PARTS):
+        raise typer.BadParameter(f"parts are: {', '.join(PARTS)}")
+    if not quick and (problem := use_accelerator()):
+        raise typer.BadParameter(problem)
+    call = Call(QUICK if quick else FULL, data_dir, out.with_suffix(".decoder"))
+    if not resume and (there := [path for path in (out, call.decoder) if path.exists()]):
+        raise typer.BadParameter(f"{there[0]} exists; pass --resume to go on, or another --out")
+    chosen = [name for name in PARTS if not part or name in part]
+    try:
+        record = Record(out, "accelerator", begin, quick=quick)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
+    record.say(f"{environment()['device']}, {', '.join(chosen)}, {minutes:g} minutes")
+    if "tune" in chosen and (reason := why_not_tuned(call)):
+        record.leave_out("tune", reason)
+        chosen.remove("tune")
+    shares = [SHARES[name] for name in chosen]
+    for name, share in zip(chosen, itertools.accumulate(shares), strict=True):
+        until = begin + 60 * minutes * IN_TIME * share / sum(shares)
+        # Trainers share programs; the other parts measure how long compiling takes.
+        with programs_kept(name == "tune"):
+            record.carry_out(name, PARTS[name](call), until)
+    if not record.is_fine():
         raise typer.Exit(1)
-
-
-def _parts_there(out: pathlib.Path, quick: bool, resume: bool) -> dict[str, Any]:
-    if not out.exists():
-        return {}
-    if not resume:
-        raise typer.BadParameter(f"{out} exists; pass --resume to go on, or another --out")
-    record = json.loads(out.read_text())
-    if record["device"] != environment()["device"]:
-        raise typer.BadParameter(
-            f"{out} is of another device ({record['device']}): pass another --out"
-        )
-    if record["quick"] != quick:
-        raise typer.BadParameter(f"{out} is of other sizes (--quick): pass another --out")
-    return dict(record["parts"])
 
 
 if __name__ == "__main__":

@@ -18,7 +18,6 @@ can represent of T. The rate is how much its logarithm falls per step, fitted by
 the second half of the run, which ends where rounding begins.
 """
 
-import json
 import pathlib
 from typing import Annotated, Any, NamedTuple, get_args
 
@@ -33,7 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.timing import environment
+from benchmarks.timing import write_record
 from experiments.tasks.conditioning import N_IN, SCALE, Kind, Problem, make_problem
 from lowrank_optax import FramedPair, LoRAPair, frame, nn, sds_lora
 
@@ -211,15 +210,9 @@ def main(
         table.add_row(*(f"{x:g}" if isinstance(x, float) else x for x in list(row.values())[:-1]))
     console.print(table)
     if out is not None:
-        record = {
-            "command": f"python -m benchmarks.conditioning --steps {steps}",
-            **environment(),
-            "rows": rows,
-        }
-        out.parent.mkdir(parents=True, exist_ok=True)
-        out.write_text(json.dumps(record, indent=2) + "\n")
+        write_record(out, "conditioning", console, steps=steps, rows=rows)
         draw_figure(results, out.with_suffix(".png"))
-        console.print(f"written to {out} and {out.with_suffix('.png')}")
+        console.print(f"written to {out.with_suffix('.png')}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.timing import WARM_UP, Runner, compare, time_in_turn, write_record
+from benchmarks.timing import WARM_UP, Runner, megabytes, time_in_turn, times_beside, write_record
 from lowrank_optax import (
     LoRAPair,
     Metric,
@@ -321,7 +321,6 @@ def measure(
 def rows_of(runners: Mapping[str, Runner], layout: str) -> list[dict[str, Any]]:
     """Describes memory, and times where steps were timed, of steps of one layout."""
     base = runners["adamw"]
-    size = lambda tree: sum(x.nbytes for x in jax.tree.leaves(tree))
     rows = []
     for name, runner in runners.items():
         params, state = runner.carry
@@ -334,11 +333,11 @@ def rows_of(runners: Mapping[str, Runner], layout: str) -> list[dict[str, Any]]:
                 / base.memory.temp_size_in_bytes,
                 "argument_mb": runner.memory.argument_size_in_bytes / 1e6,
                 "output_mb": runner.memory.output_size_in_bytes / 1e6,
-                "params_mb": size(params) / 1e6,
-                "state_mb": size(state) / 1e6,
+                "params_mb": megabytes(params),
+                "state_mb": megabytes(state),
                 "leaves": len(jax.tree.leaves(runner.carry)),
                 "compile_s": runner.compile_s,
-                **(compare(runner, base) if runner.times else {}),
+                **(times_beside(runner, base) if runner.times else {}),
             }
         )
     return rows

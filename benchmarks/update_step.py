@@ -4,6 +4,9 @@
 of Llama-3-8B's width: 32 layers of seven linear maps, 224 pairs, 10.5M parameters at r = 16. All
 methods are timed in turn, so that drift of the machine's speed falls on all alike; the ratio
 compares medians. ``--width 1`` is the full size, for an accelerator.
+
+The methods are those of plain pairs. OPLoRA and SDS-LoRA keep shadows or frames beside a pair,
+which the backward pass fills: ``benchmarks.train_step`` measures them.
 """
 
 import pathlib
@@ -19,7 +22,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.timing import Runner, compare, time_in_turn, write_record
+from benchmarks.timing import Runner, megabytes, time_in_turn, times_beside, write_record
 from lowrank_optax import (
     LoRAPair,
     altlora,
@@ -27,6 +30,7 @@ from lowrank_optax import (
     engine,
     lora_fa,
     lora_muon,
+    lora_plus,
     lora_pro_efficient,
     lora_rite,
     lora_soap,
@@ -112,6 +116,7 @@ METHODS: dict[str, Callable[[], optax.GradientTransformation]] = {
     "polora two-sided": lambda: polora(1e-3, partner="gram"),
     "scaled_adamw": lambda: scaled_adamw(1e-3),
     "lora_rite": lambda: lora_rite(1e-3),
+    "lora_plus": lambda: lora_plus(1e-3),
     "lora_fa": lambda: lora_fa(1e-3),
     # Not `lora_pro`: its dense moments of these pairs are 3.5 GB at a quarter of the width.
     "lora_pro_efficient": lambda: lora_pro_efficient(1e-3),
@@ -141,8 +146,14 @@ def make_params(rank: int, width: float, stacked: bool) -> Any:
     return [[pair(*shape, ()) for shape in shapes] for _ in range(N_LAYERS)]
 
 
-def make_runner(tx: optax.GradientTransformation, params: Any) -> Runner:
-    """Compiles an optimizer's update + apply, with (params, state) as its carry."""
+def make_runner(tx: optax.GradientTransformation, params: Any, updates: int = 1) -> Runner:
+    """Compiles an optimizer's update + apply, with (params, state) as its carry.
+
+    Args:
+        tx: the optimizer.
+        params: the pairs.
+        updates: how many of them one call makes.
+    """
 
     def step(carry: Any, grads: Any) -> Any:
         params, state = carry
@@ -150,7 +161,7 @@ def make_runner(tx: optax.GradientTransformation, params: Any) -> Runner:
         return optax.apply_updates(params, updates), state
 
     grads = jax.tree.map(lambda x: 0.1 * x + 0.01, params)
-    return Runner(step, (params, jax.jit(tx.init)(params)), grads)
+    return Runner(step, (params, jax.jit(tx.init)(params)), grads, repeats=updates)
 
 
 def measure(params: Any, methods: list[str], steps: int, console: Console) -> dict[str, Any]:
@@ -164,10 +175,18 @@ def measure(params: Any, methods: list[str], steps: int, console: Console) -> di
 
 
 def result_of(runner: Runner, base: Runner) -> dict[str, float]:
-    """Times and temporary memory of an update, after both were timed."""
+    """Times and memory of an update, after both were timed.
+
+    "moved_mb" is what no update can do without: it reads gradients, parameters and state, and
+    writes the last two.
+    """
+    params, state = map(megabytes, runner.carry)
     return {
-        **compare(runner, base),
+        **times_beside(runner, base),
         "temporary_mb": runner.memory.temp_size_in_bytes / 1e6,
+        "params_mb": params,
+        "state_mb": state,
+        "moved_mb": megabytes(runner.arguments) + 2 * (params + state),
     }
 
 

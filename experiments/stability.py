@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -159,17 +159,13 @@ def lost_runs(studies: Mapping[str, Sequence[Variant]]) -> dict[str, str]:
     Returns:
         Lost and all such runs, by method.
     """
-    counts: dict[str, tuple[int, int]] = {}
-    for _, variant in _comparisons(studies):
-        for summary in variant.summaries:
-            if not summary.best:
-                continue
-            limit = 3.5 * summary.best[0].config.learning_rate
-            near = [run for run in summary.sweep if run.config.learning_rate <= limit]
-            lost, total = counts.get(summary.method, (0, 0))
-            gone = sum(run.status != "finished" for run in near)
-            counts[summary.method] = (lost + gone, total + len(near))
-    return {method: f"{lost} of {total}" for method, (lost, total) in counts.items()}
+
+    def lost(summary: MethodSummary) -> tuple[int, int]:
+        limit = 3.5 * summary.best[0].config.learning_rate
+        near = [run for run in summary.sweep if run.config.learning_rate <= limit]
+        return sum(run.status != "finished" for run in near), len(near)
+
+    return _counted(studies, lost)
 
 
 def broken_seeds(studies: Mapping[str, Sequence[Variant]]) -> dict[str, str]:
@@ -183,14 +179,23 @@ def broken_seeds(studies: Mapping[str, Sequence[Variant]]) -> dict[str, str]:
     Returns:
         Such seeds and all seeds, by method.
     """
+
+    def broken(summary: MethodSummary) -> tuple[int, int]:
+        losses = summary.losses("validation")
+        gone = sum(loss > BROKEN * statistics.median(losses) for loss in losses)
+        return gone + summary.broken, len(losses) + summary.broken
+
+    return _counted(studies, broken)
+
+
+def _counted(
+    studies: Mapping[str, Sequence[Variant]], count: Callable[[MethodSummary], tuple[int, int]]
+) -> dict[str, str]:
+    """Adds up, by method, how many of how many there are."""
     counts: dict[str, tuple[int, int]] = {}
     for _, variant in _comparisons(studies):
-        for summary in variant.summaries:
-            if not summary.best:
-                continue
-            losses = summary.losses("validation")
-            gone = sum(loss > BROKEN * statistics.median(losses) for loss in losses)
-            broken, total = counts.get(summary.method, (0, 0))
-            more = summary.broken
-            counts[summary.method] = broken + gone + more, total + len(losses) + more
-    return {method: f"{broken} of {total}" for method, (broken, total) in counts.items()}
+        for summary in (each for each in variant.summaries if each.best):
+            some, all_ = counts.get(summary.method, (0, 0))
+            more, total = count(summary)
+            counts[summary.method] = some + more, all_ + total
+    return {method: f"{some} of {all_}" for method, (some, all_) in counts.items()}

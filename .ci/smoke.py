@@ -41,18 +41,27 @@ print(
 )
 
 plain = lo.LoRAPair(0.5 * jax.random.normal(jax.random.key(1), (8, 3)), jnp.zeros((3, 4)))
+fitting = lo.LoRAPair(jnp.eye(8, 3), jnp.zeros((3, 4)))  # for LoRA-FA, which does not move a
 shadowed = lo.shadow(plain, jax.random.key(2), iterations=2, momentum_rank=0)
+metric = lo.shadow(plain, jax.random.key(2), metric=lo.Metric())
 framed = lo.frame(plain, jax.random.key(3))
+# SVDLoRA is left out: it moves a dense change.
 methods = {
     "polora": (lo.polora(0.1), plain),
     "altlora": (lo.altlora(0.3), plain),
     "altlora_plus": (lo.altlora_plus(0.1), plain),
     "lora_plus": (lo.lora_plus(0.01), plain),
+    "lora_fa": (lo.lora_fa(0.1), fitting),
+    "lora_pro": (lo.lora_pro(0.1), plain),
+    "lora_pro_efficient": (lo.lora_pro_efficient(0.1), plain),
+    "lora_soap": (lo.lora_soap(0.1), plain),
+    "reflora": (lo.reflora(0.1, warmup_steps=0), plain),
     "lora_rite": (lo.lora_rite(0.1), plain),
     "lora_muon": (lo.lora_muon(0.1), plain),
     "scaled_adamw": (lo.scaled_adamw(0.1), plain),
     "oplora": (lo.oplora(0.3, momentum=0.0), shadowed),
     "oplora_proj": (lo.oplora_proj(0.3, momentum=0.0), shadowed),
+    "scaled_oplora": (lo.scaled_oplora(0.1), metric),
     "sds_lora": (lo.sds_lora(0.03, total_steps=60, warmup_steps=0), framed),
 }
 

@@ -14,11 +14,8 @@ from tests.conformance.test_conformance import make_pair, product_of
 # From factors of zero Adam's first step has rank one; rounding decides the rest of its frames.
 COMPARED = [m for m in METHODS if m.node is not random_frames]
 SDS_LORA = next(m for m in METHODS if m.name == "sds_lora")
-TOLERANCE = 1e-3
+TOLERANCE = 3e-3
 """Of how far ΔK moves: both compute in float32, in another order."""
-
-ROUNDING = 1e-6
-"""Where a change of the target by so much makes a tenth of a difference, that is rounding too."""
 
 
 def accelerators():
@@ -50,25 +47,22 @@ def cpu():
 
 
 def start_of(method, n_in=16):
-    """A pair with what the method needs beside it, and what its ΔK is to be."""
-    key, noise = jax.random.split(jax.random.key(0))
-    target = jnp.ones((n_in, 24))
-    nudged = target + ROUNDING * jax.random.normal(noise, target.shape)
-    return {"q": method.node(make_pair(key, n_in, 4, 24))}, target, nudged
+    """A pair with what the method needs beside it."""
+    return {"q": method.node(make_pair(jax.random.key(0), n_in, 4, 24))}
 
 
-def trained(tx, params, target, init=None, steps=3):
+def trained(tx, params, init=None, steps=3):
     """Three, for the switch of `sds_lora`, which has two steps of warm-up, is in the third."""
 
     @jax.jit
-    def step(params, state, target):
-        loss = lambda params: jnp.mean((product_of(params["q"]) - target) ** 2)
+    def step(params, state):
+        loss = lambda params: jnp.sum((product_of(params["q"]) - 1) ** 2)
         updates, state = tx.update(jax.grad(loss)(params), state, params)
         return optax.apply_updates(params, updates), state
 
     state = (init or jax.jit(tx.init))(params)
     for _ in range(steps):
-        params, state = step(params, state, target)
+        params, state = step(params, state)
     return params
 
 
@@ -88,32 +82,29 @@ def difference(found, expected, start):
 def test_steps_are_those_of_the_cpu(method, cpu):
     """Kernels sharded over all accelerators along in; in float32, so to its rounding."""
     devices = accelerators()
-    tx = method()
-    params, target, nudged = start_of(method, 16 * len(devices))
-    expected = trained(tx, params, target)
-    rounding = difference(trained(tx, params, nudged), expected, params)
+    tx, params = method(), start_of(method, 16 * len(devices))
+    expected = trained(tx, params)
     mesh = jax.make_mesh((len(devices),), ("in",), axis_types=(AxisType.Auto,), devices=devices)
     with jax.default_device(devices[0]), jax.set_mesh(mesh):
         values = sharding.shard_model(params, mesh, sharding.fsdp("in", min_size=0))
         init = lambda values: sharding.shard_state(tx, values)
-        found = trained(tx, values, jax.device_get(target), init)
+        found = trained(tx, values, init)
     assert all(x.devices() == set(devices) for x in jax.tree.leaves(found))
-    assert difference(found, expected, params) < max(TOLERANCE, 10 * rounding)
+    assert difference(found, expected, params) < TOLERANCE
 
 
 @pytest.mark.parametrize("method", [METHODS[0], SDS_LORA], ids=lambda m: m.name)
 def test_steps_that_are_wrong_by_a_hundredth_are_seen(method, cpu):
-    params, target, nudged = start_of(method)
-    expected = trained(method(), params, target)
-    rounding = difference(trained(method(), params, nudged), expected, params)
-    wrong = trained(method(1.01 * method.learning_rate), params, target)
+    params = start_of(method)
+    expected = trained(method(), params)
+    wrong = trained(method(1.01 * method.learning_rate), params)
     assert difference(expected, expected, params) == 0
-    assert difference(wrong, expected, params) > 2 * max(TOLERANCE, 10 * rounding)
+    assert difference(wrong, expected, params) > 1.5 * TOLERANCE
 
 
 def test_singular_vectors_of_other_signs_are_not_wrong(cpu):
-    params, target, _ = start_of(SDS_LORA)
-    expected = trained(SDS_LORA(), params, target)
+    params = start_of(SDS_LORA)
+    expected = trained(SDS_LORA(), params)
     node, signs = expected["q"], jnp.array([1.0, -1.0, -1.0, 1.0])
     assert np.max(node.warm) == 0, "the switch is over"
     a, f_in, rows = node.a * signs, node.f_in * signs, signs[:, None]

@@ -9,12 +9,11 @@
   AltLoRA+, with five learning rates each around those of their rules.
 
 The record is on the disk after every method and run. What fails stands there with its error, what
-there was no time for under "skipped"; ``--resume`` does both, with the decoder that lies beside the
-record. The exit status is 1 if anything failed, or if steps differ from the CPU's.
+there was no time for under "skipped"; ``--resume`` does both, with the decoder beside the record.
+The exit status is 1 if anything failed, or if steps differ from the CPU's.
 
-A bare checkout will do: "tune" alone needs `experiments` and what it imports. JAX must have the
-CPU beside the accelerator, as by ``JAX_PLATFORMS=cuda,cpu``, which is set where nothing is.
-``--quick`` is small enough for a CPU.
+A bare checkout will do; "tune" alone needs what `experiments` imports. ``JAX_PLATFORMS=cuda,cpu``
+is set where nothing is: the CPU is needed too. ``--quick`` is small enough for a CPU.
 """
 
 import functools
@@ -114,11 +113,17 @@ QUICK = Sizes(
 
 
 class Call(NamedTuple):
-    """What a part is given: the sizes, the data, and where the decoder is or will be."""
+    """What a part is given: the sizes, the data, where the decoder is or will be, and the end."""
 
     sizes: Sizes
     data_dir: pathlib.Path | None
     decoder: pathlib.Path
+    end: float
+
+    def require_time(self, done: int, total: int) -> None:
+        """Stops a training, which may be slower than was expected, when all time is over."""
+        if time.monotonic() > self.end:
+            raise LeftOutError(f"the time was over after {done} of {total} steps")
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -177,25 +182,19 @@ def products(params: Any) -> list[np.ndarray]:
         params = jax.tree.map(jnp.asarray, jax.device_get(params))
         nodes = find_pairs(params).take(params)
         inputs = [jnp.eye(node.a.shape[-2]) + jnp.zeros_like(node.a[..., :1]) for node in nodes]
-        applied = [
-            nn.lora_apply(*each, train_step.SCALE) for each in zip(inputs, nodes, strict=True)
-        ]
-        return [np.asarray(product) for product in applied]
+        pairs = zip(inputs, nodes, strict=True)
+        return [np.asarray(nn.lora_apply(*each, train_step.SCALE)) for each in pairs]
 
 
 def time_updates(call: Call) -> Part:
     """Times the update of every method of plain pairs, layers stacked and separate."""
     sizes, items = call.sizes, list[Item]()
+    params = functools.cache(functools.partial(update_step.make_params, sizes.rank, sizes.width))
+    describe = lambda name, runner, base: update_step.result_of(runner, base)
     for layout in reversed(train_step.LAYOUTS):
-        params = functools.cache(
-            lambda stacked=layout == "stacked": update_step.make_params(
-                sizes.rank, sizes.width, stacked
-            )
+        make = lambda name, layout=layout: update_step.make_runner(
+            update_step.METHODS[name](), params(layout == "stacked"), sizes.updates
         )
-        make = lambda name, params=params: update_step.make_runner(
-            update_step.METHODS[name](), params(), sizes.updates
-        )
-        describe = lambda name, runner, base: update_step.result_of(runner, base)
         bench = BesideAdamW(make, describe, sizes.steps)
         items += bench.items(in_order(update_step.METHODS), layout, FIRST_S[layout])
     content = {"rank": sizes.rank, "width": sizes.width, "updates_a_call": sizes.updates}
@@ -240,7 +239,7 @@ def tune(call: Call) -> Part:
     def adapt(method: str, rate: float) -> dict[str, Any]:
         if not call.decoder.is_dir():
             raise LeftOutError(f"{call.decoder}, the decoder, is not there (any more)")
-        run = trainer(method).run(rate, SEED).result
+        run = trainer(method).run(rate, SEED, call.require_time).result
         if run.status == "failed":
             raise RuntimeError(run.error)
         return kept_of(run)
@@ -266,14 +265,13 @@ def pretrained(call: Call, options: "BooksOptions") -> dict[str, Any]:
     from experiments.decoder import RECORD_FILE, make_decoder
     from experiments.errors import ExperimentError
     from experiments.schema import RunResult
-    from experiments.task import ignore_steps
     from experiments.tasks.books import Books
 
     if not call.decoder.is_dir():
-        end = time.monotonic() + call.sizes.pretrain_s
+        end, on_step = time.monotonic() + call.sizes.pretrain_s, call.require_time
         novels, rate = Books(options, call.data_dir), 0.4 / options.width
         steps = steps_until(end, novels, rate, call.sizes)
-        make_decoder(novels, call.decoder, steps=steps, learning_rate=rate, on_step=ignore_steps)
+        make_decoder(novels, call.decoder, steps=steps, learning_rate=rate, on_step=on_step)
     run = RunResult.model_validate_json((call.decoder / RECORD_FILE).read_text())
     if run.config.task_options != options.model_dump(mode="json"):
         raise ExperimentError(f"{call.decoder} is of other sizes: pass another --out")
@@ -374,7 +372,8 @@ def main(
         raise typer.BadParameter(f"parts are: {', '.join(PARTS)}")
     if not quick and (problem := use_accelerator()):
         raise typer.BadParameter(problem)
-    call = Call(QUICK if quick else FULL, data_dir, out.with_suffix(".decoder"))
+    sizes, end = QUICK if quick else FULL, begin + 60 * minutes
+    call = Call(sizes, data_dir, out.with_suffix(".decoder"), end)
     if not resume and (there := [path for path in (out, call.decoder) if path.exists()]):
         raise typer.BadParameter(f"{there[0]} exists; pass --resume to go on, or another --out")
     chosen = [name for name in PARTS if not part or name in part]
@@ -388,7 +387,7 @@ def main(
         chosen.remove("tune")
     shares = [SHARES[name] for name in chosen]
     for name, share in zip(chosen, itertools.accumulate(shares), strict=True):
-        until = begin + 60 * minutes * IN_TIME * share / sum(shares)
+        until = begin + (end - begin) * IN_TIME * share / sum(shares)
         # Trainers share programs; the other parts measure how long compiling takes.
         with programs_kept(name == "tune"):
             record.carry_out(name, PARTS[name](call), until)

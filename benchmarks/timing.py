@@ -157,7 +157,11 @@ class BesideAdamW:
         """Compiles and times one method."""
         runner = self.base if name == "adamw" else self.make(name)
         self.base.times.clear()
-        time_in_turn({"adamw": self.base, name: runner}, self.steps, QUIET)
+        try:
+            time_in_turn({"adamw": self.base, name: runner}, self.steps, QUIET)
+        except jax.errors.JaxRuntimeError:
+            del self.base  # the failed step had AdamW's arrays, perhaps
+            raise
         return self.describe(name, runner, self.base)
 
     def items(self, names: Iterable[str], layout: str, seconds: float) -> list[Item]:
@@ -209,9 +213,8 @@ class Record:
             part: the part.
             until: when it is to end, by `time.monotonic`; what would take longer is "skipped".
         """
-        kept = self.parts.get(name, {}).get("items", {})
-        found = {key: row for key, row in kept.items() if "error" not in row}
-        todo = [item for item in part.items if item.key not in found]
+        found = self.parts.get(name, {}).get("items", {})
+        todo = [item for item in part.items if "error" in found.get(item.key, {"error": ""})]
         skipped = [item.key for item in todo]
         self.parts[name] = {**part.content, "items": found, "skipped": skipped}
         self.write()

@@ -1,6 +1,7 @@
 """The script for an accelerator, small enough for a CPU: its parts, and what outlives a failure."""
 
 import json
+import math
 import subprocess
 import sys
 
@@ -31,7 +32,8 @@ from tests.experiments.tiny_data import write_books, write_gsm8k
 def invoke(*arguments):
     app = typer.Typer()
     app.command()(accelerator.main)
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+    hours = ("--minutes", 600)  # the machine may be busy; the last of two counts
+    return CliRunner().invoke(app, [str(argument) for argument in (*hours, *arguments)])
 
 
 def shown(result):
@@ -40,7 +42,7 @@ def shown(result):
 
 
 def call_of(folder, **changes):
-    return Call(QUICK._replace(**changes), folder, folder / "record.decoder")
+    return Call(QUICK._replace(**changes), folder, folder / "record.decoder", math.inf)
 
 
 def keys_of(part):
@@ -165,6 +167,12 @@ def test_a_decoder_is_pretrained_and_tuned(data, monkeypatch):
     (data / "record.decoder").rename(data / "away")
     assert "is not there (any more)" in invoke(*command, "--resume").output
     (data / "away").rename(data / "record.decoder")
+    with monkeypatch.context() as patch:
+        patch.setattr(accelerator, "SHARES", {"tune": 1.0})
+        patch.setattr(accelerator, "IN_TIME", 1e6)  # a run begins, and lasts too long
+        late = invoke(*command, "--resume", "--minutes", 0.001)
+    assert late.exit_code == 0
+    assert "the time was over after 1 of 2 steps" in late.output
     lost = lambda *arguments: (_ for _ in ()).throw(jax.errors.JaxRuntimeError("device lost"))
     with monkeypatch.context() as patch:
         patch.setattr("experiments.trainer.Trainer._loop", lost)

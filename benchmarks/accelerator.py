@@ -81,7 +81,8 @@ class Sizes(NamedTuple):
     layers: int = 4
     tokens: int = 8192
     steps: int = 20
-    updates: int = 10
+    updates: int = 100
+    calls: int = 5
     pretrain_s: float = 60.0
     pretrain_steps: int = 1500
     decoder: Mapping[str, Any] = MappingProxyType(
@@ -101,6 +102,7 @@ QUICK = Sizes(
     tokens=32,
     steps=2,
     updates=2,
+    calls=2,
     pretrain_s=2.0,
     pretrain_steps=20,
     decoder={"width": 32, "depth": 1, "head_width": 8, "vocabulary": 300}
@@ -195,7 +197,7 @@ def time_updates(call: Call) -> Part:
         make = lambda name, layout=layout: update_step.make_runner(
             update_step.METHODS[name](), params(layout == "stacked"), sizes.updates
         )
-        bench = BesideAdamW(make, describe, sizes.steps)
+        bench = BesideAdamW(make, describe, sizes.calls)
         items += bench.items(in_order(update_step.METHODS), layout, FIRST_S[layout])
     content = {"rank": sizes.rank, "width": sizes.width, "updates_a_call": sizes.updates}
     return Part(content, items, TIMES)
@@ -306,7 +308,7 @@ def make_trainer(task: Any, method: str, plan: Any) -> "Trainer":
     from experiments.trainer import Trainer
 
     trainer = Trainer(task, method, plan)
-    trainer._build_model = functools.cache(trainer._build_model)  # type: ignore[method-assign]
+    trainer.build_model = functools.cache(trainer.build_model)  # type: ignore[method-assign]
     return trainer
 
 
@@ -356,9 +358,7 @@ def why_not_tuned(call: Call) -> str:
 
 def main(
     out: Annotated[pathlib.Path, typer.Option(help="JSON file to write.")],
-    data_dir: Annotated[
-        pathlib.Path | None, typer.Option(help="Folder that holds `books` and `gsm8k`.")
-    ] = None,
+    data_dir: Annotated[pathlib.Path | None, typer.Option(help="Has books and gsm8k.")] = None,
     minutes: Annotated[float, typer.Option(help="When to end.")] = 8.0,
     part: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(PARTS)}.")] = None,
     quick: Annotated[bool, typer.Option("--quick", help="Small enough for a CPU.")] = False,
@@ -385,11 +385,10 @@ def main(
     if "tune" in chosen and (reason := why_not_tuned(call)):
         record.leave_out("tune", reason)
         chosen.remove("tune")
-    shares = [SHARES[name] for name in chosen]
-    for name, share in zip(chosen, itertools.accumulate(shares), strict=True):
-        until = begin + (end - begin) * IN_TIME * share / sum(shares)
-        # Trainers share programs; the other parts measure how long compiling takes.
-        with programs_kept(name == "tune"):
+    shares = list(itertools.accumulate(SHARES[name] for name in chosen))
+    for name, share in zip(chosen, shares, strict=True):
+        until = begin + (end - begin) * IN_TIME * share / shares[-1]
+        with programs_kept(name == "tune"):  # the other parts say how long compiling takes
             record.carry_out(name, PARTS[name](call), until)
     if not record.is_fine():
         raise typer.Exit(1)

@@ -5,14 +5,13 @@ import hashlib
 import os
 import platform
 import subprocess
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-import lowrank_optax
 from experiments.errors import ExperimentError
 
 SCHEMA_VERSION: Literal[2] = 2
@@ -216,14 +215,13 @@ def read_result(path: Path) -> RunResult:
 @functools.cache
 def current_environment() -> Environment:
     """Describes this process's machine, versions and commit."""
-    packages = ("jax", "jaxlib", "flax", "optax", "numpy")
+    packages = ("jax", "jaxlib", "flax", "optax", "numpy", "lowrank-optax")
     commit = _git("rev-parse", "HEAD")
     code = ("--untracked-files=no", "--", "lowrank_optax", "experiments")
     changes = _git("status", "--porcelain", *code) if commit else None
     return Environment(
         python=platform.python_version(),
-        packages={name: version(name) for name in packages}
-        | {"lowrank-optax": lowrank_optax.__version__},  # a checkout need not be installed
+        packages={name: _version(name) for name in packages},
         device=jax.devices()[0].device_kind,
         device_count=jax.device_count(),
         cpu_count=os.cpu_count(),
@@ -231,6 +229,13 @@ def current_environment() -> Environment:
         git_commit=commit,
         git_dirty=None if changes is None else bool(changes),
     )
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"  # as this one in a bare checkout
 
 
 def _git(*arguments: str) -> str | None:

@@ -181,7 +181,7 @@ class Trainer:
             The result, and the model as trained.
         """
         begin = time.perf_counter()
-        parts = self._split(self._build_model(seed))
+        parts = self._split(self.build_model(seed))
         # Copies: the compiled step donates its arguments, and the task may share its arrays.
         log = _Log(trained=jax.tree.map(jnp.copy, parts.trained))
         peak = jnp.float32(learning_rate)
@@ -288,7 +288,7 @@ class Trainer:
             matthews=sums.matthews(),
         )
 
-    def _build_model(self, seed: int) -> nnx.Module:
+    def build_model(self, seed: int) -> nnx.Module:
         """Returns the model of a seed with its adapters as the method starts them."""
         model, start = self.task.build_model(seed, self.method.adapters), self._start
         if start is not None:

@@ -5,7 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._core.linalg import compute_dtype, gram, product, svd
+from lowrank_optax._core.decompositions import svd
+from lowrank_optax._core.linalg import compute_dtype, gram, product
 
 __all__ = ["alignment", "effective_rank"]
 

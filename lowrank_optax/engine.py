@@ -61,6 +61,7 @@ from lowrank_optax._core.arguments import (
     check_schedule,
     is_zero,
 )
+from lowrank_optax._core.decompositions import eigh
 from lowrank_optax._core.layouts import PairMatcher
 from lowrank_optax._core.linalg import (
     SIDES,
@@ -70,7 +71,6 @@ from lowrank_optax._core.linalg import (
     cross,
     damped_inverse,
     dots,
-    eigh,
     gram,
     identity,
     inverse_square_root,

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from lowrank_optax import LoRAPair, frame, pair_of_delta, svd_lora
-from lowrank_optax._core.linalg import svd
+from lowrank_optax._core.decompositions import svd
 
 RANK = 2
 SHAPES = [(6, 5), (4, 7), (3, 6, 5), (2, 3, 4, 5)]

@@ -7,7 +7,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._core.linalg import cross, damped_inverse, eigh, gram, mix, product, transposed
+from lowrank_optax._core.decompositions import eigh
+from lowrank_optax._core.linalg import cross, damped_inverse, gram, mix, product, transposed
 from lowrank_optax._core.nodes import LoRAPair, both
 from lowrank_optax._core.verbs import Pairs
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from lowrank_optax._core.decompositions import svd
 from lowrank_optax._core.linalg import (
     Side,
     compute_dtype,
@@ -25,7 +26,6 @@ from lowrank_optax._core.linalg import (
     mix,
     orthonormalizer,
     product,
-    svd,
     transposed,
 )
 from lowrank_optax._core.nodes import AxisName, LongAxes, LoRAPair, both, matmul, register_node

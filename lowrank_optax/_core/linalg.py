@@ -6,8 +6,6 @@ for `a` reads the same for `b`. Inputs are brought to float32 or better, and mat
 at full precision, which TPUs and GPUs do not do by default.
 """
 
-import functools
-from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -15,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._core import meshes
+from lowrank_optax._core.decompositions import eigh, inverse_cholesky
 
 Side = Literal["a", "b"]
 
@@ -243,7 +242,7 @@ def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
     eye = identity(matrix)
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
     floor = 4 * jnp.finfo(matrix.dtype).eps * trace
-    root = _inverse_root(matrix + jnp.maximum(jnp.asarray(damping, matrix.dtype), floor) * eye)
+    root = inverse_cholesky(matrix + jnp.maximum(jnp.asarray(damping, matrix.dtype), floor) * eye)
     inverse = _einsum("...ki,...kj->...ij", root, root)
     return jnp.where(jnp.isfinite(trace), inverse, jnp.nan)  # an infinite pivot would give 0
 
@@ -268,59 +267,8 @@ def orthonormalizer(matrix: jax.Array) -> jax.Array:
     eye = identity(matrix)
     info = jnp.finfo(matrix.dtype)
     trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
-    root = _inverse_root(matrix + (4 * info.eps * trace + info.tiny) * eye)
+    root = inverse_cholesky(matrix + (4 * info.eps * trace + info.tiny) * eye)
     return transposed(root)
-
-
-def svd(matrix: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Computes singular value decompositions `U Σ Vᵀ`.
-
-    Args:
-        matrix: (..., m, n), float32 or float64.
-
-    Returns:
-        U (..., m, k), Σ (..., k) and Vᵀ (..., k, n) with k = min(m, n), largest values first.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> svd(jnp.diag(jnp.array([1.0, 3.0])))[1].tolist()
-        [3.0, 1.0]
-    """
-    return _svd(matrix)
-
-
-def qr(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes reduced QR decompositions by reflections, for matrices of any rank.
-
-    Args:
-        matrix: (..., m, n), float32 or float64.
-
-    Returns:
-        Q (..., m, k) and R (..., k, n) with k = min(m, n).
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> [part.shape for part in qr(jnp.ones((5, 2)))]
-        [(5, 2), (2, 2)]
-    """
-    return _qr(matrix)
-
-
-def eigh(matrix: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Computes eigenvalues and eigenvectors of symmetric matrices.
-
-    Args:
-        matrix: (..., r, r), float32 or float64.
-
-    Returns:
-        The values (..., r), smallest first, and the vectors (..., r, r), as columns.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> eigh(jnp.diag(jnp.array([3.0, 1.0])))[0].tolist()
-        [1.0, 3.0]
-    """
-    return _eigh(matrix)
 
 
 def inverse_square_root(matrix: jax.Array, damping: Any) -> jax.Array:
@@ -338,7 +286,7 @@ def inverse_square_root(matrix: jax.Array, damping: Any) -> jax.Array:
         >>> inverse_square_root(4.0 * jnp.eye(1), 1e-6).round(3).tolist()
         [[0.5]]
     """
-    values, vectors = _eigh(matrix)
+    values, vectors = eigh(matrix)
     floor = 4 * jnp.finfo(matrix.dtype).eps * jnp.sum(jnp.abs(values), axis=-1, keepdims=True)
     damped = jnp.maximum(values, 0) + jnp.maximum(jnp.asarray(damping, matrix.dtype), floor)
     return _einsum("...ij,...kj->...ik", vectors / jnp.sqrt(damped)[..., None, :], vectors)
@@ -352,49 +300,6 @@ def identity(matrix: jax.Array) -> jax.Array:
         (3, 2, 2)
     """
     return jnp.broadcast_to(jnp.eye(matrix.shape[-1], dtype=matrix.dtype), matrix.shape)
-
-
-def _one_at_a_time_on_cpu(function: Callable[[jax.Array], Any]) -> Callable[[jax.Array], Any]:
-    """Makes a batched decomposition safe where several of them run at once.
-
-    On CPU a batched LAPACK call splits its batch over the thread pool and waits there: as many
-    calls at once as there are threads wait for each other for ever (jaxlib 0.10). Single matrices
-    never wait.
-    """
-
-    def one_at_a_time(matrix: jax.Array) -> Any:
-        results = jax.lax.map(function, matrix.reshape(-1, *matrix.shape[-2:]))
-        return jax.tree.map(lambda x: x.reshape(*matrix.shape[:-2], *x.shape[1:]), results)
-
-    @jax.jit
-    @functools.wraps(function)
-    def everywhere(matrix: jax.Array) -> Any:
-        return jax.lax.platform_dependent(matrix, cpu=one_at_a_time, default=function)
-
-    return everywhere
-
-
-@_one_at_a_time_on_cpu
-def _inverse_root(matrix: jax.Array) -> jax.Array:
-    """Inverts the Cholesky factor of positive definite matrices (..., r, r)."""
-    factor = jax.lax.linalg.cholesky(matrix, symmetrize_input=False)
-    eye = identity(matrix)
-    return jax.lax.linalg.triangular_solve(factor, eye, left_side=True, lower=True)
-
-
-@_one_at_a_time_on_cpu
-def _svd(matrix: jax.Array) -> Any:
-    return tuple(jnp.linalg.svd(matrix, full_matrices=False))
-
-
-@_one_at_a_time_on_cpu
-def _qr(matrix: jax.Array) -> Any:
-    return tuple(jnp.linalg.qr(matrix))
-
-
-@_one_at_a_time_on_cpu
-def _eigh(matrix: jax.Array) -> Any:
-    return tuple(jnp.linalg.eigh(matrix))
 
 
 def _einsum(subscripts: str, x: jax.Array, y: jax.Array) -> jax.Array:

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._core.linalg import eigh, product, transposed
+from lowrank_optax._core.decompositions import eigh
+from lowrank_optax._core.linalg import product, transposed
 
 # Rounding of a Gram matrix in units of the dtype's epsilon; at most 6.4 was seen at r = 64.
 _NOISE = 10

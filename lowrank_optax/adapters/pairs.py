@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core.arguments import check_integer
-from lowrank_optax._core.linalg import compute_dtype, product, qr, svd, transposed
+from lowrank_optax._core.decompositions import qr, svd
+from lowrank_optax._core.linalg import compute_dtype, product, transposed
 from lowrank_optax._core.nodes import LoRAPair
 
 

@@ -43,7 +43,7 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import engine
-from lowrank_optax._core.linalg import qr
+from lowrank_optax._core.decompositions import qr
 from lowrank_optax.engine import adam_direction, both, gram, mix, product, transposed
 
 

@@ -17,7 +17,8 @@ import optax
 
 from lowrank_optax._core import meshes
 from lowrank_optax._core.arguments import check_integer
-from lowrank_optax._core.linalg import compute_dtype, product, svd
+from lowrank_optax._core.decompositions import svd
+from lowrank_optax._core.linalg import compute_dtype, product
 from lowrank_optax._core.names import path_name
 from lowrank_optax._core.nodes import LoRAPair, is_node
 

@@ -22,7 +22,8 @@ from rich.progress import Progress
 
 from lowrank_optax._core import meshes
 from lowrank_optax._core.arguments import check_choice, check_integer, check_positive
-from lowrank_optax._core.linalg import compute_dtype, product, qr, svd, transposed
+from lowrank_optax._core.decompositions import qr, svd
+from lowrank_optax._core.linalg import compute_dtype, product, transposed
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.sketch import Triplets, leading_triplets
 from lowrank_optax.nn.config import Frames, LoRAConfig

@@ -114,7 +114,7 @@ def test_signs_of_singular_vectors_make_no_difference():
 
 
 def test_updates_and_training_steps_are_timed_beside_adamw(tmp_path):
-    call = call_of(tmp_path, steps=1)
+    call = call_of(tmp_path, steps=1, calls=1)
     for part in (accelerator.time_updates(call), accelerator.time_training(call)):
         rows = {item.key: item.find() for item in part.items[:2]}
         assert rows["stacked, adamw"]["ratio"] == 1.0

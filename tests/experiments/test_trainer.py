@@ -265,7 +265,7 @@ def test_a_start_from_the_gradient_keeps_the_model_and_is_made_anew_for_each_see
     assert begin[1] == pytest.approx(begin[0], rel=1e-4)
     assert started.result.status == "finished"
     assert started.result.curve[-1].validation.loss < 0.8 * begin[1]
-    starts = [leaves(trainer._build_model(seed), nnx.LoRAParam) for seed in (0, 0, 1)]
+    starts = [leaves(trainer.build_model(seed), nnx.LoRAParam) for seed in (0, 0, 1)]
     assert all(np.array_equal(x, y) for x, y in zip(starts[0], starts[1], strict=True))
     assert not any(np.allclose(x, y) for x, y in zip(starts[0], starts[2], strict=True))
     assert all(np.any(leaf) for leaf in starts[0])  # neither factor begins at zero
@@ -285,4 +285,4 @@ def test_a_start_from_the_weights_keeps_the_model_and_begins_at_its_loss(
     assert started.config.method_options["start"] == {"method": method.removeprefix("adamw-")}
     after = leaves(tiny_digits.build_model(0, LowRank()), nnx.Param)
     assert all(np.array_equal(x, y) for x, y in zip(before, after, strict=True))
-    assert all(np.any(leaf) for leaf in leaves(trainer._build_model(0), nnx.LoRAParam))
+    assert all(np.any(leaf) for leaf in leaves(trainer.build_model(0), nnx.LoRAParam))

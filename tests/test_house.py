@@ -34,7 +34,9 @@ PUBLIC_MODULES = {
 CORE = (
     "arguments",
     "meshes",
+    "decompositions",
     "linalg",
+    "moments",
     "roots",
     "nodes",
     "names",

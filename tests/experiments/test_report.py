@@ -175,7 +175,7 @@ def test_the_hunt_has_a_row_for_each_attempt_beside_the_unchanged_method(curves)
     rows = hunt_table({"digits": hunted(curves, 0.2, 0.3)}).splitlines()
     assert len(rows) == 4
     assert rows[2].startswith("| digits | none | 0.1 | 1.42× ± 0.35 | 0.7 ± 0.28 | –")
-    assert rows[3].startswith("| digits | b1 = 0.8, not 0.9 | 0.1 | 0.87×")
+    assert rows[3].startswith("| digits | b1 = 0.8, not 0.9 | 0.1 | 0.80×")
     assert "0.25 ± 0.071 | -0.45 ± 0.2 (-2.2): better |" in rows[3]
     assert hunt_table({"digits": hunted(curves, 0.2, 0.3)[:1]}) == ""
 

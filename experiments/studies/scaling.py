@@ -53,6 +53,7 @@ STUDY = Study(
 
 SMOKE = {
     "task_options.width": None,
+    "task_options.rank": 2,  # of so few tokens the gradient has a low rank
     "plan.steps": 12,
     "plan.eval_every": 6,
     "task_options.batch_size": 2,

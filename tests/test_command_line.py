@@ -354,7 +354,7 @@ def test_a_merge_that_cannot_be_leaves_nothing(adapter, tmp_path, kind):
         (["inspect", "nowhere"], "adapter_config.json is missing"),
         (["convert", "one", "one"], "one exists; give another folder"),
         (["convert", "one", "new", "--dtype", "int8"], "--dtype must be float32"),
-        (["convert", "one", "new", "--rank", "0"], "give a rank from 1"),
+        (["convert", "one", "new", "--rank", "0"], "`rank` must be at least 1"),
         (["combine", "new", "one", "--rank", "1", "--weight", "1", "--weight", "2"], "got 2"),
         (["merge", "one", "nowhere", "new"], "holds no safetensors file"),
     ],

@@ -231,11 +231,11 @@ def _row_name(summary: MethodSummary) -> str:
 def _draw_sweeps(
     axes: Axes, summaries: Sequence[MethodSummary], styles: Mapping[str, dict[str, Any]]
 ) -> None:
-    """Draws the finished runs of the first seed as lines, the others as crosses at the top."""
+    """Draws the sweeps' means as lines, rates with unfinished runs as crosses at the top."""
     losses = {
         summary.method: {
-            run.config.learning_rate: run.validation_loss if run.status == "finished" else math.nan
-            for run in summary.sweep
+            point.learning_rate: point.validation_loss if point.finished else math.nan
+            for point in summary.sweep
         }
         for summary in summaries
     }
@@ -243,17 +243,19 @@ def _draw_sweeps(
     small = {name: {"marker": ".", **look} for name, look in styles.items()}
     plots.sweeps(losses, baseline.method if baseline else None, axes, small)
     axes.set(xlabel="peak learning rate", ylabel="final validation loss", yscale="log")
-    axes.set_title("Sweep of the first seed; • best, × diverged", fontsize=10)
+    seeds = max(len(point.runs) for summary in summaries for point in summary.sweep)
+    of_what = f"mean of {seeds} seeds" if seeds > 1 else "first seed"
+    axes.set_title(f"Sweep, {of_what}; • best, × diverged", fontsize=10)
     axes.grid(alpha=0.2)
     done = [
-        run
+        point
         for summary in summaries
-        for run in summary.sweep
-        if run.status == "finished" and styles[summary.method]["color"] != GREY
+        for point in summary.sweep
+        if point.finished and styles[summary.method]["color"] != GREY
     ]
     if done:
-        ends = [run.validation_loss for run in done]
-        start = max(run.curve[0].validation.loss for run in done)
+        ends = [point.validation_loss for point in done]
+        start = max(run.curve[0].validation.loss for point in done for run in point.runs)
         axes.set_ylim(0.95 * min(ends), min(1.05 * max(ends), 1.3 * start))
     _log_ticks(axes)
 

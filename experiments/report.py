@@ -44,18 +44,17 @@ RATES = "rates"
 WHY = "why.md"
 
 LEGEND = """\
-Mean ± standard deviation over seeds at each method's best learning rate (chosen by the final
-validation loss of the first seed; `*`: it is an end of the sweep). "AdamW" is LoRA with AdamW as
+Mean ± standard deviation over seeds at each method's best learning rate (chosen by the mean
+final validation loss of the sweep; `*`: it is an end of the sweep). "AdamW" is LoRA with AdamW as
 it is best: of the rows `adamw` (one rate), `lora-plus-4` and `lora-plus` (b 4 and 16 times as
 fast), those that were run. "Fewer steps": AdamW's steps to the lowest point of its mean
 validation curve, divided by the method's to the same loss, interpolated between evaluations; a
-start counts as many steps as it takes gradients. "lr
-off by one": the same, averaged over the best rate and its neighbours with the first seed; 0 for
-a run that does not get there. A difference of losses is given with its pooled standard error
-and, in brackets, in units of it; it is claimed only above two. "Time to AdamW's loss" is in
-units of AdamW's. "Time a step" is measured in turn with `adamw` in the same process, and rough
-where other work ran beside; "memory" is trained leaves, state and the compiled step's
-temporaries. "Lost": diverged or failed runs of the sweep."""
+start counts as many steps as it takes gradients. "lr off by one": the same, averaged over the
+best rate and its neighbours in the sweep; 0 for a run that does not get there. A difference of
+losses is given with its pooled standard error and, in brackets, in units of it; it is claimed
+only above two. "Time to AdamW's loss" is in units of AdamW's. "Time a step" is measured in turn
+with `adamw` in the same process, and rough where other work ran beside; "memory" is trained
+leaves, state and the compiled step's temporaries. "Lost": diverged or failed runs of the sweep."""
 
 
 class Variant:
@@ -135,7 +134,9 @@ def study_page(file: StudyFile, variants: Sequence[Variant]) -> str:
                 probes,
             ]
             parts.append(f"![Gradients and steps]({_figure_name(file, variant, 'probes')})")
-        parts.append("Final validation loss of the first seed by learning rate:")
+        seeds = len(variant.study.first_seeds)
+        of_what = f"mean of the first {seeds} seeds" if seeds > 1 else "first seed"
+        parts.append(f"Final validation loss by learning rate, {of_what}:")
         parts.append(sweep_table(variant.summaries))
     return "\n\n".join(parts)
 

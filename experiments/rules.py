@@ -193,7 +193,7 @@ def trials(studies: Mapping[str, Sequence[Variant]]) -> list[Trial]:
         for study, variant in _swept(studies)
         for summary in variant.summaries
         if summary.method in RULES and summary.best and not summary.at_edge
-        for config in [summary.sweep[0].config]
+        for config in [summary.config]
         for layers in [layers_of(config)]
         if layers is not None
     ]
@@ -243,18 +243,18 @@ def best_rate(summary: MethodSummary) -> float:
     Args:
         summary: A sweep whose best rate is no end of it.
     """
-    runs = summary.sweep
-    at = min(range(len(runs)), key=lambda index: runs[index].validation_loss)
-    near = runs[at - 1 : at + 2]
-    if not all(math.isfinite(run.validation_loss) for run in near):
-        return runs[at].config.learning_rate
+    points = summary.sweep
+    at = min(range(len(points)), key=lambda index: points[index].validation_loss)
+    near = points[at - 1 : at + 2]
+    if not all(math.isfinite(point.validation_loss) for point in near):
+        return points[at].learning_rate
     (x0, x1, x2), (y0, y1, y2) = (
-        [math.log(run.config.learning_rate) for run in near],
-        [math.log(run.validation_loss) for run in near],
+        [math.log(point.learning_rate) for point in near],
+        [math.log(point.validation_loss) for point in near],
     )
     left, right = (y1 - y0) / (x1 - x0), (y2 - y1) / (x2 - x1)
     if right <= left:
-        return runs[at].config.learning_rate
+        return points[at].learning_rate
     return math.exp((x0 + x1) / 2 - left * (x2 - x0) / 2 / (right - left))
 
 
@@ -301,21 +301,21 @@ def unseen_table(studies: Mapping[str, Sequence[Variant]]) -> str:
         for variant in studies.get(study, ()):
             baseline = tuned_baseline(variant.summaries)
             for summary in variant.summaries:
-                layers, rule = layers_of(summary.sweep[0].config), RULES.get(summary.method)
+                layers, rule = layers_of(summary.config), RULES.get(summary.method)
                 if baseline is None or layers is None or rule is None or not summary.best:
                     continue
-                rate = rule.rate(layers, summary.sweep[0].config.task_options["rank"])
-                distance = lambda run, rate=rate: abs(math.log(run.config.learning_rate / rate))
+                rate = rule.rate(layers, summary.config.task_options["rank"])
+                distance = lambda point, rate=rate: abs(math.log(point.learning_rate / rate))
                 by_rule = min(summary.sweep, key=distance)
-                best = min(summary.sweep, key=lambda run: run.validation_loss)
-                swept = min(baseline.sweep, key=lambda run: run.validation_loss)
+                best = min(summary.sweep, key=lambda point: point.validation_loss)
+                swept = min(baseline.sweep, key=lambda point: point.validation_loss)
                 rows.append(
                     [
                         f"[{study}]({study}.md)" + f", {variant.name}" * bool(variant.name),
                         summary.method,
-                        f"{by_rule.config.learning_rate:g}",
+                        f"{by_rule.learning_rate:g}",
                         f"{by_rule.validation_loss:.4g}",
-                        f"{best.config.learning_rate:g}",
+                        f"{best.learning_rate:g}",
                         f"{best.validation_loss:.4g}",
                         f"{swept.validation_loss:.4g} ({baseline.method})",
                     ]

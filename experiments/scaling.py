@@ -35,7 +35,7 @@ Series = Mapping[str, Sequence[Point]]
 
 def size_of(variant: Variant) -> Size:
     """Returns the sizes of a variant, as its runs record them."""
-    config = variant.summaries[0].sweep[0].config
+    config = variant.summaries[0].config
     options = config.task_options
     return Size(options["width"], options["rank"], config.plan.steps)
 

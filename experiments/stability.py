@@ -6,8 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
-from experiments.schema import RunResult
-from experiments.summary import MethodSummary, Variant
+from experiments.summary import MethodSummary, SweepPoint, Variant
 from experiments.tables import NOTHING, markdown
 
 SLACK = 1.05
@@ -50,31 +49,31 @@ def range_of(summary: MethodSummary, comparison: str) -> Range | None:
     did not finish the range ends.
 
     Args:
-        summary: The sweep, of one seed.
+        summary: The method.
         comparison: Name of the study and the variant.
 
     Returns:
         The range; None without a sweep.
     """
-    runs = summary.sweep
-    if len(runs) < 3 or not summary.best:
+    points = summary.sweep
+    if len(points) < 3 or not summary.best:
         return None
-    best = min(runs, key=lambda run: run.validation_loss)
-    at, limit = runs.index(best), SLACK * best.validation_loss
-    low, is_open_below = _end(runs[at::-1], limit)
-    high, is_open_above = _end(runs[at:], limit)
+    best = min(points, key=lambda point: point.validation_loss)
+    at, limit = points.index(best), SLACK * best.validation_loss
+    low, is_open_below = _end(points[at::-1], limit)
+    high, is_open_above = _end(points[at:], limit)
     return Range(comparison, low, high, is_open_below or is_open_above)
 
 
-def _end(runs: Sequence[RunResult], limit: float) -> tuple[float, bool]:
+def _end(points: Sequence[SweepPoint], limit: float) -> tuple[float, bool]:
     """Returns the last rate within the limit, going away from the best, and if it is the last."""
-    for inner, outer in pairwise(runs):
+    for inner, outer in pairwise(points):
         if outer.validation_loss > limit:
-            rate, beyond = inner.config.learning_rate, outer.config.learning_rate
+            rate, beyond = inner.learning_rate, outer.learning_rate
             rise = outer.validation_loss - inner.validation_loss
             part = (limit - inner.validation_loss) / rise if math.isfinite(rise) else 0.0
             return rate * (beyond / rate) ** part, False
-    return runs[-1].config.learning_rate, True
+    return points[-1].learning_rate, True
 
 
 def ranges(studies: Mapping[str, Sequence[Variant]]) -> dict[str, list[Range]]:
@@ -162,14 +161,14 @@ def lost_runs(studies: Mapping[str, Sequence[Variant]]) -> dict[str, str]:
 
     def lost(summary: MethodSummary) -> tuple[int, int]:
         limit = 3.5 * summary.best[0].config.learning_rate
-        near = [run for run in summary.sweep if run.config.learning_rate <= limit]
+        near = [run for run in summary.sweep_runs if run.config.learning_rate <= limit]
         return sum(run.status != "finished" for run in near), len(near)
 
     return _counted(studies, lost)
 
 
 def broken_seeds(studies: Mapping[str, Sequence[Variant]]) -> dict[str, str]:
-    """Counts the seeds that break down at the rate that is best with the first seed.
+    """Counts the seeds that break down at the rate that is best in the sweep.
 
     They do not finish, or end at more than `BROKEN` times the median of the method's seeds.
 

@@ -24,8 +24,10 @@ class Study(Record):
         plan: Steps and schedule, the same for all methods.
         learning_rates: The methods and the peak learning rates that each is swept over.
         method_options: What differs from the methods' own options, by method.
-        seeds: The sweep runs with the first; the best learning rate of each method, by final
-            validation loss, then runs with the others.
+        seeds: The sweep runs with the first ones; the best learning rate of each method, by mean
+            final validation loss, then runs with the others.
+        sweep_seeds: With how many seeds a sweep runs: more than one where the validation split is
+            so small that a seed's luck would choose the rate.
         extensions: By how many rates a sweep may grow whose best is an end of it.
         variants: Under which further changes (see `override`) all this is repeated, by name; none
             for one comparison without a name.
@@ -38,6 +40,7 @@ class Study(Record):
     learning_rates: dict[str, tuple[float, ...]] = Field(min_length=1)
     method_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
     seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    sweep_seeds: int = Field(default=1, ge=1)
     extensions: int = Field(default=4, ge=0)
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)
     variant_axis: str = ""
@@ -52,8 +55,13 @@ class Study(Record):
 
     def runs(self) -> int:
         """Returns how many runs one variant takes if no sweep grows."""
-        sweep = sum(map(len, self.learning_rates.values()))
-        return sweep + len(self.learning_rates) * (len(self.seeds) - 1)
+        sweep = sum(map(len, self.learning_rates.values())) * len(self.first_seeds)
+        return sweep + len(self.learning_rates) * (len(self.seeds) - len(self.first_seeds))
+
+    @property
+    def first_seeds(self) -> tuple[int, ...]:
+        """The seeds of the sweep."""
+        return self.seeds[: self.sweep_seeds]
 
 
 class StudyFile(NamedTuple):
@@ -93,7 +101,7 @@ def override(study: Study, changes: Mapping[str, Any]) -> Study:
         *(f"learning_rates.{key}" for key in values["learning_rates"]),
         *(f"method_options.{key}" for key in values["learning_rates"]),
         *(f"task_options.{key}" for key in option_names(study.task)),
-        *("learning_rates", "seeds", "extensions"),
+        *("learning_rates", "seeds", "sweep_seeds", "extensions"),
     ]
     # A variant may set options of a method of its own, which a smaller set then leaves out.
     options = {f"method_options.{method}" for method in METHODS}

@@ -7,8 +7,30 @@ from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from experiments.peers import TUNED_ADAMW
-from experiments.schema import RunResult, Scores
+from experiments.schema import RunConfig, RunResult, Scores
 from experiments.start import gradients_of
+
+
+class SweepPoint(NamedTuple):
+    """The runs of a sweep at one learning rate.
+
+    Attributes:
+        learning_rate: The rate.
+        runs: The runs, one a seed of the sweep.
+    """
+
+    learning_rate: float
+    runs: list[RunResult]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all runs finished."""
+        return all(run.status == "finished" for run in self.runs)
+
+    @property
+    def validation_loss(self) -> float:
+        """The mean final validation loss; infinite unless all runs finished."""
+        return statistics.mean(run.validation_loss for run in self.runs)
 
 
 @dataclass(frozen=True)
@@ -17,27 +39,37 @@ class MethodSummary:
 
     Attributes:
         method: Name of the method.
-        sweep: The runs of the first seed, by rising learning rate.
-        best: All finished runs at the learning rate with the lowest final validation loss in the
-            sweep, one a seed; empty if none finished.
+        sweep: The runs of the first seeds, by rising learning rate.
+        best: All finished runs at the learning rate with the lowest mean final validation loss in
+            the sweep, one a seed; empty if none finished.
         broken: How many further seeds did not finish at that rate.
     """
 
     method: str
-    sweep: list[RunResult]
+    sweep: list[SweepPoint]
     best: list[RunResult]
     broken: int = 0
 
     @property
     def at_edge(self) -> bool:
         """Whether the best learning rate is an end of the sweep, so that it proves little."""
-        ends = {self.sweep[0].config.learning_rate, self.sweep[-1].config.learning_rate}
+        ends = {self.sweep[0].learning_rate, self.sweep[-1].learning_rate}
         return len(self.sweep) > 1 and any(r.config.learning_rate in ends for r in self.best)
 
     @property
     def lost(self) -> int:
         """How many runs of the sweep, or at the best rate, diverged or failed."""
-        return sum(run.status != "finished" for run in self.sweep) + self.broken
+        return sum(run.status != "finished" for run in self.sweep_runs) + self.broken
+
+    @property
+    def sweep_runs(self) -> list[RunResult]:
+        """The runs of the sweep, by rising learning rate and seed."""
+        return [run for point in self.sweep for run in point.runs]
+
+    @property
+    def config(self) -> RunConfig:
+        """The configuration of the first run, for what all runs share."""
+        return self.sweep[0].runs[0].config
 
     @property
     def reported_split(self) -> str:
@@ -102,9 +134,9 @@ class Speedup:
         runs: How many runs there are, those that broke down included.
         of_means: Where the mean of the curves crosses the goal, in place of each; None if it does
             not.
-        forgiving: The first seed's mean over the best learning rate and its two neighbours in the
-            sweep, where a run that does not reach the goal counts as zero; None if the best is an
-            end of the sweep.
+        forgiving: The mean over the best learning rate and its two neighbours in the sweep, where
+            a run that does not reach the goal counts as zero; None if the best is an end of the
+            sweep.
     """
 
     reached: list[float]
@@ -121,7 +153,8 @@ class Speedup:
 def summarize(results: Iterable[RunResult]) -> list[MethodSummary]:
     """Groups the results of one variant by method, in the order in which they come.
 
-    The first seed of a method is that with the most learning rates.
+    The seeds of a method's sweep are those with the most learning rates; the first one where each
+    has one rate.
     """
     by_method: dict[str, list[RunResult]] = {}
     for result in results:
@@ -130,14 +163,23 @@ def summarize(results: Iterable[RunResult]) -> list[MethodSummary]:
 
 
 def _summarize_method(method: str, runs: list[RunResult]) -> MethodSummary:
+    runs = sorted(runs, key=lambda run: run.config.seed)
     seeds = [run.config.seed for run in runs]
-    first = max(sorted(set(seeds)), key=seeds.count)
-    rate_of = lambda run: run.config.learning_rate
-    sweep = sorted((run for run in runs if run.config.seed == first), key=rate_of)
-    chosen = rate_of(min(sweep, key=lambda run: run.validation_loss))
-    there = sorted((r for r in runs if rate_of(r) == chosen), key=lambda run: run.config.seed)
+    most = max(map(seeds.count, seeds))
+    swept = [seed for seed in sorted(set(seeds)) if seeds.count(seed) == most]
+    swept = swept if most > 1 else swept[:1]
+    at: dict[float, list[RunResult]] = {}
+    for run in runs:
+        at.setdefault(run.config.learning_rate, []).append(run)
+    points = (
+        SweepPoint(rate, [run for run in at[rate] if run.config.seed in swept])
+        for rate in sorted(at)
+    )
+    sweep = [point for point in points if point.runs]
+    chosen = min(sweep, key=lambda point: point.validation_loss)
+    there = at[chosen.learning_rate]
     best = [run for run in there if run.status == "finished"]
-    broken = sum(run.status != "finished" for run in there if run not in sweep)
+    broken = sum(run.status != "finished" for run in there if run not in chosen.runs)
     return MethodSummary(method, sweep, best, broken)
 
 
@@ -237,10 +279,11 @@ def speedup(summary: MethodSummary, goal: Goal) -> Speedup:
     of_means = forgiving = None
     if summary.best:
         of_means = times(mean_curve(summary.best), summary.best[0]) or None
-        rates = [run.config.learning_rate for run in summary.sweep]
+        rates = [point.learning_rate for point in summary.sweep]
         at = rates.index(summary.best[0].config.learning_rate)
         near = summary.sweep[max(at - 1, 0) : at + 2]
-        forgiving = statistics.mean(map(of_run, near)) if len(near) == 3 else None
+        runs = [run for point in near for run in point.runs]
+        forgiving = statistics.mean(map(of_run, runs)) if len(near) == 3 else None
     reached = [value for value in values if value]
     return Speedup(reached, len(values) + summary.broken, of_means, forgiving)
 

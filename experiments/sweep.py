@@ -4,6 +4,7 @@ It follows from the results that are there alone, so a study that was killed goe
 not been.
 """
 
+import math
 from collections.abc import Callable, Collection, Iterable, Mapping
 from pathlib import Path
 from typing import NamedTuple
@@ -82,19 +83,24 @@ def look_ahead(study: Study, method: str, results: Iterable[RunResult]) -> Ahead
         results: The results of this method in this variant.
     """
     losses = {Run(r.config.learning_rate, r.config.seed): r.validation_loss for r in results}
-    first, *others = study.seeds
-    planned = [Run(rate, first) for rate in study.learning_rates[method]]
-    rates = sorted(run.learning_rate for run in losses if run.seed == first)
-    default = planned[0].learning_rate
-    best = min(rates, key=lambda rate: losses[Run(rate, first)], default=default)
-    rest = [run for seed in others if (run := Run(best, seed)) not in losses]
-    if missing := [run for run in planned if run not in losses]:
-        return Ahead(missing, len(rest))
+    first = study.first_seeds
+    planned = study.learning_rates[method]
+    swept = {run.learning_rate for run in losses if run.seed == first[0]}
+    rates = sorted(swept.union(planned))
+
+    def total(rate: float) -> float:
+        return sum(losses.get(Run(rate, seed), math.inf) for seed in first)
+
+    best = min(rates, key=total)
+    rest = [run for seed in study.seeds if (run := Run(best, seed)) not in losses]
+    later = sum(run.seed not in first for run in rest)
+    if missing := [run for rate in rates for s in first if (run := Run(rate, s)) not in losses]:
+        return Ahead(missing, later)
     if len(planned) > 1 and len(rates) - len(planned) < study.extensions:
         if best == rates[0]:
-            return Ahead([Run(_beyond(rates[1], rates[0]), first)], len(rest))
+            return Ahead([Run(_beyond(rates[1], rates[0]), s) for s in first], later)
         if best == rates[-1]:
-            return Ahead([Run(_beyond(rates[-2], rates[-1]), first)], len(rest))
+            return Ahead([Run(_beyond(rates[-2], rates[-1]), s) for s in first], later)
     return Ahead(rest, 0)
 
 

@@ -1,6 +1,7 @@
 """Tables of a study: the same cells on the screen and in the documentation."""
 
 import statistics
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from experiments.summary import (
     Difference,
     MethodSummary,
     Speedup,
+    SweepPoint,
     difference,
     goal_of,
     memory,
@@ -122,18 +124,22 @@ def comparison_table(summaries: Sequence[MethodSummary]) -> str:
 
 
 def sweep_table(summaries: Sequence[MethodSummary]) -> str:
-    """Writes the final validation loss of the first seed at every learning rate."""
-    rates = sorted({run.config.learning_rate for s in summaries for run in s.sweep})
+    """Writes the mean final validation loss of the sweep's seeds at every learning rate."""
+    rates = sorted({point.learning_rate for s in summaries for point in s.sweep})
     rows = []
     for summary in summaries:
-        losses = {run.config.learning_rate: run for run in summary.sweep}
-        row = []
-        for rate in rates:
-            run = losses.get(rate)
-            done = run is not None and run.status == "finished"
-            row.append(f"{run.validation_loss:.4g}" if done and run else run.status if run else "")
-        rows.append([summary.method, *row])
+        found = {point.learning_rate: _sweep_cell(point) for point in summary.sweep}
+        rows.append([summary.method, *(found.get(rate, "") for rate in rates)])
     return markdown(["method", *(f"{rate:g}" for rate in rates)], rows)
+
+
+def _sweep_cell(point: SweepPoint) -> str:
+    if point.finished:
+        return f"{point.validation_loss:.4g}"
+    states = Counter(run.status for run in point.runs if run.status != "finished")
+    return ", ".join(
+        f"{count} {state}" if len(point.runs) > 1 else state for state, count in states.items()
+    )
 
 
 def probed(summaries: Sequence[MethodSummary]) -> dict[str, str]:
@@ -216,12 +222,13 @@ def _time(summary: MethodSummary, baseline: MethodSummary | None) -> str:
 
 
 def _ratio(summary: MethodSummary) -> float:
-    ratios = [run.step_ratio for run in summary.sweep if run.step_ratio is not None]
+    ratios = [run.step_ratio for run in summary.sweep_runs if run.step_ratio is not None]
     return statistics.median(ratios)
 
 
 def _step_ratio(summary: MethodSummary, baseline: MethodSummary | None) -> str:
-    return NOTHING if summary.sweep[0].step_ratio is None else f"{_ratio(summary):.2f}×"
+    is_measured = summary.sweep_runs[0].step_ratio is not None
+    return f"{_ratio(summary):.2f}×" if is_measured else NOTHING
 
 
 def _memory(summary: MethodSummary, baseline: MethodSummary | None) -> str:
@@ -231,8 +238,8 @@ def _memory(summary: MethodSummary, baseline: MethodSummary | None) -> str:
 
 
 def _parameters(summary: MethodSummary, baseline: MethodSummary | None) -> str:
-    return f"{summary.sweep[0].trainable_parameters:,}"
+    return f"{summary.sweep_runs[0].trainable_parameters:,}"
 
 
 def _lost(summary: MethodSummary, baseline: MethodSummary | None) -> str:
-    return f"{summary.lost}/{len(summary.sweep)}"
+    return f"{summary.lost}/{len(summary.sweep_runs)}"

@@ -17,7 +17,9 @@ import experiments.workers
 from experiments.errors import ExperimentError
 from experiments.schema import Plan, RunResult
 from experiments.study import Study, expand, load_study
+from experiments.summary import summarize
 from experiments.sweep import Board, next_run, plan_jobs, read_results
+from experiments.tables import sweep_table
 from experiments.workers import run_jobs, share_cores
 from tests.experiments.samples import make_result
 from tests.experiments.test_cli import invoke
@@ -81,6 +83,40 @@ def test_if_all_diverge_lower_rates_are_tried():
 
 def test_a_result_that_is_not_finished_is_not_the_best():
     assert trace({0.01: 2.0, 0.03: 1.0})[-1] == (0.03, 5)
+
+
+def test_a_sweep_of_several_seeds_chooses_by_their_mean():
+    study = STUDY.model_copy(update={"seeds": (0, 5, 7), "sweep_seeds": 2})
+    losses = {
+        **{(0.01, 0): 3.0, (0.01, 5): 2.0, (0.03, 0): 1.0, (0.03, 5): 2.5},
+        **{(0.1, 0): 1.2, (0.1, 5): 1.9, (0.3, 0): 0.1, (0.3, 5): 9.0, (0.1, 7): 1.5},
+    }
+    results, ran = [], []
+    while (coming := next_run(study, "adamw", results)) is not None:
+        ran.append(coming)
+        changes = {"learning_rate": coming.learning_rate, "seed": coming.seed}
+        results.append(make_result(loss=losses[coming], **changes))
+    assert ran == list(losses)  # 0.3 is best with the first seed, 0.1 with both
+    (summary,) = summarize(results)
+    assert [point.learning_rate for point in summary.sweep] == [0.01, 0.03, 0.1, 0.3]
+    assert summary.sweep[1].validation_loss == pytest.approx(1.75)
+    assert [run.config.seed for run in summary.best] == [0, 5, 7]
+    assert summary.best[0].config.learning_rate == 0.1
+    assert study.runs() == 3 * 2 + 1
+
+
+def test_a_rate_at_which_a_seed_of_the_sweep_breaks_down_is_not_the_best():
+    runs = [
+        make_result(learning_rate=0.01, seed=0, loss=2.0),
+        make_result(learning_rate=0.01, seed=5, loss=2.0),
+        make_result(learning_rate=0.03, seed=0, loss=1.0),
+        make_result(learning_rate=0.03, seed=5, status="diverged"),
+    ]
+    (summary,) = summarize(runs)
+    assert summary.best[0].config.learning_rate == 0.01
+    assert (summary.lost, summary.broken) == (1, 0)
+    assert not summary.sweep[1].finished
+    assert "| adamw | 2 | 1 diverged |" in sweep_table([summary])
 
 
 def test_workers_stay_with_a_method_then_help_and_wait_for_the_best_rate(tmp_path):

@@ -100,6 +100,7 @@ bench: $(READY)
 	$(PY) -m benchmarks.update_step
 	$(PY) -m benchmarks.train_step --layout separate
 	$(PY) -m benchmarks.gradient_start
+	$(PY) -m benchmarks.inverse_roots
 
 dist: $(READY)
 	rm -rf dist

@@ -101,6 +101,23 @@ def test_oplora_that_is_scaled_stands_still_and_says_so_unless_its_products_are_
     assert loss(after) < loss(node)
 
 
+def test_of_a_stack_the_entries_with_true_products_move_without_a_warning():
+    one, loss = fitting()
+    stack = jax.tree.map(lambda leaf: jnp.stack([leaf, leaf]), one)
+    tx = oplora(0.02)
+    grads = jax.grad(lambda p: jnp.sum(jax.vmap(loss)(p)))(stack)
+    grads = jax.tree.map(lambda leaf: leaf.at[1].multiply(0.1), grads)  # as clipping would
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        updates, state = jax.jit(tx.update)(grads, tx.init(stack), stack)
+        jax.effects_barrier()
+    after = optax.apply_updates(stack, updates)
+    of = lambda tree, index: jax.tree.map(lambda leaf: leaf[index], tree)
+    assert loss(of(after, 0)) < loss(one)
+    assert loss(of(after, 1)) == loss(one)
+    assert skipped(state) == 1
+
+
 def test_oplora_without_foreign_changes_says_nothing():
     node, loss = fitting()
     with warnings.catch_warnings():

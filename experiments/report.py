@@ -26,7 +26,7 @@ from experiments.schema import RunResult
 from experiments.stability import broken_seeds, lost_runs, ranges, stability_table
 from experiments.study import Study, StudyFile, expand, load_study, study_names
 from experiments.summary import MethodSummary, difference, summarize, tuned_baseline
-from experiments.sweep import next_run, read_results
+from experiments.sweep import next_run, other_setting, read_results
 from experiments.tables import (
     comparison_table,
     markdown,
@@ -96,12 +96,12 @@ def read_variants(file: StudyFile, results: Path) -> list[Variant]:
     found = read_results(results / file.name)
     plans = expand(file.study, {}, [])
     for result in found:
-        config = result.config
-        plan = plans[config.variant].plan if config.variant in plans else None
-        if config.study != file.name or config.plan != plan:
+        config, study = result.config, plans.get(result.config.variant)
+        other = other_setting(result, file.name, study) if study else "variant than the study's"
+        if other:
             raise ExperimentError(
-                f"{results / file.name / config.file_name()} was not made by the study as it is "
-                "now: move it away, or run the study again"
+                f"{results / file.name / config.file_name()} has another {other}: move it away, "
+                "or run the study again"
             )
     variants = []
     for name, study in plans.items():

@@ -217,6 +217,21 @@ def _require_fixed_kernels(study: Study, method: str) -> None:
 
 
 def _require_same_settings(result: RunResult, name: str, study: Study, out: Path) -> None:
+    if found := other_setting(result, name, study):
+        raise ExperimentError(
+            f"{out / result.config.file_name()} has another {found}: pass --fresh to delete it, "
+            "or another --out"
+        )
+
+
+def other_setting(result: RunResult, name: str, study: Study) -> str:
+    """Says which setting of a result is not the study's; empty if all are.
+
+    Args:
+        result: The result.
+        name: Name of the study.
+        study: The variant that the result is of.
+    """
     config = result.config
     options = parse_options(study.task, study.task_options).model_dump(mode="json")
     expected = {
@@ -229,10 +244,8 @@ def _require_same_settings(result: RunResult, name: str, study: Study, out: Path
     for key, value in expected.items():
         there = getattr(config, key)
         if there != value:
-            raise ExperimentError(
-                f"{out / config.file_name()} has another {key} than this run ({there}, not "
-                f"{value}): pass --fresh to delete it, or another --out"
-            )
+            return f"{key} than the study ({there}, not {value})"
+    return ""
 
 
 class Board:

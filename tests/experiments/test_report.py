@@ -300,13 +300,17 @@ def test_numbers_of_a_page_are_those_of_the_runs(committed, tmp_path):
     assert f"| {statistics.mean(losses):.4g} ± " in line
 
 
-def test_results_of_no_study_or_another_plan_are_errors(tmp_path):
+def test_results_of_no_study_or_of_other_settings_are_errors(tmp_path):
     (tmp_path / "nonsense").mkdir()
     with pytest.raises(ExperimentError, match="holds results of no study"):
         make_pages(tmp_path, tmp_path, tmp_path / "none.md")
     (tmp_path / "nonsense").rename(tmp_path / "digits")
     make_result().write(tmp_path / "digits")
-    with pytest.raises(ExperimentError, match="was not made by the study as it is now"):
+    with pytest.raises(ExperimentError, match="has another variant than the study's: move it away"):
+        make_pages(tmp_path, tmp_path, tmp_path / "none.md")
+    next((tmp_path / "digits").iterdir()).unlink()
+    make_result(variant="peers").write(tmp_path / "digits")
+    with pytest.raises(ExperimentError, match="has another task_options than the study"):
         make_pages(tmp_path, tmp_path, tmp_path / "none.md")
 
 

@@ -333,7 +333,7 @@ def test_resume_and_fresh_together_delete_nothing(tmp_path):
 
 def test_results_of_other_settings_are_not_mixed(tmp_path):
     make_result().write(tmp_path)
-    with pytest.raises(ExperimentError, match="another task_options than this run"):
+    with pytest.raises(ExperimentError, match="another task_options than the study"):
         jobs(tmp_path, resume=True)
 
 
@@ -341,7 +341,7 @@ def test_results_of_other_options_of_a_method_are_not_mixed(tmp_path):
     stored(tmp_path)
     assert jobs(tmp_path, resume=True)
     parts = expand(STUDY, {"method_options.adamw": {"b1": 0.8}}, [])
-    with pytest.raises(ExperimentError, match="another method_options than this run"):
+    with pytest.raises(ExperimentError, match="another method_options than the study"):
         plan_jobs("digits", parts, None, tmp_path, resume=True, fresh=False)
 
 

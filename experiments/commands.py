@@ -18,6 +18,7 @@ from experiments.adapters import WholeModel
 from experiments.errors import ExperimentError
 from experiments.figures import draw_variant
 from experiments.methods import get_method
+from experiments.peers import peers
 from experiments.report import check_pages, draw_pages, make_pages, write_pages
 from experiments.schema import RunResult
 from experiments.study import expand, load_study, parse_overrides, select, with_task
@@ -40,11 +41,14 @@ COLUMNS = (
 
 DEMONSTRATED = ["adamw", "polora-start", "altlora-plus-simultaneous", "sds-lora"]
 
+DEMO = {"seeds": (0, 1, 2), "learning_rates": peers(adamw=1e-2, polora=0.3, count=3)}
+"""Less than the study, so that the demo takes minutes."""
+
 
 def demo(*, out: Path | None, quick: bool, fresh: bool) -> None:
     """Adapts a small ViT to new digits: AdamW, PoLoRA, AltLoRA+ and SDS-LoRA."""
     file = load_study("digits")
-    parts = expand(file.study, file.smoke if quick else {"seeds": (0, 1, 2)}, ["peers"])
+    parts = expand(file.study, file.smoke if quick else DEMO, ["peers"])
     parts = {name: select(study, DEMONSTRATED, []) for name, study in parts.items()}
     folder = out or Path("outputs/demo")
     jobs = plan_jobs(file.name, parts, None, folder, resume=not fresh, fresh=fresh)

@@ -16,8 +16,8 @@ bound is η. The paper's `radius="linear"` leaves out ρ²; it explodes where bo
 
 Written from the equations, for the authors' code was not available. Deviations: the default
 `partner="identity"`, which costs less and needs about as many steps in the studies here, where the
-Gram form ends lower on two of eight; the default `radius="exact"`; singular
-values below rounding level count as zero in msign, so that ranks padded with zeros stay zero.
+Gram form ends lower on two of eight; the default `radius="exact"`; singular values below rounding
+level count as zero in msign, so that ranks padded with zeros stay zero.
 """
 
 from __future__ import annotations

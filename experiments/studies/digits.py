@@ -8,8 +8,8 @@ the alternating order with three. No download: the images come with scikit-learn
 chosen on the validation split, which is small, so by the mean of three seeds; the test is only
 reported.
 
-Cost: `peers` 19 minutes on 2 CPU cores beside other work, the attempts of the hunt a minute each,
-`papers` 2 to 3, `constant` 3. Expect PoLoRA ahead of AdamW, full fine-tuning ahead of both, and
+Cost, by the sum of the runs on 2 CPU cores: `peers` 22 minutes, `constant` 5, `papers` 2, the
+attempts of the hunt 1 each. Expect PoLoRA ahead of AdamW, full fine-tuning ahead of both, and
 AltLoRA behind: docs/results/digits.md.
 """
 

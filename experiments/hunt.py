@@ -22,7 +22,8 @@ from experiments.tables import NOTHING, markdown, spread, times, verdict
 PREFIX = "hunt-"
 ABLATED = "polora-ablated-start"
 REFERENCE = "peers"
-"""The variant that an attempt is compared with: it has AdamW and the unchanged method."""
+"""How the variant begins that an attempt is compared with: it has AdamW and the unchanged method.
+Of several the first one counts."""
 
 
 class Attempt(NamedTuple):
@@ -63,14 +64,18 @@ ATTEMPTS = {
 }
 
 
-def attempts(rates: tuple[float, ...]) -> dict[str, dict[str, Any]]:
+def attempts(
+    rates: tuple[float, ...], reference: Mapping[str, Any] | None = None
+) -> dict[str, dict[str, Any]]:
     """Makes the variants of all attempts.
 
     Args:
         rates: The learning rates with which a sweep begins.
+        reference: What the variant that they are compared with changes in the study.
     """
     return {
         f"{PREFIX}{name}": {
+            **(reference or {}),
             "learning_rates": {attempt.method: rates},
             f"method_options.{attempt.method}": dict(attempt.options),
         }
@@ -102,7 +107,7 @@ def _rows(study: str, variants: Sequence[Variant]) -> Iterator[list[str]]:
     tried = [name for name in by_name if is_attempt(name)]
     if not tried:
         return
-    reference = by_name[REFERENCE]
+    reference = next(by_name[name] for name in by_name if name.startswith(REFERENCE))
     baseline = tuned_baseline(reference)
     unchanged = next(summary for summary in reference if summary.method == RECOMMENDED)
     if baseline is None or not unchanged.best:

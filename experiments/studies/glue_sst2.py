@@ -16,6 +16,7 @@ with --jobs 2. Expect SDS-LoRA beside AdamW, OPLoRA and AltLoRA behind, and a cl
 rate: docs/results/glue-sst2.md.
 """
 
+from experiments.hunt import attempts
 from experiments.peers import highlights, others, peers
 from experiments.schema import Plan
 from experiments.study import Study
@@ -23,7 +24,7 @@ from experiments.study import Study
 ADAM = (2e-4, 6e-4, 2e-3, 6e-3, 2e-2)
 STEP = (0.01, 0.03, 0.1, 0.3, 1.0)
 
-PEERS = 384  # of each split: four fifths of a run would be evaluation with all
+PEERS = {"task_options.eval_limit": 384}  # of each split: with all, a run is mostly evaluation
 ALL_LINEAR = "query|key|value|out|mlp_in|mlp_out"
 PAPERS = {"adamw": ADAM, "altlora": STEP, "oplora": STEP, "sds-lora": ADAM}
 
@@ -34,14 +35,14 @@ STUDY = Study(
     learning_rates=peers(adamw=3e-3, polora=0.1, count=3) | others(adamw=3e-3, polora=0.1, count=3),
     seeds=(0, 1, 2),
     variants={
-        "peers-query-value": {"task_options.eval_limit": PEERS},
+        "peers-query-value": PEERS,
         "peers-all-linear": {
-            "task_options.eval_limit": PEERS,
+            **PEERS,
             "task_options.targets": ALL_LINEAR,
             "learning_rates": peers(adamw=1e-3, polora=0.03, count=3),
         },
         "rank-32": {
-            "task_options.eval_limit": PEERS,
+            **PEERS,
             "task_options.targets": ALL_LINEAR,
             "task_options.rank": 32,
             "task_options.alpha": 64.0,
@@ -68,6 +69,7 @@ STUDY = Study(
             "task_options.targets": ALL_LINEAR,
             "learning_rates": PAPERS,
         },
+        **attempts((0.03, 0.1, 0.3), PEERS),
     },
 )
 

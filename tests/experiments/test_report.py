@@ -180,6 +180,20 @@ def test_the_hunt_has_a_row_for_each_attempt_beside_the_unchanged_method(curves)
     assert hunt_table({"digits": hunted(curves, 0.2, 0.3)[:1]}) == ""
 
 
+def test_the_hunt_compares_with_the_first_variant_of_the_peers(curves):
+    peers, attempt = hunted(curves, 0.2, 0.3)
+    first = Variant("peers-query-value", peers.study, curves)
+    second = Variant("peers-all-linear", peers.study, curves[:1])
+    found = hunt_table({"digits": [first, second, attempt]})
+    assert found == hunt_table({"digits": [peers, attempt]})
+
+
+def test_attempts_change_what_their_reference_changes():
+    variant = attempts((0.1, 0.3), {"task_options.rank": 4})["hunt-no-momentum"]
+    assert variant["task_options.rank"] == 4
+    assert variant["learning_rates"] == {"polora-start": (0.1, 0.3)}
+
+
 def test_attempts_are_no_comparisons_and_have_a_page_of_their_own(curves):
     variants = hunted(curves, 0.2, 0.3)
     assert "hunt" not in index_block({"digits": variants})

@@ -67,15 +67,16 @@ def claim(comparisons: Sequence[Comparison]) -> str:
         f"In {len(reached)} of {len(means)} comparisons on "
         f"{len({c.study for c in comparisons})} tasks, every seed of PoLoRA started from the "
         f"gradient reaches the best validation loss of tuned LoRA AdamW. It needs "
-        f"{reached[0]:.1f} to {reached[-1]:.1f} times fewer steps there (median "
-        f"{statistics.median(reached):.1f}), at least 1.5 times fewer in {at_least(1.5)}, "
+        f"{reached[0]:.2f} to {reached[-1]:.2f} times fewer steps there (median "
+        f"{statistics.median(reached):.2f}), at least 1.5 times fewer in {at_least(1.5)}, "
         f"at least 2 times in {at_least(2.0)}"
     )
     claimed = [comparison.loss for comparison in comparisons if comparison.loss.claimed]
     better = sum(found.value < 0 for found in claimed)
     return (
-        f"{sentence}. Its final loss is lower than AdamW's in {better} of all, higher in "
-        f"{len(claimed) - better}, and not distinguishable in {len(means) - len(claimed)}."
+        f"{sentence}. Of all {len(means)} comparisons, its final loss is lower than AdamW's in "
+        f"{better}, higher in {len(claimed) - better}, and not distinguishable in "
+        f"{len(means) - len(claimed)}."
     )
 
 

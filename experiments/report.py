@@ -124,7 +124,7 @@ def study_page(file: StudyFile, variants: Sequence[Variant]) -> str:
             parts.append(f"## {variant.name}")
         if variant.missing:
             parts.append(
-                "**Not complete.** Without results: " + ", ".join(variant.missing.values()) + "."
+                "**Not complete.** Still to run: " + ", ".join(variant.missing.values()) + "."
             )
         parts.append(comparison_table(variant.summaries))
         parts.append(f"![Loss curves and sweep]({_figure_name(file, variant)})")

@@ -8,7 +8,7 @@ the alternating order with three. No download: the images come with scikit-learn
 chosen on the validation split, which is small, so by the mean of three seeds; the test is only
 reported.
 
-Cost, by the sum of the runs on 2 CPU cores: `peers` 22 minutes, `constant` 5, `papers` 2, the
+Cost with --jobs 2, half the sum of the runs: `peers` 22 minutes, `constant` 5, `papers` 2, the
 attempts of the hunt 1 each. Expect PoLoRA ahead of AdamW, full fine-tuning ahead of both, and
 AltLoRA behind: docs/results/digits.md.
 """

@@ -148,7 +148,7 @@ def test_the_claim_counts_the_comparisons(curves):
     speedups = {"polora-start": Speedup([1.7], 2, None, None)}  # one seed of two arrives
     text = claim([found, found._replace(study="mnist"), found._replace(speedups=speedups)])
     assert "In 2 of 3 comparisons on 2 tasks, every seed of PoLoRA" in text
-    assert "1.4 to 1.4 times fewer steps there (median 1.4)" in text
+    assert "1.42 to 1.42 times fewer steps there (median 1.42)" in text
     assert "at least 1.5 times fewer in 0, at least 2 times in 0" in text
     row = headline_table([found]).splitlines()[2]
     assert row.startswith("| [digits, peers](digits.md) | 2 ± 0.71 (adamw, 0.001) |")

@@ -84,6 +84,8 @@ def draw_variants(by_variant: Mapping[str, Sequence[MethodSummary]], axis: str, 
             for summary in found
             if summary.method == method and summary.best
         ]
+        if not points:
+            continue
         axes.plot(*zip(*points, strict=True), marker="o", markersize=4, **look)
         ends.append((*points[-1], method, look["color"]))
     axes.set_xticks(range(len(names)), names)

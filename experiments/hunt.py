@@ -107,10 +107,10 @@ def _rows(study: str, variants: Sequence[Variant]) -> Iterator[list[str]]:
     tried = [name for name in by_name if is_attempt(name)]
     if not tried:
         return
-    reference = next(by_name[name] for name in by_name if name.startswith(REFERENCE))
+    reference = next((by_name[name] for name in by_name if name.startswith(REFERENCE)), [])
     baseline = tuned_baseline(reference)
-    unchanged = next(summary for summary in reference if summary.method == RECOMMENDED)
-    if baseline is None or not unchanged.best:
+    unchanged = next((summary for summary in reference if summary.method == RECOMMENDED), None)
+    if baseline is None or unchanged is None or not unchanged.best:
         return
     goal, split = goal_of(baseline), unchanged.reported_split
     losses = unchanged.losses(split)

@@ -76,11 +76,11 @@ def gradients_of(options: Mapping[str, Any]) -> int:
     """Returns how many gradients a run's start took, from the method's options as stored.
 
     Args:
-        options: The options; results that do not tell `iterations` had two.
+        options: The options.
     """
     if "start" not in options:
         return 0
-    start = {"iterations": 2, **options["start"]}
+    start = options["start"]
     if start["method"] in _OF_WEIGHTS:
         return 0
     return Start.model_validate(start).gradients

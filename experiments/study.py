@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, NonNegativeInt, ValidationError, field_validator
 
 from experiments import studies
 from experiments.catalogue import study_names
@@ -39,7 +39,7 @@ class Study(Record):
     plan: Plan
     learning_rates: dict[str, tuple[float, ...]] = Field(min_length=1)
     method_options: dict[str, dict[str, Any]] = Field(default_factory=dict)
-    seeds: tuple[int, ...] = Field(default=(0,), min_length=1)
+    seeds: tuple[NonNegativeInt, ...] = Field(default=(0,), min_length=1)
     sweep_seeds: int = Field(default=1, ge=1)
     extensions: int = Field(default=4, ge=0)
     variants: dict[str, dict[str, Any]] = Field(default_factory=dict)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core.decompositions import svd
-from lowrank_optax._core.linalg import compute_dtype, gram, product
+from lowrank_optax._core.linalg import compute_dtype, product
 
 __all__ = ["alignment", "effective_rank"]
 
@@ -16,9 +16,8 @@ def effective_rank(matrix: jax.Array) -> jax.Array:
 
     $$\exp\Big(-\sum_i p_i \log p_i\Big) \qquad p_i = \sigma_i / \sum_j \sigma_j$$
 
-    The singular values come from the Gram matrix of the shorter axis, r×r for a factor or its
-    gradient. That resolves them down to the root of the dtype's epsilon times the largest, where
-    they no longer count.
+    The singular values are of the matrix itself. From its Gram matrix they would come with a floor,
+    the root of the dtype's epsilon, and the floors of many small ones add up in the sum.
 
     Args:
         matrix: (..., m, n), floating.
@@ -33,9 +32,7 @@ def effective_rank(matrix: jax.Array) -> jax.Array:
 
     Source: Roy and Vetterli, The effective rank, EUSIPCO 2007.
     """
-    n_rows, n_columns = matrix.shape[-2:]
-    squares = svd(gram("a" if n_rows >= n_columns else "b", _unit(matrix)))[1]
-    values = jnp.sqrt(squares)
+    values = svd(_unit(matrix))[1]
     total = jnp.sum(values, axis=-1, keepdims=True)
     shares = values / jnp.where(total > 0, total, 1)
     entropy = jnp.sum(jax.scipy.special.entr(shares), axis=-1)

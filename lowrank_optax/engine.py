@@ -59,6 +59,7 @@ from lowrank_optax._core.arguments import (
     check_integer,
     check_positive,
     check_schedule,
+    check_whole,
     is_zero,
 )
 from lowrank_optax._core.decompositions import eigh
@@ -109,6 +110,7 @@ __all__ = [
     "check_integer",
     "check_positive",
     "check_schedule",
+    "check_whole",
     "compute_dtype",
     "cross",
     "damped_inverse",

@@ -46,6 +46,25 @@ def test_weights_of_a_sum_are_not_rounded_to_bfloat16():
     assert error < 1e-5
 
 
+@pytest.mark.parametrize("kind", make_nodes())
+def test_the_spectrum_of_any_kind_of_pair_is_that_of_what_it_adds(kind):
+    node = make_nodes()[kind]
+    dense = np.linalg.svd(nn.lora_delta(node, 1.5), compute_uv=False)
+    found = adapters.spectrum(node, 1.5)
+    np.testing.assert_allclose(found.values, dense[: len(found.values)], atol=1e-7)
+    for angles in adapters.principal_angles(node, node):
+        np.testing.assert_allclose(angles, 0, atol=1e-5)
+
+
+def test_spectra_are_of_one_layer():
+    stack = make_nodes((2,))["plain"]
+    remedy = r"has two axes, and a here is \(2, 9, 2\); take one entry of the stack"
+    with pytest.raises(ValueError, match=remedy):
+        adapters.spectrum(stack, 1.0)
+    with pytest.raises(ValueError, match=remedy):
+        adapters.principal_angles(stack, stack)
+
+
 def test_framed_pairs_are_the_sum_of_their_two_products():
     nodes = make_nodes()
     pair, framed = nodes["plain"], nodes["framed"]

@@ -74,6 +74,8 @@ def test_second_moment_arguments(keywords):
 def test_infinite_numbers_are_refused():
     with pytest.raises(ValueError, match="`learning_rate` must be finite, got inf"):
         altlora(float("inf"))
+    with pytest.raises(ValueError, match="`every` must be finite, got inf"):
+        lora_soap(0.1, every=float("inf"))
     with pytest.raises(ValueError, match="`weight_decay` must be finite"):
         altlora(0.1, weight_decay=float("inf"))
     with pytest.raises(ValueError, match="`ratio` must be finite"):

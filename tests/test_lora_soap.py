@@ -43,7 +43,7 @@ def oracle(pair, steps, *, rate, b1, b2, eps, every, decay):
         new = []
         for i, g in enumerate((full @ x[1], full.T @ x[0])):
             gram[i] = b2 * gram[i] + (1 - b2) * g.T @ g
-            if t <= 2:
+            if t <= 3:
                 basis[i] = np.linalg.eigh(gram[i])[1][:, ::-1]
             elif (t - 1) % every == 0:
                 basis[i] = np.linalg.qr(gram[i] @ basis[i])[0]
@@ -111,12 +111,27 @@ def test_the_basis_follows_the_eigenvectors_by_power_steps():
     grads = [LoRAPair(normal(5, N_IN, RANK), PAIR.b), LoRAPair(normal(6, N_IN, RANK), PAIR.b)]
     _, state = update(grads[0], state, pair)
     assert off_diagonal() < 1e-12
+    for _ in range(2):
+        _, state = update(grads[0], state, pair)
     distances = []
     for _ in range(100):
         _, state = update(grads[1], state, pair)
         distances.append(off_diagonal())
     assert max(distances[:10]) > 1e-3
     assert distances[-1] < 1e-6
+
+
+def test_the_basis_is_found_though_a_warm_up_starts_at_zero():
+    """With b = 0 and a first rate of 0, the first gradient of a is that of the third update."""
+    tx = lora_soap(optax.linear_schedule(0.0, 0.01, 4), b2=0.9)
+    pair, state = ZERO_B, tx.init(ZERO_B)
+    for _ in range(3):
+        updates, state = tx.update(gradients(pair, pair.a @ pair.b - TARGET), state, pair)
+        pair = optax.apply_updates(pair, updates)
+    basis, matrix = (np.asarray(field[0].a) for field in (state.pairs.basis, state.pairs.gram))
+    inner = basis.T @ matrix @ basis
+    assert np.trace(inner) > 0
+    np.testing.assert_allclose(inner, np.diag(np.diag(inner)), atol=1e-10 * np.trace(inner))
 
 
 def test_first_step_has_the_length_of_the_rate_in_the_eigenbasis():

@@ -294,3 +294,7 @@ def test_rules_are_no_schedule_for_inject_hyperparams():
     plain = altlora(0.1, scale={"x": 2.0, "y": 3.0})
     expected, _ = plain.update(TWO, plain.init(TWO), TWO)
     np.testing.assert_allclose(updates["y"].a, expected["y"].a, rtol=1e-6)
+    by_callable = scales_from(lambda path: 2.0 if path == "x" else 3.0)
+    injected = optax.inject_hyperparams(altlora)(0.1, scale=by_callable)
+    updates, _ = injected.update(TWO, injected.init(TWO), TWO)
+    np.testing.assert_allclose(updates["y"].a, expected["y"].a, rtol=1e-6)

@@ -473,6 +473,24 @@ def outcome(folder):
         return str(error)
 
 
+def test_adapters_that_start_with_factors_of_their_own_are_not_loaded_into(tmp_path):
+    save_peft(tmp_path / "out", adapted(), names=NAMES)
+    model = Model(nnx.Rngs(7))
+    for path, rank, alpha in (("query", 2, 8.0), ("value", 3, 6.0)):
+        extra = nn.Frames(warmup=False)
+        scaled = alpha / rank * rank**0.5
+        nn.add_lora(model, path, nn.LoRAConfig(rank, scaled, extra=extra), rngs=nnx.Rngs(1))
+    with pytest.raises(ValueError, match=r"query: an adapter with Frames\(warmup=False\) starts"):
+        load_peft(tmp_path / "out", model, names=NAMES)
+
+
+@pytest.mark.parametrize("key", [None, jax.random.key(0)])
+def test_framed_pairs_of_a_tree_are_not_loaded_into(tmp_path, key):
+    save_peft(tmp_path / "out", {"q": pair()}, scale=2.0)
+    with pytest.raises(ValueError, match=r"q: is a FramedPair; load into a LoRAPair"):
+        load_peft(tmp_path / "out", {"q": frame(pair(3), key)}, scale=2.0)
+
+
 def test_2000_damaged_files_end_in_an_error_or_a_whole_adapter(good):
     """A flipped bit of a number cannot be known; all else is an error, never half an adapter."""
     weights, config, sound = good / WEIGHTS, good / CONFIG, outcome(good)

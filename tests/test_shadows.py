@@ -349,6 +349,17 @@ def test_clipping_is_the_gradient_of_a_smaller_loss():
 
 
 @pytest.mark.usefixtures("x64")
+def test_pairs_with_and_without_products_are_updated_together():
+    """Only `iterations=0` takes a pair without a checksum, and a pair may have one to spare."""
+    nodes = {n: make_node(iterations=n, momentum_rank=0) for n in (0, 1)}
+    grads = {n: gradient(node, normal(5, TOKENS, N_IN)) for n, node in nodes.items()}
+    tx = oplora(0.1, 0.0, iterations=0)
+    updates, state = tx.update(grads, tx.init(nodes), nodes)
+    assert state.skipped == 0
+    np.testing.assert_allclose(updates[0].a, updates[1].a, rtol=1e-5)
+    assert jnp.any(updates[0].b != 0)
+
+
 def test_clipping_takes_every_kind_of_pair():
     """Frames are constants, whose gradients are zero; the factors are clipped with the others."""
     params = {"shadowed": make_node(), "plain": make_pair(20), "framed": frame(make_pair(30), KEY)}

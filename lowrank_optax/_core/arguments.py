@@ -31,10 +31,10 @@ def check(name: str, value: Any, ok: Callable[[Any], bool], remedy: str) -> None
         return
     if np.ndim(value) != 0:
         raise TypeError(f"`{name}` must be one number, got an array of shape {np.shape(value)}.")
-    if not ok(np.asarray(value)[()]):
-        raise ValueError(f"`{name}` {remedy}, got {value}.")
     if np.isinf(value):
         raise ValueError(f"`{name}` must be finite, got {value}.")
+    if not ok(np.asarray(value)[()]):
+        raise ValueError(f"`{name}` {remedy}, got {value}.")
 
 
 def check_schedule(name: str, value: Any, ok: Callable[[Any], bool], remedy: str) -> None:
@@ -83,6 +83,16 @@ def check_integer(name: str, value: Any, least: int, hint: str = "") -> None:
         raise TypeError(f"`{name}` must be an integer, got {value!r}{hint}.")
     if value < least:
         raise ValueError(f"`{name}` must be at least {least}, got {value}.")
+
+
+def check_whole(name: str, value: Any, least: int) -> None:
+    """Raises unless a number is whole and large enough; it may be traced, and so a float.
+
+    Example:
+        >>> check_whole("switch_every", 2.0, least=1)
+    """
+    is_whole = lambda v: v >= least and v == v // 1
+    check(name, value, is_whole, f"must be a whole number, {least} or more")
 
 
 def check_positive(name: str, value: Any) -> None:

@@ -292,7 +292,8 @@ def deviations(pair: Any, grads: Any, single_pass: bool) -> jax.Array:
     Returns:
         (..., 2, 2) or (..., 3, 2), a row for each comparison: how far it is off, and how far
         rounding may be. Micro-batches are told apart if their sums differ by more than 0.6 %;
-        below that their mean products are nearly right.
+        below that their mean products are nearly right. (..., 1, 2) of zeros where the pair has no
+        checksum, for then there is nothing that may be off.
 
     Example:
         >>> import jax.numpy as jnp
@@ -301,6 +302,8 @@ def deviations(pair: Any, grads: Any, single_pass: bool) -> jax.Array:
         >>> deviations(pair, pair._replace(checksum=checksum(pair.a, pair.b)), True)[:, 0].tolist()
         [0.0, 0.0, 0.0]
     """
+    if pair.checksum is None:
+        return jnp.zeros([*pair.a.shape[:-2], 1, 2])
     sums, squares, sums_a = jnp.moveaxis(grads.checksum, -1, 0)
     noise = max(1e-5, float(jnp.finfo(grads.a.dtype).eps))
 

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from lowrank_optax._core.arguments import check, check_choice, check_positive
+from lowrank_optax._core.arguments import check, check_choice, check_positive, check_whole
 from lowrank_optax._core.linalg import (
     SIDES,
     Side,
@@ -136,8 +136,7 @@ def projection_rule(
 def _check_order(order: str, switch_every: Any, first: Any) -> None:
     check_choice("order", order, ORDERS)
     check_choice("first", first, SIDES)
-    is_count = lambda n: n >= 1 and n == int(n)
-    check("switch_every", switch_every, is_count, "must be a whole number, 1 or more")
+    check_whole("switch_every", switch_every, least=1)
     if order != "alternating":
         unused = "applies to order='alternating' only; leave it at 1"
         check("switch_every", switch_every, lambda n: n == 1, unused)

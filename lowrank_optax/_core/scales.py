@@ -17,7 +17,8 @@ from lowrank_optax._core.pairing import Pairing
 class Scales:
     """Forward scales by rule, made by `scales_from`.
 
-    It cannot be called, so `optax.inject_hyperparams` does not take it for a schedule.
+    It cannot be called, so `optax.inject_hyperparams` does not take it for a schedule, as it does a
+    plain callable from a path.
 
     Args:
         of: from a pair's path to its scale.
@@ -36,8 +37,10 @@ class Scales:
 def scales_from(source: Any, names: Callable[[str], str] | None = None) -> Scales:
     r"""Makes the `scale` of an optimizer from rules, or from the settings of a PEFT adapter.
 
+    Under `optax.inject_hyperparams` every scale that depends on the path must come from here.
+
     Args:
-        source: numbers by pattern, of which the first that fits counts: a pattern names the tail
+        source: a callable from a pair's path to its number. Or numbers by pattern, of which the first that fits counts: a pattern names the tail
             of a pair's path, or of a path above it, as in `Unpaired`; `"*"` fits all. Or an
             `adapters.PeftConfig`, which knows ranks, alphas and rsLoRA.
         names: for a `PeftConfig`, from a pair's path to its module name; the path with dots by
@@ -47,7 +50,7 @@ def scales_from(source: Any, names: Callable[[str], str] | None = None) -> Scale
         The scales.
 
     Raises:
-        TypeError: a source that is neither.
+        TypeError: a source that is none of these.
         ValueError: a pattern that is a regular expression; from the optimizer, a pair that no
             pattern fits. It warns of patterns that decide for no pair, which is no error, as a
             table may serve several models or only a part of the parameters be given.
@@ -58,6 +61,8 @@ def scales_from(source: Any, names: Callable[[str], str] | None = None) -> Scale
         >>> from lowrank_optax.adapters import PeftConfig
         >>> scales_from(PeftConfig(r=8, alpha=16.0)).of("layers/0/attention/query")
         2.0
+        >>> scales_from(lambda path: 2.0 if "attention" in path else 1.0).of("mlp")
+        1.0
     """
     if isinstance(source, Mapping):
         rules = dict(source)
@@ -67,9 +72,12 @@ def scales_from(source: Any, names: Callable[[str], str] | None = None) -> Scale
             lambda path: rules[_deciding(rules, path)],
             lambda paths: sorted({*rules} - {"*", *(_deciding(rules, path) for path in paths)}),
         )
+    if callable(source):
+        return Scales(source)
     if not callable(getattr(source, "scale", None)):
         raise TypeError(
-            f"`scales_from` takes numbers by pattern or an adapters.PeftConfig, got {source!r}."
+            "`scales_from` takes a callable from a path, numbers by pattern or an"
+            f" adapters.PeftConfig, got {source!r}."
         )
     return Scales(lambda path: source.scale(names(path) if names else path.replace("/", ".")))
 

@@ -11,7 +11,7 @@ from flax import nnx
 
 from lowrank_optax._core.layouts import PairMatcher
 from lowrank_optax._core.linalg import SIDES, compute_dtype
-from lowrank_optax._core.names import join_keys
+from lowrank_optax._core.names import in_words, join_keys
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.pairing import find_pairs
 from lowrank_optax.adapters.name_maps import Module, Names, joined, modules_of
@@ -182,6 +182,9 @@ def load_peft(
     layers = lora_layers(target) if isinstance(target, nnx.Module) else {}
     for path, layer in layers.items():
         _require_unmerged(path, layer)
+        _require_kept(path, layer)
+    for entry in found_entries if not isinstance(target, nnx.Module) else ():
+        _require_plain(entry)
     _require_uncorrected(target, "load into a model with its own kernels")
     modules = [modules_of(entry.path, entry.node, names) for entry in found_entries]
     wanted = {module.name for each in modules for module in each}
@@ -209,11 +212,11 @@ def _change(model: Any, original: nnx.Module, path: str) -> jax.Array:
     _require_unmerged(path, layer)
     modules = {join_keys(keys): module for keys, module in nnx.iter_graph(original)}
     before: Any = modules.get(path)
-    _require_unmerged(f"{path or 'the layer'} of `original`", before)
+    _require_unmerged(f"{in_words(path, 'layer')} of `original`", before)
     base = getattr(before, "base", before)
     kernel = None if kernel_name(base) is None else kernel_of(base)
     if kernel is None or kernel.shape != layer.kernel.shape:
-        raise ValueError(f"{path}: `original` has no such layer with a kernel of this shape")
+        raise ValueError(f"{in_words(path, 'layer')}: `original` has no such layer with a kernel of this shape")
     wide = lambda x: layer.axes.to_matrix(x[...].astype(compute_dtype(x[...])))
     return wide(layer.kernel) - wide(kernel)
 
@@ -238,8 +241,25 @@ def _module_to_save(name: str, adapted: Collection[str]) -> str:
 def _require_unmerged(path: str, layer: Any) -> None:
     if getattr(layer, "merged", False):
         raise ValueError(
-            f"{path or 'the layer'}: its kernel contains the adapter already; call"
+            f"{in_words(path, 'layer')}: its kernel contains the adapter already; call"
             " nn.unmerge_lora first"
+        )
+
+
+def _require_kept(path: str, layer: Any) -> None:
+    extra = layer.lora.extra
+    if extra is not None and not extra.keeps_product:
+        raise ValueError(
+            f"{in_words(path, 'layer')}: an adapter with {extra} starts with factors of its own; make it with"
+            " Frames() to load others"
+        )
+
+
+def _require_plain(entry: Entry) -> None:
+    if not isinstance(entry.node, LoRAPair):
+        raise ValueError(
+            f"{in_words(entry.path)}: is a {type(entry.node).__name__}; load into a LoRAPair, and"
+            " add frames or shadows to that"
         )
 
 
@@ -247,13 +267,13 @@ def _require_uncorrected(model: Any, remedy: str) -> None:
     for path, layer in find_lora_layers(model) if isinstance(model, nnx.Module) else ():
         if layer.corrected:
             raise ValueError(
-                f"{path or 'the layer'}: a start has changed its kernel, and a pair alone does not"
+                f"{in_words(path, 'layer')}: a start has changed its kernel, and a pair alone does not"
                 f" fit the kernel that it was; {remedy}"
             )
 
 
 def _written_pair(
-    entry: "Entry", rank: int | None, change: jax.Array | None
+    entry: Entry, rank: int | None, change: jax.Array | None
 ) -> tuple[LoRAPair, jax.Array]:
     """A node as the plain pair that is written, and the error of each."""
     node = entry.node

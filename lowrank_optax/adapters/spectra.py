@@ -4,7 +4,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lowrank_optax._core.nodes import LoRAPair
+from lowrank_optax.adapters.pairs import plain_pair
 
 
 class Spectrum(NamedTuple):
@@ -45,29 +45,33 @@ class Spectrum(NamedTuple):
         return float(np.exp(-np.sum(shares * np.log(shares)))) if len(shares) else 0.0
 
 
-def spectrum(pair: LoRAPair, scale: float) -> Spectrum:
+def spectrum(node: Any, scale: float) -> Spectrum:
     """Computes the spectrum of a pair from its factors' Gram matrices, in float64.
 
     Singular values below 1e-8 of the first are rounding.
 
     Args:
-        pair: (in, r) and (r, out).
+        node: a pair of any kind, (in, r) and (r, out).
         scale: s.
 
     Returns:
-        The spectrum.
+        The spectrum of `plain_pair(node)`, of a framed pair the one of rank 2r.
+
+    Raises:
+        ValueError: a stack of pairs.
 
     Example:
         >>> found = spectrum(LoRAPair(np.eye(4, 2), np.diag([3.0, 1.0])), 2.0)
         >>> found.values.tolist(), found.condition_b
         ([6.0, 2.0], 9.0)
     """
-    gram_a, gram_b = (x.T @ x for x in _tall(pair))
+    tall_a, tall_b = _tall(node)
+    gram_a, gram_b = (x.T @ x for x in (tall_a, tall_b))
     of_a, turn = np.linalg.eigh(gram_a)
     root = np.sqrt(np.maximum(of_a, 0))[:, None] * turn.T
     squares = np.linalg.eigvalsh(root @ gram_b @ root.T)[::-1]
     of_b = np.linalg.eigvalsh(gram_b)
-    (n_in, rank), n_out = pair.a.shape, pair.b.shape[1]
+    (n_in, rank), n_out = tall_a.shape, len(tall_b)
     values = scale * np.sqrt(np.maximum(squares, 0))[: min(rank, n_in, n_out)]
     return Spectrum(n_in, n_out, rank, scale, values, _condition(of_a), _condition(of_b))
 
@@ -76,12 +80,15 @@ def principal_angles(one: Any, two: Any) -> tuple[np.ndarray, np.ndarray]:
     """Computes the principal angles between the spaces of two pairs of one layer.
 
     Args:
-        one: a pair, (in, r) and (r, out).
+        one: a pair of any kind, (in, r) and (r, out).
         two: another, of any rank.
 
     Returns:
         The angles between the columns of their a, and between the rows of their b, in degrees,
-        rising; as many as the smaller rank.
+        rising; as many as the smaller space has dimensions.
+
+    Raises:
+        ValueError: a stack of pairs.
 
     Example:
         >>> x, y = LoRAPair(np.eye(3, 1), np.eye(1, 2)), LoRAPair(np.ones((3, 1)), np.eye(1, 2))
@@ -98,8 +105,14 @@ def principal_angles(one: Any, two: Any) -> tuple[np.ndarray, np.ndarray]:
     return of_a, of_b
 
 
-def _tall(pair: Any) -> tuple[np.ndarray, np.ndarray]:
-    """The factors with the rank last, in float64."""
+def _tall(node: Any) -> tuple[np.ndarray, np.ndarray]:
+    """The factors of one pair with the rank last, in float64."""
+    pair = plain_pair(node)
+    if np.ndim(pair.a) != 2:
+        raise ValueError(
+            f"a pair of one layer has two axes, and a here is {tuple(pair.a.shape)}; take one entry"
+            " of the stack"
+        )
     return np.asarray(pair.a, np.float64), np.asarray(pair.b, np.float64).T
 
 

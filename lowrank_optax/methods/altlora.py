@@ -93,9 +93,11 @@ def altlora(
             code) or `"alternating"` (one factor an update, as the paper).
         switch_every: updates until the other factor's turn, when alternating.
         first: the factor that begins, when alternating. With `b = 0` an `a`-step does nothing.
-        scale: the forward scale s: a number, a callable from a pair's path, or a tree.
+        scale: the forward scale s: a number, a callable from a pair's path, or a tree. Under
+            `optax.inject_hyperparams` wrap a callable by `scales_from`.
         weight_decay: $\lambda$, decoupled, applied to a factor when it moves.
-        mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
+        mask: what is decayed: a tree of booleans, or a callable from the parameters to one. Under
+            `optax.inject_hyperparams` name it in `static_args`.
         fallback: transformation of unpaired leaves; AdamW at the same rate by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
         allow_no_pairs: whether parameters without pairs are taken; an error by default.
@@ -171,9 +173,11 @@ def altlora_plus(
         order: `"simultaneous"`, `"sequential"` or `"alternating"`, as in `altlora`.
         switch_every: updates until the other factor's turn, when alternating.
         first: the factor that begins, when alternating.
-        scale: the forward scale s: a number, a callable from a pair's path, or a tree.
+        scale: the forward scale s: a number, a callable from a pair's path, or a tree. Under
+            `optax.inject_hyperparams` wrap a callable by `scales_from`.
         weight_decay: $\lambda$, decoupled, applied to a factor when it moves.
-        mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
+        mask: what is decayed: a tree of booleans, or a callable from the parameters to one. Under
+            `optax.inject_hyperparams` name it in `static_args`.
         fallback: transformation of unpaired leaves; AdamW with the same arguments by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
         allow_no_pairs: whether parameters without pairs are taken; an error by default.

@@ -74,9 +74,11 @@ def lora_fa(
         b2: decay of the second moment, in [0, 1).
         eps: $\epsilon$, added to the root of the second moment, positive; 1e-6 is PEFT's.
         damping: $\delta$, positive; 1e-8 is PEFT's.
-        scale: the forward scale s: a number, a callable from a pair's path, or a tree.
+        scale: the forward scale s: a number, a callable from a pair's path, or a tree. Under
+            `optax.inject_hyperparams` wrap a callable by `scales_from`.
         weight_decay: $\lambda$, decoupled, of b and the other leaves.
-        mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
+        mask: what is decayed: a tree of booleans, or a callable from the parameters to one. Under
+            `optax.inject_hyperparams` name it in `static_args`.
         fallback: transformation of unpaired leaves; AdamW by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
         allow_no_pairs: whether parameters without pairs are taken; an error by default.

@@ -74,7 +74,8 @@ def lora_muon(
         learning_rate: $\eta$, positive, or a schedule; of the order of AdamW's.
         b1: $\beta$, decay of the momentum, in [0, 1); 0.95 is Muon's.
         weight_decay: $\lambda$, decoupled.
-        mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
+        mask: what is decayed: a tree of booleans, or a callable from the parameters to one. Under
+            `optax.inject_hyperparams` name it in `static_args`.
         fallback: transformation of unpaired leaves; AdamW at the same rate by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
         allow_no_pairs: whether parameters without pairs are taken; an error by default.

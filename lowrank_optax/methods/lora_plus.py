@@ -60,7 +60,8 @@ def lora_plus(
         ratio: $\rho$, the rate of `b` over that of `a`, positive.
         eps: $\epsilon$, added to the root of the second moment, positive.
         weight_decay: $\lambda$, decoupled.
-        mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
+        mask: what is decayed: a tree of booleans, or a callable from the parameters to one. Under
+            `optax.inject_hyperparams` name it in `static_args`.
         fallback: transformation of unpaired leaves; AdamW at the rate of `a` by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
         allow_no_pairs: whether parameters without pairs are taken; an error by default.

@@ -84,7 +84,8 @@ def lora_rite(
         eps: $\epsilon$, added to the root of the second moment, positive.
         clip_unmagnified_grad: c, the largest norm of a pair's gradients in its frames; or None.
         weight_decay: $\lambda$, decoupled.
-        mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
+        mask: what is decayed: a tree of booleans, or a callable from the parameters to one. Under
+            `optax.inject_hyperparams` name it in `static_args`.
         fallback: transformation of unpaired leaves; AdamW by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
         allow_no_pairs: whether parameters without pairs are taken; an error by default.

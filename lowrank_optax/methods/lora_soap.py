@@ -14,9 +14,10 @@ Neither factor sees the other one, and the forward scale s does not enter, but f
 m is kept in the original basis, where it needs no transport, and v in the basis of its time: where
 Q turns, v is not turned with it.
 
-Q is computed by `eigh` in the first two updates; in the first one a gradient of a is zero if b is.
-After that it follows L by one step of a power iteration, the Q of a QR decomposition of L Q. A sign
-of a column of Q cancels in x.
+Q is computed by `eigh` in the first three updates: where b starts at zero, a has no gradient before
+b has moved, which it does in the second one if a warm-up starts at the rate 0. After that Q follows
+L by one step of a power iteration, the Q of a QR decomposition of L Q. A sign of a column of Q
+cancels in x.
 
 Properties, tested in `tests/test_lora_soap.py`: with r = 1 it is AdamW; a rotation of the rank
 axis, (x Q₀) for an orthogonal Q₀, rotates every step alike, which Adam's does not.
@@ -45,6 +46,8 @@ import optax
 from lowrank_optax import engine
 from lowrank_optax._core.decompositions import qr
 from lowrank_optax.engine import adam_direction, both, gram, mix, product, transposed
+
+_EXACT = 3  # how many updates compute the basis by `eigh`
 
 
 class LoRASOAPState(NamedTuple):
@@ -88,9 +91,10 @@ def lora_soap(
         b1: decay of the momentum, in [0, 1).
         b2: decay of the second moments, in [0, 1).
         eps: $\epsilon$, added to the root of the second moment, positive.
-        every: updates from one basis to the next.
+        every: updates from one basis to the next, SOAP's `precondition_frequency`.
         weight_decay: $\lambda$, decoupled.
-        mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
+        mask: what is decayed: a tree of booleans, or a callable from the parameters to one. Under
+            `optax.inject_hyperparams` name it in `static_args`.
         fallback: transformation of unpaired leaves; AdamW by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
         allow_no_pairs: whether parameters without pairs are taken; an error by default.
@@ -116,9 +120,7 @@ def lora_soap(
     engine.check_decay("b1", b1)
     engine.check_decay("b2", b2)
     engine.check_positive("eps", eps)
-    engine.check(
-        "every", every, lambda v: v >= 1 and v == int(v), "must be a whole number, 1 or more"
-    )
+    engine.check_whole("every", every, least=1)
 
     def rule(
         pairs: engine.Pairs, grads: Any, params: Any, state: LoRASOAPState
@@ -129,7 +131,7 @@ def lora_soap(
         branches = [lambda: pairs.together(_eigenvectors, grams), followed, lambda: state.basis]
         is_due = pairs.count % jnp.asarray(every, pairs.count.dtype) == 0
         new, follow, keep = range(3)
-        turn = jnp.where(pairs.count < 2, new, jnp.where(is_due, follow, keep))
+        turn = jnp.where(pairs.count < _EXACT, new, jnp.where(is_due, follow, keep))
         basis = pairs.switch(turn, branches)
 
         turned = lambda x: pairs.each(lambda x, q: both(mix, x, q), x, basis)

@@ -60,7 +60,8 @@ def oplora(
         dampening: d, in [0, 1), as in SGD.
         iterations: k of LoRSum; 0 for Jacobi half-steps, which use linear products only.
         lmbd: $\ell$; the ridge and proximal weight of LoRSum is $\lambda = \eta \ell$.
-        scale: the forward scale s: a number, a callable from a pair's path, or a tree.
+        scale: the forward scale s: a number, a callable from a pair's path, or a tree. Under
+            `optax.inject_hyperparams` wrap a callable by `scales_from`.
         damping: added to $\lambda$ inside inversions only, not negative; it shrinks the factors.
         momentum_damping: the same for the momentum, positive; without it the momentum degrades.
         fallback: transformation of unpaired leaves; AdamW at the same rate by default.

@@ -65,7 +65,8 @@ def oplora_proj(
             `oplora`, so pairs need `shadow(..., iterations=k + 1, momentum_rank=0)`, for k = 0 as
             many as for 1.
         lmbd: $\ell$; the ridge and proximal weight is $\lambda = \eta \ell$.
-        scale: the forward scale s: a number, a callable from a pair's path, or a tree.
+        scale: the forward scale s: a number, a callable from a pair's path, or a tree. Under
+            `optax.inject_hyperparams` wrap a callable by `scales_from`.
         damping: added to $\lambda$ inside inversions only, not negative; it shrinks the factors.
         fallback: transformation of unpaired leaves; AdamW at the same rate by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.

@@ -88,9 +88,11 @@ def polora(
         delta: $\delta$, floor of relative curvature and of the partner's Gram matrix, in (0, 1].
         partner: `"identity"`, or the paper's `"gram"`, which whitens by the other factor too.
         radius: `"exact"` bounds the whole step, the paper's `"linear"` its first-order part.
-        scale: the forward scale s: a number, a callable from a pair's path, or a tree.
+        scale: the forward scale s: a number, a callable from a pair's path, or a tree. Under
+            `optax.inject_hyperparams` wrap a callable by `scales_from`.
         weight_decay: $\lambda$, decoupled; it comes on top of the bounded step.
-        mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
+        mask: what is decayed: a tree of booleans, or a callable from the parameters to one. Under
+            `optax.inject_hyperparams` name it in `static_args`.
         fallback: transformation of unpaired leaves; AdamW at the same rate by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
         allow_no_pairs: whether parameters without pairs are taken; an error by default.

@@ -87,7 +87,8 @@ def reflora(
         eps: $\epsilon$, added to the root of the second moment, positive.
         damping: added to the Gram matrices, or to the squared norms, positive.
         weight_decay: $\lambda$, decoupled.
-        mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
+        mask: what is decayed: a tree of booleans, or a callable from the parameters to one. Under
+            `optax.inject_hyperparams` name it in `static_args`.
         fallback: transformation of unpaired leaves; AdamW by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
         allow_no_pairs: whether parameters without pairs are taken; an error by default.
@@ -112,8 +113,7 @@ def reflora(
     engine.check_decay("b1", b1)
     engine.check_decay("b2", b2)
     engine.check_choice("refactoring", refactoring, FORMS)
-    whole = "must be a whole number, 0 or more"
-    engine.check("warmup_steps", warmup_steps, lambda v: v >= 0 and v == v // 1, whole)
+    engine.check_whole("warmup_steps", warmup_steps, least=0)
     engine.check_positive("eps", eps)
     engine.check_positive("damping", damping)
     is_full = refactoring == "full"

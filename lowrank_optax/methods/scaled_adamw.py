@@ -80,7 +80,8 @@ def scaled_adamw(
         damping: $\delta$, positive; 1e-2 is PEFT's, the released code has 1e-6.
         order: "simultaneous" (PEFT's), or "sequential": a, then b against the new a (released).
         weight_decay: $\lambda$, decoupled.
-        mask: what is decayed: a tree of booleans, or a callable from the parameters to one.
+        mask: what is decayed: a tree of booleans, or a callable from the parameters to one. Under
+            `optax.inject_hyperparams` name it in `static_args`.
         fallback: transformation of unpaired leaves; AdamW by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
         allow_no_pairs: whether parameters without pairs are taken; an error by default.

@@ -62,7 +62,8 @@ def scaled_oplora(
             Shampoo, 1 is K-FAC.
         iterations: k of LoRSum; 0 for Jacobi half-steps.
         lmbd: $\ell$; the ridge and proximal weight of LoRSum is $\max(\eta \ell, 10^{-5})$.
-        scale: the forward scale s: a number, a callable from a pair's path, or a tree.
+        scale: the forward scale s: a number, a callable from a pair's path, or a tree. Under
+            `optax.inject_hyperparams` wrap a callable by `scales_from`.
         solver_damping: added to the ridge inside inversions only, not negative.
         momentum_damping: the same for the momentum, positive.
         fallback: transformation of unpaired leaves; AdamW at the same rate by default, which large

@@ -39,18 +39,23 @@ class Extra(abc.ABC):
 
     Example:
         >>> import dataclasses, jax
-        >>> from lowrank_optax import FramedPair
+        >>> from lowrank_optax import frame
         >>> @dataclasses.dataclass(frozen=True)
-        ... class FixedFrames(Extra):
+        ... class OwnFrames(Extra):
         ...     def add_to(self, pair, key):
-        ...         return FramedPair(*pair, pair.a, pair.b)
-        >>> config = LoRAConfig(rank=2, extra=FixedFrames())
+        ...         return frame(pair)
+        >>> config = LoRAConfig(rank=2, extra=OwnFrames())
         >>> config.init_pair(jax.random.key(0), (), 8, 6).f_in.shape
         (8, 2)
     """
 
     root_scale: bool = False
     axis_name: AxisName = None
+
+    @property
+    def keeps_product(self) -> bool:
+        """Whether `add_to` keeps the product a b; where not, nothing is loaded into the adapter."""
+        return True
 
     @abc.abstractmethod
     def add_to(self, pair: LoRAPair, key: jax.Array) -> Any:
@@ -61,7 +66,7 @@ class Extra(abc.ABC):
             key: a random key.
 
         Returns:
-            The node.
+            The node. No two of its leaves may be one array, which could not be donated to a step.
         """
 
     def ranks(self) -> dict[str, int]:
@@ -146,6 +151,11 @@ class Frames(Extra):
 
     warmup: bool = True
 
+    @property
+    def keeps_product(self) -> bool:
+        """Not without a warm-up: the factors then start at zero."""
+        return self.warmup
+
     def add_to(self, pair: LoRAPair, key: jax.Array) -> Any:
         """Adds frames; see `frame`."""
         return frame(pair, None if self.warmup else key)
@@ -163,9 +173,9 @@ class LoRAConfig:
         alpha: positive numerator of the scale.
         rslora: divide by the square root of the rank instead of the rank.
         dora: train the norms of the kernel's columns beside the factors (DoRA), of linear maps and
-            convolutions. They are the leaves
-            `lora_magnitude`, no pairs, and so the optimizer's `fallback` trains them: where the
-            rate of a method is not AdamW's, as with `polora`, give it `optax.adamw(1e-3)`, say.
+            convolutions. The norms are leaves `lora_magnitude`, no pairs, and so the optimizer's
+            `fallback` trains them: where the rate of a method is not AdamW's, as with `polora`,
+            give it `optax.adamw(1e-3)`, say.
         dropout: probability in [0, 1) of dropping an entry of the adapter's input.
         a_init: initializer of `a`, called as `a_init(key, (in, r), dtype)` for each batch entry.
         b_init: initializer of `b`, called as `b_init(key, (r, out), dtype)`; zeros by default, so

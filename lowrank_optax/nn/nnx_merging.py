@@ -4,7 +4,7 @@ import warnings
 
 from flax import nnx
 
-from lowrank_optax._core.names import join_keys
+from lowrank_optax._core.names import in_words, join_keys
 from lowrank_optax.nn.dora import merge_directional_kernel
 from lowrank_optax.nn.flax_nnx import LoRALayer
 from lowrank_optax.nn.functional import merge_kernel, why_not_mergeable
@@ -44,11 +44,11 @@ def merge_lora(model: nnx.Module) -> list[str]:
     refuse_shared_kernels(model, layers)
     for path, layer in layers.items():
         if reason := why_not_mergeable(layer.kernel[...].dtype):
-            raise ValueError(f"{path or 'the layer'}: {reason}")
+            raise ValueError(f"{in_words(path, 'layer')}: {reason}")
     for path, layer in layers.items():
         if type(layer.base).__call__ not in _PLAIN_CALLS:
             warnings.warn(
-                f"{path or 'the layer'}: {type(layer.base).__name__} has its own __call__, and"
+                f"{in_words(path, 'layer')}: {type(layer.base).__name__} has its own __call__, and"
                 " merging is exact only where that is linear in the kernel; compare outputs",
                 stacklevel=2,
             )
@@ -85,7 +85,7 @@ def unmerge_lora(model: nnx.Module) -> list[str]:
     for path, layer in layers.items():
         if layer.lora.dora:
             raise ValueError(
-                f"{path or 'the layer'}: DoRA scales the merged kernel's columns, and what they"
+                f"{in_words(path, 'layer')}: DoRA scales the merged kernel's columns, and what they"
                 " were is lost; merge an nnx.clone(model), and keep the model itself"
             )
     for layer in layers.values():
@@ -152,5 +152,5 @@ def refuse_shared_kernels(model: nnx.Module, layers: dict[str, LoRALayer]) -> No
         holders = owners[id(layer.kernel)]
         if len(holders) > 1:
             raise ValueError(
-                f"{path}: its kernel is shared by {', '.join(holders)}; a change would change all"
+                f"{in_words(path, 'layer')}: its kernel is shared by {', '.join(holders)}; a change would change all"
             )

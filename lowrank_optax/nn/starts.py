@@ -99,7 +99,7 @@ def gradient_start(
     gamma, keep_function = _checked(method, gamma, keep_function, iterations, batches)
     layers = lora_layers(model)
     for path, layer in layers.items():
-        _require_startable(path, layer, method, keep_function)
+        _require_startable(in_words(path, "layer"), layer, method, keep_function)
     if keep_function:
         refuse_shared_kernels(model, layers)
     replace_lora(model, lambda path, layer: _plain(layer))
@@ -123,7 +123,8 @@ def gradient_start(
         replace_lora(model, lambda path, layer: layers[path])
     for path, layer in layers.items():
         noise = max(_NOISE, float(jnp.finfo(_narrowest(layer)).eps) / 64)
-        _require_rank(f"{path}: ", triplets[path], layer.lora.rank * _BLOCKS[method], noise)
+        where = f"{in_words(path, 'layer')}: "
+        _require_rank(where, triplets[path], layer.lora.rank * _BLOCKS[method], noise)
     for index, (path, layer) in enumerate(layers.items(), start=1):
         key = jax.random.fold_in(jax.random.key(seed), index)  # key(seed) began the iteration
         _start(path, layer, method, triplets[path], gamma, keep_function, key)
@@ -320,15 +321,16 @@ def _require_startable(path: str, layer: LoRALayer, method: str, keep_function: 
             f"{path}: its kernel of {kernel.dtype} cannot be corrected for the start; give"
             " keep_function=False"
         )
-    starts_from_frames = isinstance(layer.lora.extra, Frames) and not layer.lora.extra.warmup
+    keeps_product = layer.lora.extra is None or layer.lora.extra.keeps_product
+    starts_from_frames = isinstance(layer.lora.extra, Frames) and not keeps_product
     if method == "frames" and not starts_from_frames:
         raise ValueError(
             f"{path}: a start of frames needs adapters with LoRAConfig(extra=Frames(warmup=False))"
         )
-    if method != "frames" and starts_from_frames:
+    if method != "frames" and not keeps_product:
         raise ValueError(
-            f"{path}: an adapter with Frames(warmup=False) starts with factors of zero; give"
-            ' method="frames"'
+            f"{path}: an adapter with {layer.lora.extra} starts with factors of its own; give"
+            ' method="frames", which is for Frames(warmup=False)'
         )
 
 

@@ -24,9 +24,10 @@ from lowrank_optax._core import meshes
 from lowrank_optax._core.arguments import check_choice, check_integer, check_positive
 from lowrank_optax._core.decompositions import qr, svd
 from lowrank_optax._core.linalg import compute_dtype, product, transposed
+from lowrank_optax._core.names import in_words
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.sketch import Triplets, leading_triplets
-from lowrank_optax.nn.config import Frames, LoRAConfig
+from lowrank_optax.nn.config import LoRAConfig
 from lowrank_optax.nn.flax_nnx import LoRALayer
 from lowrank_optax.nn.functional import merge_kernel, why_not_mergeable
 from lowrank_optax.nn.kernel_axes import KernelAxes
@@ -87,16 +88,17 @@ def weight_start(
     _require_method(method, iterations)
     layers = lora_layers(model)
     for path, layer in layers.items():
-        _require_startable(path, layer)
+        _require_startable(in_words(path, "layer"), layer)
     refuse_shared_kernels(model, layers)
     pairs = []
     with Progress(disable=not progress, transient=True) as bar:
         for index, path in enumerate(bar.track(layers, description="weight start"), start=1):
             layer, key = layers[path], jax.random.fold_in(jax.random.key(seed), index)
             matrix = layer.axes.to_matrix(_adapted_kernel(layer))
-            _require_finite(matrix, f"{path}: ")
+            where = f"{in_words(path, 'layer')}: "
+            _require_finite(matrix, where)
             pair, rank = _split(matrix, layer.lora.rank, method, layer.scale, iterations, key)
-            _require_rank(rank, layer.lora.rank, f"{path}: ")
+            _require_rank(rank, layer.lora.rank, where)
             pairs.append(pair)
     keys = jax.random.split(jax.random.key(seed), len(layers))
     for layer, pair, key in zip(layers.values(), pairs, keys, strict=True):
@@ -174,10 +176,10 @@ def _require_startable(path: str, layer: LoRALayer) -> None:
         raise ValueError(f"{path}: is merged; call unmerge_lora first")
     if reason := why_not_mergeable(layer.kernel[...].dtype):
         raise ValueError(f"{path}: {reason}")
-    if isinstance(layer.lora.extra, Frames) and not layer.lora.extra.warmup:
+    if layer.lora.extra is not None and not layer.lora.extra.keeps_product:
         raise ValueError(
-            f"{path}: an adapter with Frames(warmup=False) starts with factors of zero; give it"
-            ' Frames(), or start it by gradient_start with method="frames"'
+            f"{path}: an adapter with {layer.lora.extra} starts with factors of its own; make it"
+            ' with Frames(), or start it by gradient_start with method="frames"'
         )
 
 

@@ -180,6 +180,8 @@ def test_overrides_are_json_or_text():
     changes = parse_overrides(["seeds=[3,4]", "task_options.targets=query|key", "plan.steps=7"])
     study = override(load_study("digits").study, changes)
     assert study.seeds == (3, 4)
+    with pytest.raises(ExperimentError, match="seeds"):
+        override(study, {"seeds": [-1]})
     assert study.task_options["targets"] == "query|key"
     assert study.plan.steps == 7
     assert load_study("digits").study.plan.steps != 7

@@ -178,6 +178,7 @@ def test_the_hunt_has_a_row_for_each_attempt_beside_the_unchanged_method(curves)
     assert rows[3].startswith("| digits | b1 = 0.8, not 0.9 | 0.1 | 0.80×")
     assert "0.25 ± 0.071 | -0.45 ± 0.2 (-2.2): better |" in rows[3]
     assert hunt_table({"digits": hunted(curves, 0.2, 0.3)[:1]}) == ""
+    assert hunt_table({"digits": hunted(curves, 0.2, 0.3)[1:]}) == ""
 
 
 def test_the_hunt_compares_with_the_first_variant_of_the_peers(curves):

@@ -307,7 +307,7 @@ def test_a_kernel_that_is_not_floating_cannot_be_corrected():
 @pytest.mark.parametrize("method", ["lora_one", "lora_ga"])
 def test_factors_that_frames_would_replace_are_refused(method):
     model = adapted(extra=nn.Frames(warmup=False))
-    with pytest.raises(ValueError, match=r"first: .* starts with factors of zero; give method="):
+    with pytest.raises(ValueError, match=r"first: .* starts with factors of its own; give method="):
         start(model, method)
 
 

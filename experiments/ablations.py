@@ -9,6 +9,7 @@ import optax
 
 from lowrank_optax import LoRAPair, engine
 from lowrank_optax.engine import (
+    RANK_AXIS,
     Side,
     both,
     gram,
@@ -20,7 +21,6 @@ from lowrank_optax.engine import (
 )
 
 B2, DELTA = 0.99, 1e-4
-RANK_AXIS = {"a": -1, "b": -2}
 
 
 class AblatedState(NamedTuple):

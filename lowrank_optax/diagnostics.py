@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core.decompositions import svd
-from lowrank_optax._core.linalg import compute_dtype, product
+from lowrank_optax._core.linalg import product, widened
 
 __all__ = ["alignment", "effective_rank"]
 
@@ -65,7 +65,7 @@ def alignment(pair: Any, grads: Any, full_gradient: jax.Array) -> jax.Array:
 
     Source: arXiv 2606.16454, which compares LoRA with SDS-LoRA by it.
     """
-    wide = jax.tree.map(lambda x: x.astype(compute_dtype(x)), (pair, grads))
+    wide = jax.tree.map(widened, (pair, grads))
 
     def delta(a: jax.Array, b: jax.Array) -> jax.Array:
         plain = wide[0]._replace(a=a, b=b).plain()
@@ -78,6 +78,6 @@ def alignment(pair: Any, grads: Any, full_gradient: jax.Array) -> jax.Array:
 
 def _unit(matrix: jax.Array) -> jax.Array:
     """Scales matrices (..., m, n) to the norm 1; zeros stay zeros."""
-    matrix = matrix.astype(compute_dtype(matrix))
+    matrix = widened(matrix)
     norm = jnp.linalg.norm(matrix, axis=(-2, -1), keepdims=True)
     return matrix / jnp.where(norm > 0, norm, 1)

@@ -15,8 +15,7 @@ pair)` applies f to each side, and `swap(pair)` gives each factor what belongs t
 method whose rule reads `pairs.scales` takes an argument `scale` and passes it to `lift`.
 
 The engine finds the pairs, hands the other leaves to a fallback transformation, and keeps the state
-in trees shaped like the parameters. A NaN or infinity in one pair never
-reaches another pair.
+in trees shaped like the parameters. A NaN or infinity in one pair never reaches another pair.
 
 Example:
     A complete method, preconditioned LoRA with momentum:
@@ -65,34 +64,45 @@ from lowrank_optax._core.arguments import (
 from lowrank_optax._core.decompositions import eigh
 from lowrank_optax._core.layouts import PairMatcher
 from lowrank_optax._core.linalg import (
+    LONG_AXIS,
+    RANK_AXIS,
     SIDES,
     Side,
     apply_rounded,
     compute_dtype,
     cross,
+    damped,
     damped_inverse,
     dots,
     gram,
     identity,
-    inverse_square_root,
     largest,
     long_axis_size,
     mix,
     orthonormalizer,
     other,
     product,
+    trace,
     transposed,
     weigh,
+    widened,
 )
-from lowrank_optax._core.moments import adam_direction
+from lowrank_optax._core.moments import adam_direction, adam_direction_epsilon_hat
 from lowrank_optax._core.names import in_words, listed
 from lowrank_optax._core.nodes import LoRAPair, both, join, only, register_node, swap
-from lowrank_optax._core.roots import inverse_root, pseudo_inverse_root, spectral_norm
+from lowrank_optax._core.roots import (
+    inverse_root,
+    of_eigenvalues,
+    pseudo_inverse_root,
+    spectral_norm,
+)
 from lowrank_optax._core.scales import scales
 from lowrank_optax._core.states import PairwiseState, Small, StateForm
 from lowrank_optax._core.verbs import Pairs, checked
 
 __all__ = [
+    "LONG_AXIS",
+    "RANK_AXIS",
     "SIDES",
     "LoRAPair",
     "NoState",
@@ -102,6 +112,7 @@ __all__ = [
     "Side",
     "Small",
     "adam_direction",
+    "adam_direction_epsilon_hat",
     "apply_rounded",
     "both",
     "check",
@@ -113,6 +124,7 @@ __all__ = [
     "check_whole",
     "compute_dtype",
     "cross",
+    "damped",
     "damped_inverse",
     "dots",
     "eigh",
@@ -120,13 +132,13 @@ __all__ = [
     "gram",
     "identity",
     "inverse_root",
-    "inverse_square_root",
     "is_zero",
     "join",
     "largest",
     "lift",
     "long_axis_size",
     "mix",
+    "of_eigenvalues",
     "only",
     "orthonormalizer",
     "other",
@@ -135,8 +147,10 @@ __all__ = [
     "register_node",
     "spectral_norm",
     "swap",
+    "trace",
     "transposed",
     "weigh",
+    "widened",
 ]
 
 WITHOUT_RATE = object()
@@ -265,7 +279,7 @@ def lift(
 
         grads, values = found.take(updates, node), found.take(params, node)
         # Moments in float16 would underflow. Shadows say by their dtype how exact they are.
-        seen = jax.tree.map(_widened, grads) if node is LoRAPair else grads
+        seen = jax.tree.map(widened, grads) if node is LoRAPair else grads
         pairs = Pairs(
             count=state.count,
             rate=_rate(learning_rate, state.count),
@@ -345,10 +359,6 @@ def _require_no_leaves(params: Any, found: pairing.Pairing, name: str) -> None:
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
     if isinstance(params, Mapping | list) and not jax.tree.leaves(params, is_leaf=is_masked):
         raise ValueError(f"{name} is given no parameters at all. {remedy}")
-
-
-def _widened(x: jax.Array) -> jax.Array:
-    return x.astype(compute_dtype(x))
 
 
 def _rate(learning_rate: Any, count: jax.Array) -> Any:

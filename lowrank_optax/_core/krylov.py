@@ -33,11 +33,9 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core import meshes
-from lowrank_optax._core.linalg import SIDES, Side, weigh
+from lowrank_optax._core.linalg import LONG_AXIS, RANK_AXIS, SIDES, Side, weigh
 
 Basis = dict[Side, list[jax.Array]]
-
-_LONG_AXIS = {"a": -2, "b": -1}
 
 
 class MetricValues(NamedTuple):
@@ -310,7 +308,7 @@ def deviations(pair: Any, grads: Any, single_pass: bool) -> jax.Array:
     def over(side: Side, of: Callable[[jax.Array], jax.Array]) -> jax.Array:
         # Summed apart: concatenated first, factors would be sent between devices.
         parts = (of(x.astype(sums.dtype)) for x in _first_products(pair, grads)[side])
-        own = [jnp.sum(x, axis=_LONG_AXIS[side]) for x in parts]
+        own = [jnp.sum(x, axis=LONG_AXIS[side]) for x in parts]
         return meshes.sum_over_shards(side, jnp.concatenate(own, axis=-1))
 
     expected: dict[Side, jax.Array] = {"b": sums, "a": sums_a}
@@ -370,7 +368,7 @@ def concat_rank(side: Side, x: Any, m: Any) -> jax.Array:
     """
     if m is None:
         return x
-    return jnp.concatenate([x, meshes.reshard_like(m, x)], axis=-1 if side == "a" else -2)
+    return jnp.concatenate([x, meshes.reshard_like(m, x)], axis=RANK_AXIS[side])
 
 
 def split_rank(side: Side, x: jax.Array, rank: int) -> tuple[jax.Array, jax.Array]:

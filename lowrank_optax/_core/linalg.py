@@ -13,11 +13,13 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax._core import meshes
-from lowrank_optax._core.decompositions import eigh, inverse_cholesky
+from lowrank_optax._core.decompositions import inverse_cholesky
 
 Side = Literal["a", "b"]
 
 SIDES: tuple[Side, Side] = ("a", "b")
+RANK_AXIS = {"a": -1, "b": -2}
+LONG_AXIS = {"a": -2, "b": -1}
 
 _CROSS = {"a": "...ni,...nj->...ij", "b": "...in,...jn->...ij"}
 _MIX = {"a": "...ni,...ij->...nj", "b": "...in,...ij->...jn"}
@@ -42,6 +44,17 @@ def compute_dtype(*arrays: Any) -> jnp.dtype:
         'float32'
     """
     return jnp.result_type(jnp.float32, *arrays)
+
+
+def widened(x: jax.Array) -> jax.Array:
+    """Brings an array to `compute_dtype`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> widened(jnp.ones(2, jnp.bfloat16)).dtype.name
+        'float32'
+    """
+    return x.astype(compute_dtype(x))
 
 
 def cross(side: Side, x: jax.Array, y: jax.Array) -> jax.Array:
@@ -92,10 +105,9 @@ def dots(side: Side, x: jax.Array, y: jax.Array) -> jax.Array:
         >>> dots("a", jnp.ones((3, 2)), jnp.ones((3, 2))).tolist()
         [[3.0, 3.0]]
     """
-    long_axis = -2 if side == "a" else -1
     dtype = compute_dtype(x, y)
     products = x.astype(dtype) * y.astype(dtype)
-    return meshes.sum_over_shards(side, jnp.sum(products, axis=long_axis, keepdims=True))
+    return meshes.sum_over_shards(side, jnp.sum(products, axis=LONG_AXIS[side], keepdims=True))
 
 
 def mix(side: Side, x: jax.Array, m: jax.Array) -> jax.Array:
@@ -133,9 +145,7 @@ def weigh(side: Side, x: jax.Array, weights: jax.Array | None) -> jax.Array:
         >>> weigh("a", jnp.ones((2, 1)), jnp.array([3.0, 4.0])).tolist()
         [[3.0], [4.0]]
     """
-    if weights is None:
-        return x.astype(compute_dtype(x))
-    return x.astype(compute_dtype(x)) * jnp.expand_dims(weights, -1 if side == "a" else -2)
+    return widened(x) if weights is None else widened(x) * jnp.expand_dims(weights, RANK_AXIS[side])
 
 
 def largest(side: Side, diagonal: jax.Array) -> jax.Array:
@@ -164,7 +174,7 @@ def long_axis_size(side: Side, x: jax.Array) -> Any:
         >>> long_axis_size("b", jnp.ones((2, 5)))
         5
     """
-    own: Any = x.shape[-2 if side == "a" else -1]
+    own: Any = x.shape[LONG_AXIS[side]]
     return meshes.sum_over_shards(side, own)
 
 
@@ -219,8 +229,8 @@ def transposed(matrix: jax.Array) -> jax.Array:
     return jnp.swapaxes(matrix, -1, -2)
 
 
-def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
-    r"""Inverts damped Gram matrices by Cholesky: `(M + δ I)⁻¹`.
+def damped(matrix: jax.Array, damping: Any) -> jax.Array:
+    """Adds damping to Gram matrices: `M + δ I`.
 
     Rounding makes a singular Gram matrix indefinite at the level of eps·trace. A δ below that level
     would be lost, and Cholesky would fail. So the damping is `max(δ, 4 eps trace(M))`: δ itself in
@@ -231,6 +241,25 @@ def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
         damping: δ, a positive scalar.
 
     Returns:
+        (..., r, r).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> damped(jnp.zeros((2, 2)), 0.25).tolist()
+        [[0.25, 0.0], [0.0, 0.25]]
+    """
+    floor = 4 * jnp.finfo(matrix.dtype).eps * trace(matrix)
+    return matrix + jnp.maximum(jnp.asarray(damping, matrix.dtype), floor) * identity(matrix)
+
+
+def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
+    r"""Inverts damped Gram matrices by Cholesky: `(M + δ I)⁻¹`.
+
+    Args:
+        matrix: (..., r, r), symmetric positive semi-definite, float32 or float64.
+        damping: δ, a positive scalar; rounding raises it as in `damped`.
+
+    Returns:
         (..., r, r). Finite where the trace is, unless both δ and the matrix vanish; NaN for any
         other input.
 
@@ -239,12 +268,9 @@ def damped_inverse(matrix: jax.Array, damping: Any) -> jax.Array:
         >>> damped_inverse(jnp.zeros((2, 2)), 0.25).tolist()
         [[4.0, 0.0], [0.0, 4.0]]
     """
-    eye = identity(matrix)
-    trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
-    floor = 4 * jnp.finfo(matrix.dtype).eps * trace
-    root = inverse_cholesky(matrix + jnp.maximum(jnp.asarray(damping, matrix.dtype), floor) * eye)
+    root = inverse_cholesky(damped(matrix, damping))
     inverse = _einsum("...ki,...kj->...ij", root, root)
-    return jnp.where(jnp.isfinite(trace), inverse, jnp.nan)  # an infinite pivot would give 0
+    return jnp.where(jnp.isfinite(trace(matrix)), inverse, jnp.nan)  # an infinite pivot gives 0
 
 
 def orthonormalizer(matrix: jax.Array) -> jax.Array:
@@ -264,32 +290,26 @@ def orthonormalizer(matrix: jax.Array) -> jax.Array:
 
     Source: shifted Cholesky QR, arXiv 1809.11085.
     """
-    eye = identity(matrix)
     info = jnp.finfo(matrix.dtype)
-    trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
-    root = inverse_cholesky(matrix + (4 * info.eps * trace + info.tiny) * eye)
-    return transposed(root)
+    floor = 4 * info.eps * trace(matrix) + info.tiny
+    return transposed(inverse_cholesky(matrix + floor * identity(matrix)))
 
 
-def inverse_square_root(matrix: jax.Array, damping: Any) -> jax.Array:
-    """Computes symmetric roots `(M + δ I)^(-1/2)` of Gram matrices.
+def trace(matrix: jax.Array) -> jax.Array:
+    """Computes traces as matrices 1×1, which multiply a matrix each.
 
     Args:
-        matrix: (..., r, r), symmetric positive semi-definite, float32 or float64.
-        damping: δ, a positive scalar; rounding raises it as in `damped_inverse`.
+        matrix: (..., r, r).
 
     Returns:
-        (..., r, r).
+        (..., 1, 1).
 
     Example:
         >>> import jax.numpy as jnp
-        >>> inverse_square_root(4.0 * jnp.eye(1), 1e-6).round(3).tolist()
-        [[0.5]]
+        >>> trace(jnp.eye(3)).tolist()
+        [[3.0]]
     """
-    values, vectors = eigh(matrix)
-    floor = 4 * jnp.finfo(matrix.dtype).eps * jnp.sum(jnp.abs(values), axis=-1, keepdims=True)
-    damped = jnp.maximum(values, 0) + jnp.maximum(jnp.asarray(damping, matrix.dtype), floor)
-    return _einsum("...ij,...kj->...ik", vectors / jnp.sqrt(damped)[..., None, :], vectors)
+    return jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
 
 
 def identity(matrix: jax.Array) -> jax.Array:

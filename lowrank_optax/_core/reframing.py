@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from lowrank_optax._core import meshes
 from lowrank_optax._core.frames import FramedPair, decompose, renewed, seen_from
-from lowrank_optax._core.linalg import compute_dtype, gram, identity
+from lowrank_optax._core.linalg import gram, identity, widened
 from lowrank_optax._core.nodes import LoRAPair, both
 from lowrank_optax._core.notices import warn_if
 from lowrank_optax._core.verbs import Pairs, Verbs, update_dtype
@@ -75,8 +75,7 @@ def move_frames(
     """
 
     def moved() -> list[LoRAPair]:
-        wide = lambda x: x.astype(compute_dtype(x))
-        return jax.tree.map(wide, pairs.moved(params, steps))
+        return jax.tree.map(widened, pairs.moved(params, steps))
 
     def follow() -> list[FramedPair]:
         """Warm-up: the frames are the factors."""

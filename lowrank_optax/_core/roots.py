@@ -3,6 +3,7 @@
 All of them take stacks (n, r, r), for `Pairs.together`.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +14,25 @@ from lowrank_optax._core.linalg import product, transposed
 
 # Rounding of a Gram matrix in units of the dtype's epsilon; at most 6.4 was seen at r = 64.
 _NOISE = 10
+
+
+def of_eigenvalues(function: Callable[[jax.Array], jax.Array], matrix: jax.Array) -> jax.Array:
+    r"""Computes $V f(\Lambda) V^\top$ of symmetric matrices $V \Lambda V^\top$.
+
+    Args:
+        function: f, of the eigenvalues (n, r), smallest first.
+        matrix: (n, r, r), symmetric, float32 or float64.
+
+    Returns:
+        (n, r, r).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> of_eigenvalues(jnp.sqrt, 4.0 * jnp.eye(1)[None]).tolist()
+        [[[2.0]]]
+    """
+    values, vectors = eigh(matrix)
+    return product(vectors * function(values)[..., None, :], transposed(vectors))
 
 
 def inverse_root(matrix: jax.Array, relative: Any, absolute: Any) -> jax.Array:
@@ -31,10 +51,12 @@ def inverse_root(matrix: jax.Array, relative: Any, absolute: Any) -> jax.Array:
         >>> inverse_root(4.0 * jnp.eye(1)[None], 1e-6, 1e-12).round(3).tolist()
         [[[0.5]]]
     """
-    values, vectors = eigh(matrix)
-    values = jnp.maximum(values, 0)
-    damped = values + jnp.maximum(relative * values[..., -1:], absolute)
-    return product(vectors / jnp.sqrt(damped)[..., None, :], transposed(vectors))
+
+    def root(values: jax.Array) -> jax.Array:
+        values = jnp.maximum(values, 0)
+        return 1 / jnp.sqrt(values + jnp.maximum(relative * values[..., -1:], absolute))
+
+    return of_eigenvalues(root, matrix)
 
 
 def pseudo_inverse_root(matrix: jax.Array) -> jax.Array:
@@ -53,12 +75,13 @@ def pseudo_inverse_root(matrix: jax.Array) -> jax.Array:
         >>> pseudo_inverse_root(jnp.diag(jnp.array([4.0, 0.0]))[None]).round(3).tolist()
         [[[0.5, 0.0], [0.0, 0.0]]]
     """
-    values, vectors = eigh(matrix)
     info = jnp.finfo(matrix.dtype)
-    floor = _NOISE * info.eps * values[..., -1:] + info.tiny
-    is_seen = values > floor
-    roots = jnp.where(is_seen, jax.lax.rsqrt(jnp.where(is_seen, values, 1)), 0)
-    return product(vectors * roots[..., None, :], transposed(vectors))
+
+    def root(values: jax.Array) -> jax.Array:
+        is_seen = values > _NOISE * info.eps * values[..., -1:] + info.tiny
+        return jnp.where(is_seen, jax.lax.rsqrt(jnp.where(is_seen, values, 1)), 0)
+
+    return of_eigenvalues(root, matrix)
 
 
 def spectral_norm(matrix: jax.Array) -> jax.Array:

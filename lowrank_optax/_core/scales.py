@@ -40,9 +40,10 @@ def scales_from(source: Any, names: Callable[[str], str] | None = None) -> Scale
     Under `optax.inject_hyperparams` every scale that depends on the path must come from here.
 
     Args:
-        source: a callable from a pair's path to its number. Or numbers by pattern, of which the first that fits counts: a pattern names the tail
-            of a pair's path, or of a path above it, as in `Unpaired`; `"*"` fits all. Or an
-            `adapters.PeftConfig`, which knows ranks, alphas and rsLoRA.
+        source: a callable from a pair's path to its number. Or numbers by pattern, of which the
+            first that fits counts: a pattern names the tail of a pair's path, or of a path above
+            it, as in `Unpaired`; `"*"` fits all. Or an `adapters.PeftConfig`, which knows ranks,
+            alphas and rsLoRA.
         names: for a `PeftConfig`, from a pair's path to its module name; the path with dots by
             default.
 

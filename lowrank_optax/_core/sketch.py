@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core.frames import decompose, orthonormalize
-from lowrank_optax._core.linalg import Side, compute_dtype, product, transposed
+from lowrank_optax._core.linalg import Side, compute_dtype, other, product, transposed
 from lowrank_optax._core.nodes import LoRAPair, only
 from lowrank_optax._core.verbs import Verbs
 
@@ -79,7 +79,7 @@ def leading_triplets(
         """G probeᵀ for probes of the side b, probeᵀ G for those of the side a."""
         at = [_with(pair, side, x) for pair, x in zip(zeros, probes, strict=True)]
         cast = jax.tree.map(lambda x, like: x.astype(like.dtype), at, list(pairs))
-        across: Side = "a" if side == "b" else "b"
+        across = other(side)
         wide = [
             getattr(g, across).astype(x.dtype) for g, x in zip(gradients(cast), probes, strict=True)
         ]

@@ -216,7 +216,9 @@ def _change(model: Any, original: nnx.Module, path: str) -> jax.Array:
     base = getattr(before, "base", before)
     kernel = None if kernel_name(base) is None else kernel_of(base)
     if kernel is None or kernel.shape != layer.kernel.shape:
-        raise ValueError(f"{in_words(path, 'layer')}: `original` has no such layer with a kernel of this shape")
+        raise ValueError(
+            f"{in_words(path, 'layer')}: `original` has no such layer with a kernel of this shape"
+        )
     wide = lambda x: layer.axes.to_matrix(x[...].astype(compute_dtype(x[...])))
     return wide(layer.kernel) - wide(kernel)
 
@@ -250,8 +252,8 @@ def _require_kept(path: str, layer: Any) -> None:
     extra = layer.lora.extra
     if extra is not None and not extra.keeps_product:
         raise ValueError(
-            f"{in_words(path, 'layer')}: an adapter with {extra} starts with factors of its own; make it with"
-            " Frames() to load others"
+            f"{in_words(path, 'layer')}: an adapter with {extra} starts with factors of its"
+            " own; make it with Frames() to load others"
         )
 
 
@@ -267,8 +269,8 @@ def _require_uncorrected(model: Any, remedy: str) -> None:
     for path, layer in find_lora_layers(model) if isinstance(model, nnx.Module) else ():
         if layer.corrected:
             raise ValueError(
-                f"{in_words(path, 'layer')}: a start has changed its kernel, and a pair alone does not"
-                f" fit the kernel that it was; {remedy}"
+                f"{in_words(path, 'layer')}: a start has changed its kernel, and a pair alone"
+                f" does not fit the kernel that it was; {remedy}"
             )
 
 

@@ -11,10 +11,11 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from lowrank_optax import engine
-from lowrank_optax.engine import both, gram, inverse_square_root, mix, swap
+from lowrank_optax.engine import both, gram, inverse_root, mix, swap
 
 
 def scale_by_inverse_sqrt_gram(
@@ -54,7 +55,7 @@ def scale_by_inverse_sqrt_gram(
     engine.check_positive("damping", damping)
 
     def root(matrix: jax.Array) -> jax.Array:
-        return inverse_square_root(matrix, damping)
+        return inverse_root(matrix, 4 * jnp.finfo(matrix.dtype).eps, damping)
 
     def rule(pairs: engine.Pairs, grads: Any, params: Any, state: Any) -> tuple[Any, Any]:
         roots = pairs.together(root, pairs.each(lambda pair: both(gram, pair), params))

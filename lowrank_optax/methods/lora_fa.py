@@ -33,7 +33,16 @@ import jax.numpy as jnp
 import optax
 
 from lowrank_optax import engine
-from lowrank_optax.engine import LoRAPair, both, damped_inverse, gram, mix, only, swap
+from lowrank_optax.engine import (
+    LoRAPair,
+    adam_direction_epsilon_hat,
+    both,
+    damped_inverse,
+    gram,
+    mix,
+    only,
+    swap,
+)
 
 
 class LoRAFAState(NamedTuple):
@@ -108,8 +117,6 @@ def lora_fa(
     def rule(
         pairs: engine.Pairs, grads: Any, params: Any, state: LoRAFAState
     ) -> tuple[Any, LoRAFAState]:
-        count = pairs.count + 1
-        correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
         grams = pairs.each(lambda pair: both(gram, only("a", pair)), params)
         inverses = pairs.together(lambda matrix: damped_inverse(matrix, damping), grams)
 
@@ -120,7 +127,7 @@ def lora_fa(
         projected = pairs.each(project, grads, inverses, pairs.scales)
         mu = optax.tree.update_moment(projected, state.mu, b1, 1)
         nu = optax.tree.update_moment(projected, state.nu, b2, 2)
-        directions = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), mu, nu)
+        directions = adam_direction_epsilon_hat(mu, nu, pairs.count + 1, b1=b1, b2=b2, eps=eps)
         return pairs.descend(directions, params), LoRAFAState(mu, nu)
 
     def init(pair: LoRAPair) -> LoRAFAState:

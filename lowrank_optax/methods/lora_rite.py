@@ -166,7 +166,7 @@ def _clip(g: LoRAPair, longest: Any) -> tuple[LoRAPair, LoRAPair]:
     factor: Any = 1.0
     grams = both(gram, g)
     if longest is not None:
-        traces = both(lambda side, m: jnp.trace(m, axis1=-2, axis2=-1)[..., None, None], grams)
+        traces = both(lambda side, m: engine.trace(m), grams)
         factor = longest / jnp.maximum(jnp.sqrt(traces.a + traces.b), longest)
 
     def mean(side: Side, m: jax.Array, x: jax.Array) -> jax.Array:
@@ -182,11 +182,9 @@ def _turn(overlap: jax.Array, inverse: jax.Array, nu: jax.Array) -> tuple[jax.Ar
 
 
 def _inverse_root(matrix: jax.Array, eps: Any) -> jax.Array:
-    values, vectors = engine.eigh(matrix)
     rounding = matrix.shape[-1] * jnp.finfo(matrix.dtype).eps
-    values = jnp.maximum(values, rounding * jnp.maximum(values[..., -1:], 0))
-    roots = 1 / (jnp.sqrt(values) + eps)
-    return product(vectors * roots[..., None, :], transposed(vectors))
+    floored = lambda values: jnp.maximum(values, rounding * jnp.maximum(values[..., -1:], 0))
+    return engine.of_eigenvalues(lambda values: 1 / (jnp.sqrt(floored(values)) + eps), matrix)
 
 
 def _corrected(decay: Any, t: jax.Array) -> Any:

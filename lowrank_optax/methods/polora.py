@@ -31,6 +31,7 @@ import optax
 
 from lowrank_optax import engine
 from lowrank_optax.engine import (
+    RANK_AXIS,
     LoRAPair,
     Side,
     both,
@@ -121,7 +122,6 @@ def polora(
     engine.check_choice("partner", partner, ("identity", "gram"))
     engine.check_choice("radius", radius, ("exact", "linear"))
     root = functools.partial(inverse_root, relative=delta, absolute=1e-12)
-    times_root = mix if partner == "gram" else lambda side, x, root: x
 
     def rule(pairs: engine.Pairs, grads: Any, params: Any, state: PoLoRAState) -> tuple[Any, Any]:
         mu = optax.tree.update_moment(grads, state.mu, b1, 1)
@@ -130,13 +130,13 @@ def polora(
         relative = lambda side, d: _ratio(d, largest(side, d)[..., None]) + delta
         metric = pairs.each(lambda d: both(relative, d), state.curvature)
         whitener = jax.tree.map(jax.lax.rsqrt, metric)
-        roots = params  # of which the identity partner's `times_root` reads nothing
+        roots = pairs.each(lambda pair: LoRAPair(None, None), params)
         if partner == "gram":
             weighted = lambda side, x, w: cross(side, weigh(side, x, w), x)
             grams = pairs.each(lambda pair, w: both(weighted, pair, w), params, metric)
             roots = pairs.together(root, grams)
 
-        whiten = lambda side, x, w, root: times_root(side, weigh(side, x, w), root)
+        whiten = lambda side, x, w, root: _times(side, weigh(side, x, w), root)
         whitened = lambda x, w, root: both(whiten, x, w, swap(root))
         x = pairs.each(whitened, nesterov, whitener, roots)
         polar = pairs.together(pseudo_inverse_root, pairs.each(lambda x: both(gram, x), x))
@@ -152,8 +152,8 @@ def polora(
             return both(unit, x, lengths)
 
         def curve(side: Side, d: jax.Array, g: jax.Array, root: jax.Array) -> jax.Array:
-            squares = g * times_root(side, times_root(side, g, root), root)
-            return b2 * d + (1 - b2) * jnp.mean(squares, axis=_RANK_AXIS[side])
+            squares = g * _times(side, _times(side, g, root), root)
+            return b2 * d + (1 - b2) * jnp.mean(squares, axis=RANK_AXIS[side])
 
         directions = pairs.each(direction, x, lengths, norms, pairs.scales)
         curves = lambda d, g, root: both(curve, d, g, swap(root))
@@ -162,7 +162,7 @@ def polora(
 
     def init(pair: LoRAPair) -> PoLoRAState:
         zeros = both(lambda side, x: jnp.zeros_like(x, dtype=engine.compute_dtype(x)), pair)
-        tiny = both(lambda side, x: jnp.sum(x, axis=_RANK_AXIS[side]) + 1e-12, zeros)
+        tiny = both(lambda side, x: jnp.sum(x, axis=RANK_AXIS[side]) + 1e-12, zeros)
         return PoLoRAState(zeros, tiny)
 
     return engine.lift(
@@ -180,7 +180,9 @@ def polora(
     )
 
 
-_RANK_AXIS = {"a": -1, "b": -2}
+def _times(side: Side, x: jax.Array, root: jax.Array | None) -> jax.Array:
+    """Computes x R for a and R x for b; None stands for R = I."""
+    return x if root is None else mix(side, x, root)
 
 
 def _exact(norm: jax.Array, length: Any) -> jax.Array:

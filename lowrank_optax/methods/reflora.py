@@ -116,33 +116,35 @@ def reflora(
     engine.check_whole("warmup_steps", warmup_steps, least=0)
     engine.check_positive("eps", eps)
     engine.check_positive("damping", damping)
-    is_full = refactoring == "full"
 
-    def split(m: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
-        m, n = (_damped(matrix, damping) for matrix in (m, n))
-        return _geometric_mean(m, n) if is_full else _ratio_of_traces(m, n)
-
-    def rule(
-        pairs: engine.Pairs, grads: Any, params: Any, state: RefLoRAState
-    ) -> tuple[Any, RefLoRAState]:
+    def refactored(pairs: engine.Pairs, split: Any, operate: Any, plain: Any, params: Any) -> Any:
+        """What the best split makes of gradients or directions, but in the first updates."""
         grams = pairs.each(lambda pair: tuple(both(gram, pair)), params)
-        splits = pairs.each(LoRAPair, *pairs.together(split, *grams))
+        damped = lambda m, n: split(engine.damped(m, damping), engine.damped(n, damping))
+        splits = pairs.each(LoRAPair, *pairs.together(damped, *grams))
+        new = pairs.each(lambda x, m: both(operate, x, m), plain, splits)
+        is_early = pairs.count < warmup_steps
+        return jax.tree.map(lambda x, y: jnp.where(is_early, x.astype(y.dtype), y), plain, new)
 
-        def refactored(operate: Any, plain: Any) -> Any:
-            new = pairs.each(lambda x, m: both(operate, x, m), plain, splits)
-            is_early = pairs.count < warmup_steps
-            return jax.tree.map(lambda x, y: jnp.where(is_early, x.astype(y.dtype), y), plain, new)
+    def adam(count: jax.Array, grads: Any, state: RefLoRAState) -> tuple[Any, RefLoRAState]:
+        mu = optax.tree.update_moment(grads, state.mu, b1, 1)
+        nu = optax.tree.update_moment(grads, state.nu, b2, 2)
+        directions = adam_direction(mu, nu, count + 1, b1=b1, b2=b2, eps=eps)
+        return directions, RefLoRAState(mu, nu)
 
-        scaled = refactored(mix, grads) if is_full else grads
-        mu = optax.tree.update_moment(scaled, state.mu, b1, 1)
-        nu = optax.tree.update_moment(scaled, state.nu, b2, 2)
-        directions = adam_direction(mu, nu, pairs.count + 1, b1=b1, b2=b2, eps=eps)
-        if not is_full:
-            directions = refactored(lambda side, x, c: c * x, directions)
-        return pairs.descend(directions, params), RefLoRAState(mu, nu)
+    def full(pairs: engine.Pairs, grads: Any, params: Any, state: Any) -> tuple[Any, Any]:
+        scaled = refactored(pairs, _geometric_mean, mix, grads, params)
+        directions, state = adam(pairs.count, scaled, state)
+        return pairs.descend(directions, params), state
+
+    def scalar(pairs: engine.Pairs, grads: Any, params: Any, state: Any) -> tuple[Any, Any]:
+        directions, state = adam(pairs.count, grads, state)
+        times = lambda side, x, c: c * x
+        directions = refactored(pairs, _ratio_of_norms, times, directions, params)
+        return pairs.descend(directions, params), state
 
     return engine.lift(
-        rule,
+        {"full": full, "scalar": scalar}[refactoring],
         RefLoRAState,
         learning_rate=learning_rate,
         weight_decay=weight_decay,
@@ -153,13 +155,6 @@ def reflora(
         allow_no_pairs=allow_no_pairs,
         name="reflora",
     )
-
-
-def _damped(matrix: jax.Array, damping: Any) -> jax.Array:
-    trace = jnp.trace(matrix, axis1=-2, axis2=-1)[..., None, None]
-    floor = 4 * jnp.finfo(matrix.dtype).eps * trace
-    least = jnp.maximum(jnp.asarray(damping, matrix.dtype), floor)
-    return matrix + least * engine.identity(matrix)
 
 
 def _geometric_mean(m: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -177,8 +172,7 @@ def _geometric_mean(m: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
     return congruent(left, 1 / roots), congruent(right, roots)
 
 
-def _ratio_of_traces(m: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _ratio_of_norms(m: jax.Array, n: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Computes σ^(−½) and σ^½ with σ = √(tr N / tr M)."""
-    ratio = jnp.trace(n, axis1=-2, axis2=-1) / jnp.trace(m, axis1=-2, axis2=-1)
-    root = ratio[..., None, None] ** 0.25
+    root = (engine.trace(n) / engine.trace(m)) ** 0.25
     return 1 / root, root

@@ -30,14 +30,22 @@ Deviations, with the tests in `tests/test_scaled_adamw.py`:
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import optax
 
 from lowrank_optax import engine
-from lowrank_optax.engine import both, damped_inverse, gram, join, mix, only, swap
+from lowrank_optax.engine import (
+    adam_direction_epsilon_hat,
+    both,
+    damped_inverse,
+    gram,
+    join,
+    mix,
+    only,
+    swap,
+)
 
 ORDERS = ("simultaneous", "sequential")
 
@@ -112,8 +120,7 @@ def scaled_adamw(
     def rule(
         pairs: engine.Pairs, grads: Any, params: Any, state: ScaledAdamWState
     ) -> tuple[Any, ScaledAdamWState]:
-        count = pairs.count + 1
-        correction = jnp.sqrt(1 - b2**count) / (1 - b1**count)
+        direction = functools.partial(adam_direction_epsilon_hat, b1=b1, b2=b2, eps=eps)
 
         def move(sides: str, across: str, params: Any) -> tuple[Any, Any, Any]:
             """Returns updates and moments of these sides, None on the other one."""
@@ -123,8 +130,7 @@ def scaled_adamw(
             scaled = pairs.each(precondition, grads, inverses)
             mu = optax.tree.update_moment(scaled, state.mu, b1, 1)
             nu = optax.tree.update_moment(scaled, state.nu, b2, 2)
-            directions = jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), mu, nu)
-            return pairs.descend(directions, params), mu, nu
+            return pairs.descend(direction(mu, nu, pairs.count + 1), params), mu, nu
 
         if order == "simultaneous":
             updates, mu, nu = move("ab", "ab", params)

@@ -256,8 +256,8 @@ def _require_supported(module: nn.Module, path: str) -> nn.Module:
         raise ValueError(f"{in_words(path, 'model')} already has LoRA; leave it out of the targets")
     if not is_adaptable(module):
         raise ValueError(
-            f"{in_words(path, 'model')} is a {type(module).__name__}; LoRA adapts {SUPPORTED}: narrow"
-            " the targets"
+            f"{in_words(path, 'model')} is a {type(module).__name__}; LoRA adapts {SUPPORTED}:"
+            " narrow the targets"
         )
     return module
 
@@ -290,8 +290,8 @@ def _add_deltas(
         name = "/".join(scope)
         if name not in adapters:
             raise ValueError(
-                f"{in_words(name, 'model')}: no adapter of that path is described. Trace the model: "
-                "jax.eval_shape(model.apply, variables, x) inside lora_interceptor, or call "
+                f"{in_words(name, 'model')}: no adapter of that path is described. Trace the "
+                "model: jax.eval_shape(model.apply, variables, x) inside lora_interceptor, or call "
                 "lora_adapters(model, variables, x)"
             )
         leaves = {path[-1]: nn.meta.unbox(x) for path, x in factors.items() if path[:-1] == scope}

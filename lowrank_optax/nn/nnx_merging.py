@@ -152,5 +152,6 @@ def refuse_shared_kernels(model: nnx.Module, layers: dict[str, LoRALayer]) -> No
         holders = owners[id(layer.kernel)]
         if len(holders) > 1:
             raise ValueError(
-                f"{in_words(path, 'layer')}: its kernel is shared by {', '.join(holders)}; a change would change all"
+                f"{in_words(path, 'layer')}: its kernel is shared by {', '.join(holders)}; a"
+                " change would change all"
             )

@@ -43,6 +43,7 @@ Example:
 """
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -174,6 +175,7 @@ def lift(
     scale: Any = 1.0,
     fallback: optax.GradientTransformation | None = None,
     adamw: Mapping[str, Any] | None = None,
+    rate_suits_adamw: bool = True,
     specs: Sequence[PairMatcher] | None = None,
     allow_no_pairs: bool = False,
     init: Callable[[Any], Any] | None = None,
@@ -200,6 +202,8 @@ def lift(
             same learning rate, decay and mask (for a method without weight decay, optax's default
             decay); nothing is done to them without a learning rate.
         adamw: further arguments of that AdamW, such as `b1`.
+        rate_suits_adamw: whether the method's learning rates are of the size of AdamW's. If not,
+            `init` warns where leaves beside the pairs get that AdamW.
         specs: layouts of the pairs, see `find_pairs`.
         allow_no_pairs: whether parameters without any pair are taken, and left to the fallback.
         init: the `state_type` of one pair at the start, from the pair. By default zeros, shaped
@@ -247,6 +251,8 @@ def lift(
         if not (found.pairs or allow_no_pairs):
             _require_no_leaves(params, found, name)
         scales(found, scale)  # a mistake is told before the first update
+        if found.pairs and fallback is None and not rate_suits_adamw:
+            _warn_of_rest(found, name)
         lists = form.gather([start(pair) for pair in found.take(params, node)])
         return PairwiseState(
             count=jnp.zeros([], jnp.int32),
@@ -359,6 +365,17 @@ def _require_no_leaves(params: Any, found: pairing.Pairing, name: str) -> None:
     is_masked = lambda x: isinstance(x, optax.MaskedNode)
     if isinstance(params, Mapping | list) and not jax.tree.leaves(params, is_leaf=is_masked):
         raise ValueError(f"{name} is given no parameters at all. {remedy}")
+
+
+def _warn_of_rest(found: pairing.Pairing, name: str) -> None:
+    rest = [path for index, path in enumerate(found.paths) if index not in found.paired]
+    if rest:
+        warnings.warn(
+            f"{name} trains {listed(rest)} by AdamW at its own learning rate, which is not of the"
+            " size of AdamW's. Give `fallback=optax.adamw(1e-3)`, say, or"
+            " `fallback=optax.set_to_zero()` if they are to stay.",
+            stacklevel=3,
+        )
 
 
 def _rate(learning_rate: Any, count: jax.Array) -> Any:

@@ -17,8 +17,10 @@ from lowrank_optax import (
     clip_by_global_norm,
     find_pairs,
     frame,
+    lora_muon,
     nn,
     oplora,
+    polora,
     scale_gradients,
     sds_lora,
     shadow,
@@ -30,6 +32,29 @@ PAIR = LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 5)))
 
 def init_and_update(tx, params):
     return tx.update(params, tx.init(params), params)
+
+
+# Leaves beside the pairs under a rate that is not AdamW's
+
+WITH_HEAD = {"q": PAIR, "head": jnp.ones(3)}
+WITHOUT_HEAD = {"q": PAIR}
+
+
+@pytest.mark.parametrize("make", [altlora, lora_muon, polora])
+def test_a_head_under_a_rate_that_is_not_adamws_is_warned_about(make):
+    with pytest.warns(UserWarning, match=r"trains head by AdamW at its own learning rate"):
+        make(0.3).init(WITH_HEAD)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(0.3).init(WITHOUT_HEAD)
+        make(0.3, fallback=optax.adamw(1e-3)).init(WITH_HEAD)
+        make(0.3, allow_no_pairs=True).init({"head": jnp.ones(3)})
+
+
+def test_a_head_under_the_rate_of_adamw_is_not():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        altlora_plus(1e-3).init(WITH_HEAD)
 
 
 # OPLoRA's momentum beside what acts on all leaves

@@ -98,7 +98,8 @@ def altlora(
         weight_decay: $\lambda$, decoupled, applied to a factor when it moves.
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one. Under
             `optax.inject_hyperparams` name it in `static_args`.
-        fallback: transformation of unpaired leaves; AdamW at the same rate by default.
+        fallback: transformation of unpaired leaves; AdamW at the same rate by default, with a
+            warning, for it is too high.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
         allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
@@ -134,6 +135,7 @@ def altlora(
         scale=scale,
         fallback=fallback,
         adamw={"b1": b1},
+        rate_suits_adamw=False,
         specs=specs,
         allow_no_pairs=allow_no_pairs,
         name="altlora",

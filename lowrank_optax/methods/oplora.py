@@ -64,7 +64,8 @@ def oplora(
             `optax.inject_hyperparams` wrap a callable by `scales_from`.
         damping: added to $\lambda$ inside inversions only, not negative; it shrinks the factors.
         momentum_damping: the same for the momentum, positive; without it the momentum degrades.
-        fallback: transformation of unpaired leaves; AdamW at the same rate by default.
+        fallback: transformation of unpaired leaves; AdamW at the same rate by default, with a
+            warning, for it is too high.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
         allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
@@ -128,6 +129,7 @@ def oplora(
         learning_rate=learning_rate,
         scale=scale,
         fallback=fallback,
+        rate_suits_adamw=False,
         specs=specs,
         allow_no_pairs=allow_no_pairs,
         init=unsealed,

@@ -68,7 +68,8 @@ def oplora_proj(
         scale: the forward scale s: a number, a callable from a pair's path, or a tree. Under
             `optax.inject_hyperparams` wrap a callable by `scales_from`.
         damping: added to $\lambda$ inside inversions only, not negative; it shrinks the factors.
-        fallback: transformation of unpaired leaves; AdamW at the same rate by default.
+        fallback: transformation of unpaired leaves; AdamW at the same rate by default, with a
+            warning, for it is too high.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
         allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
@@ -151,6 +152,7 @@ def oplora_proj(
         learning_rate=learning_rate,
         scale=scale,
         fallback=fallback,
+        rate_suits_adamw=False,
         specs=specs,
         allow_no_pairs=allow_no_pairs,
         init=init,

@@ -66,8 +66,8 @@ def scaled_oplora(
             `optax.inject_hyperparams` wrap a callable by `scales_from`.
         solver_damping: added to the ridge inside inversions only, not negative.
         momentum_damping: the same for the momentum, positive.
-        fallback: transformation of unpaired leaves; AdamW at the same rate by default, which large
-            rates do not suit.
+        fallback: transformation of unpaired leaves; AdamW at the same rate by default, with a
+            warning, for it is too high.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
         allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
@@ -150,6 +150,7 @@ def scaled_oplora(
         learning_rate=learning_rate,
         scale=scale,
         fallback=fallback,
+        rate_suits_adamw=False,
         specs=specs,
         allow_no_pairs=allow_no_pairs,
         init=unsealed,

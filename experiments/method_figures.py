@@ -60,7 +60,7 @@ def _shown(page: Page) -> list[str]:
 
 def _draw_steps(axes: Any, page: Page, colors: Mapping[str, str]) -> None:
     for method in dict.fromkeys(("full gradient", "adamw", *page.steps)):
-        values, cosine = one_step(method, usual=page.gradient_start)
+        values, cosine = one_step(method, usual=page.usual_start)
         label = method if method == "full gradient" else f"{method}, cosine {cosine:.2f}"
         style = "--" if method == "full gradient" else "o-"
         color = colors.get(method, "#808080")

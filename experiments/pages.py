@@ -14,14 +14,14 @@ class Page:
             a page without any has no table.
         steps: Methods of the figure's left panel.
         curves: Study and variant of the right panel, and its methods.
-        gradient_start: Whether the left panel begins at a usual start, not at trained factors.
+        usual_start: Whether the left panel begins at a usual start, not at trained factors.
     """
 
     methods: tuple[str, ...]
     costs: Mapping[str, str]
     steps: tuple[str, ...]
     curves: tuple[str, str, tuple[str, ...]] | None
-    gradient_start: bool = False
+    usual_start: bool = False
 
 
 CHOICES = (
@@ -54,9 +54,9 @@ PAGE_OF = {
         {},
         ("adamw-start", "polora-start"),
         ("lm", "peers", ("adamw", "adamw-start", "polora", "polora-start")),
-        gradient_start=True,
+        usual_start=True,
     ),
-    "weight_starts": Page(_WEIGHT_STARTS, {}, _WEIGHT_STARTS, None, gradient_start=True),
+    "weight_starts": Page(_WEIGHT_STARTS, {}, _WEIGHT_STARTS, None, usual_start=True),
     "altlora": Page(
         (*_ALTLORA, *_ALTLORA_PLUS),
         {"`altlora`": "altlora", "`altlora_plus`": "altlora_plus"},

@@ -43,7 +43,6 @@ Example:
 """
 
 import functools
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -89,8 +88,13 @@ from lowrank_optax._core.linalg import (
     widened,
 )
 from lowrank_optax._core.moments import adam_direction, adam_direction_epsilon_hat
-from lowrank_optax._core.names import in_words, listed
 from lowrank_optax._core.nodes import LoRAPair, both, join, only, register_node, swap
+from lowrank_optax._core.requirements import (
+    find_nodes,
+    require_no_leaves,
+    require_same_tree,
+    warn_of_rest,
+)
 from lowrank_optax._core.roots import (
     inverse_root,
     of_eigenvalues,
@@ -249,10 +253,10 @@ def lift(
     def init_fn(params: Any) -> PairwiseState:
         found = find(params)
         if not (found.pairs or allow_no_pairs):
-            _require_no_leaves(params, found, name)
+            require_no_leaves(params, found, name)
         scales(found, scale)  # a mistake is told before the first update
         if found.pairs and fallback is None and not rate_suits_adamw:
-            _warn_of_rest(found, name)
+            warn_of_rest(found, name)
         lists = form.gather([start(pair) for pair in found.take(params, node)])
         return PairwiseState(
             count=jnp.zeros([], jnp.int32),
@@ -272,7 +276,7 @@ def lift(
         if params is None:
             raise ValueError(f"{name} needs the parameters: call `update(grads, state, params)`.")
         found = find(params)
-        _check_same_tree(updates, found, name)
+        require_same_tree(updates, found, name)
         form.require_own(state)
         old = form.to_lists(found, state.pairs, params) if found.pairs else None
         decayed = found.mask(mask, params)
@@ -306,78 +310,6 @@ def lift(
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
 
 
-def find_nodes(
-    params: Any,
-    *,
-    specs: Sequence[PairMatcher] | None,
-    node: Any,
-    why_unfit: Callable[[Any], str],
-    name: str,
-) -> pairing.Pairing:
-    """Finds the pairs of a tree and raises unless a method can work on all of them.
-
-    Args:
-        params: the parameters.
-        specs: layouts of the pairs.
-        node: see `lift`.
-        why_unfit: see `lift`.
-        name: the method's name.
-
-    Returns:
-        The pairing.
-
-    Raises:
-        ValueError: pairs that do not fit.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> pair = LoRAPair(jnp.ones((4, 2)), jnp.ones((2, 3)))
-        >>> keywords = {"specs": (), "node": LoRAPair, "why_unfit": lambda pair: "", "name": ""}
-        >>> len(find_nodes({"q": pair}, **keywords).pairs)
-        1
-    """
-    found = pairing.find_pairs(params, specs)
-    needed = set(node._fields) - set(node._field_defaults)
-    for pair in found.pairs:
-        if not needed <= set(pair.leaves) <= set(node._fields):
-            raise ValueError(
-                f"{in_words(pair.path)}: {name} works on {node.__name__}, but this is a"
-                f" {pair.kind.__name__}. Use the optimizer made for it, or {node.made_by()}."
-            )
-    for pair, value in zip(found.pairs, found.take(params, node), strict=True):
-        if reason := why_unfit(value):
-            raise ValueError(f"{in_words(pair.path)}: {name} {reason}")
-    return found
-
-
-def _require_no_leaves(params: Any, found: pairing.Pairing, name: str) -> None:
-    """Raises where there are no pairs, but there should be.
-
-    optax itself calls `init` with placeholders and with trees in which everything is masked.
-    """
-    remedy = (
-        "Call `nn.add_lora` before you make the optimizer, or declare the layout of the factors"
-        " with `specs`; `allow_no_pairs=True` leaves everything to the fallback."
-    )
-    if found.paths:
-        shown = listed([path or "the parameter" for path in found.paths])
-        raise ValueError(f"{name} finds no LoRA pairs among {shown}. {remedy}")
-    is_masked = lambda x: isinstance(x, optax.MaskedNode)
-    if isinstance(params, Mapping | list) and not jax.tree.leaves(params, is_leaf=is_masked):
-        raise ValueError(f"{name} is given no parameters at all. {remedy}")
-
-
-def _warn_of_rest(found: pairing.Pairing, name: str) -> None:
-    rest = [path for index, path in enumerate(found.paths) if index not in found.paired]
-    if rest:
-        warnings.warn(
-            f"{name} trains {listed(rest)} by AdamW at its own learning rate, which is not of the"
-            " size of AdamW's. Give `fallback=optax.adamw(1e-3)`, say, or"
-            " `fallback=optax.set_to_zero()` if they are to stay.",
-            stacklevel=3,
-        )
-
-
 def _rate(learning_rate: Any, count: jax.Array) -> Any:
     if learning_rate is WITHOUT_RATE:
         return None
@@ -407,20 +339,3 @@ def _decays(
         {role: decay if wanted[i] else None for role, i in pair.leaves.items()}
         for pair in found.pairs
     ]
-
-
-def _check_same_tree(updates: Any, found: pairing.Pairing, name: str) -> None:
-    try:
-        leaves = found.treedef.flatten_up_to(updates)
-    except ValueError as error:
-        raise ValueError(
-            f"{name}: gradients and parameters differ in structure: {error}"
-        ) from error
-    for pair in found.pairs:
-        for role, index in pair.leaves.items():
-            if not hasattr(leaves[index], "shape"):
-                raise ValueError(
-                    f"{name}: {found.paths[index]} has no gradient ({leaves[index]!r}), so"
-                    f" {in_words(pair.path)} is half a pair ({role!r} is missing). Take gradients"
-                    " of both factors, or mask both in the parameters too."
-                )

@@ -44,6 +44,7 @@ CORE = (
     "readings",
     "suspects",
     "pairing",
+    "requirements",
     "scales",
     "states",
     "batching",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from lowrank_optax._core import meshes
 from lowrank_optax._core.linalg import SIDES, Side
@@ -265,3 +266,13 @@ def kind_with(names: Any) -> Any:
         f"no kind of pair has the leaves {', '.join(names)} together; take the leaves of one"
         " optimizer out before adding those of another."
     )
+
+
+def is_masked(x: Any) -> bool:
+    """Says whether something stands for a leaf that is left out.
+
+    Example:
+        >>> is_masked(optax.MaskedNode())
+        True
+    """
+    return isinstance(x, optax.MaskedNode)

@@ -20,7 +20,7 @@ from lowrank_optax._core.layouts import (
 )
 from lowrank_optax._core.linalg import SIDES
 from lowrank_optax._core.names import SAYS_LORA, in_words, node_name, path_name
-from lowrank_optax._core.nodes import is_node, kind_with
+from lowrank_optax._core.nodes import is_masked, is_node, kind_with
 from lowrank_optax._core.readings import resolve, weights_beside
 from lowrank_optax._core.suspects import near_misses
 
@@ -63,7 +63,7 @@ class PairLeaves:
         """Takes this pair out of a flat list, factors canonical, as its own or another kind."""
         kind = kind or self.kind
         values = {role: leaves[i] for role, i in self.leaves.items() if role in kind._fields}
-        values = {role: None if _is_masked(x) else x for role, x in values.items()}
+        values = {role: None if is_masked(x) else x for role, x in values.items()}
         for role in SIDES:
             if values[role] is not None:
                 values[role] = layouts.to_matrix(values[role], *self.layout.axes(role))
@@ -164,6 +164,11 @@ class Pairing:
     def paired(self) -> list[int]:
         """The indices of all leaves that are in a pair."""
         return [index for pair in self.pairs for index in pair.leaves.values()]
+
+    @property
+    def unpaired(self) -> list[str]:
+        """The paths of all leaves that are in none."""
+        return [path for index, path in enumerate(self.paths) if index not in self.paired]
 
 
 def find_pairs(tree: Any, specs: Sequence[PairMatcher] | None = None) -> Pairing:
@@ -301,10 +306,6 @@ def sharded_axes(
         rest = set(range(ndim)) - {axis % ndim for axis in (layout.a_rank, *layout.a_in)}
         result.append({**long, "batch": names(pair, "a", tuple(sorted(rest)))})
     return result
-
-
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
 
 
 def _members_of_nodes(tree: Any) -> dict[str, Member]:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from lowrank_optax._core.nodes import LoRAPair
+from lowrank_optax._core.nodes import LoRAPair, is_masked
 from lowrank_optax._core.pairing import Pairing
 
 
@@ -51,20 +51,16 @@ def restart_moments(fresh: Any, state: Any, params: Any, now: jax.Array) -> Any:
     return _restart(fresh, state, params, now)
 
 
-def _is_masked(x: Any) -> bool:
-    return isinstance(x, optax.MaskedNode)
-
-
 def _is_like(params: Any, tree: Any) -> bool:
     """Whether a tree has the structure of the parameters, whatever parts are masked in it."""
     treedef: Any
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=_is_masked)
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=is_masked)
     try:
         parts = treedef.flatten_up_to(params)
     except ValueError:
         return False
-    is_leaf = lambda x: _is_masked(x) or jax.tree_util.all_leaves([x])
-    return all(_is_masked(x) or is_leaf(part) for x, part in zip(leaves, parts, strict=True))
+    is_leaf = lambda x: is_masked(x) or jax.tree_util.all_leaves([x])
+    return all(is_masked(x) or is_leaf(part) for x, part in zip(leaves, parts, strict=True))
 
 
 def _restart(fresh: Any, state: Any, params: Any, now: jax.Array) -> Any:

@@ -16,6 +16,9 @@ from lowrank_optax._core.linalg import Side, compute_dtype, other, product, tran
 from lowrank_optax._core.nodes import LoRAPair, only
 from lowrank_optax._core.verbs import Verbs
 
+ROUNDING = 1e-6
+"""Below this ratio to the first, a singular value in float32 is rounding."""
+
 Gradients = Callable[[list[LoRAPair]], list[LoRAPair]]
 
 

@@ -37,6 +37,24 @@ class PairwiseState(NamedTuple):
     fallback: optax.OptState
 
 
+def not_own(state: Any, name: str) -> TypeError:
+    """Makes the error of a state that is not a method's own.
+
+    Args:
+        state: what the method was given.
+        name: the method's name.
+
+    Example:
+        >>> not_own({}, "altlora").args[0][:50]
+        'altlora needs the state of its own `init`, got a d'
+    """
+    return TypeError(
+        f"{name} needs the state of its own `init`, got a {type(state).__name__}. A checkpoint"
+        " restored without a target holds plain dicts and lists: give `tx.init(params)` as the"
+        " target."
+    )
+
+
 def skipped(state: Any) -> jax.Array:
     """Counts what was skipped, in every state of this library inside an optimizer state.
 
@@ -136,11 +154,7 @@ class StateForm:
             TypeError: it is not.
         """
         if not isinstance(state, PairwiseState):
-            raise TypeError(
-                f"{self._name} needs the state of its own `init`, got a {type(state).__name__}. A"
-                " checkpoint restored without a target holds plain dicts and lists: give"
-                " `tx.init(params)` as the target."
-            )
+            raise not_own(state, self._name)
         if not isinstance(state.pairs, self._type):
             raise TypeError(
                 f"{self._name} got the state of another method, {type(state.pairs).__name__} in"

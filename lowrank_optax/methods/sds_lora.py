@@ -39,6 +39,7 @@ from lowrank_optax._core.reframing import (
     move_frames,
 )
 from lowrank_optax._core.restart import factors_only, restart_moments
+from lowrank_optax._core.states import not_own
 from lowrank_optax._core.verbs import Verbs
 from lowrank_optax.engine import LoRAPair
 
@@ -165,11 +166,7 @@ def sds_lora(
         if params is None:
             raise ValueError("sds_lora needs the parameters: call `update(grads, state, params)`.")
         if not isinstance(state, SDSLoRAState):
-            raise TypeError(
-                f"sds_lora needs the state of its own `init`, got a {type(state).__name__}. A"
-                " checkpoint restored without a target holds plain dicts and lists: give"
-                " `tx.init(params)` as the target."
-            )
+            raise not_own(state, "sds_lora")
         if set(state.schedule) != {key}:
             raise ValueError(
                 f"this state belongs to a run with {', '.join(state.schedule)}, not {key}: a run"

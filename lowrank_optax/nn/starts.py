@@ -27,7 +27,7 @@ from lowrank_optax._core.names import in_words
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.pairing import find_pairs
 from lowrank_optax._core.scales import scales
-from lowrank_optax._core.sketch import Triplets, leading_triplets
+from lowrank_optax._core.sketch import ROUNDING, Triplets, leading_triplets
 from lowrank_optax.nn.config import Frames, LoRAConfig
 from lowrank_optax.nn.dora import initial_magnitudes
 from lowrank_optax.nn.flax_nnx import LoRALayer
@@ -38,8 +38,6 @@ from lowrank_optax.nn.nnx_surgery import lora_layers, replace_lora
 _BLOCKS = {"lora_one": 1, "lora_ga": 2, "frames": 1}
 _GAMMA = {"lora_one": 128.0, "lora_ga": 16.0, "frames": 1.0}
 _KEEPS_FUNCTION = {"lora_one": False, "lora_ga": True, "frames": False}
-# Below this ratio to the first, a singular value in float32 is rounding.
-_NOISE = 1e-6
 
 
 def gradient_start(
@@ -122,7 +120,7 @@ def gradient_start(
     finally:
         replace_lora(model, lambda path, layer: layers[path])
     for path, layer in layers.items():
-        noise = max(_NOISE, float(jnp.finfo(_narrowest(layer)).eps) / 64)
+        noise = max(ROUNDING, float(jnp.finfo(_narrowest(layer)).eps) / 64)
         where = f"{in_words(path, 'layer')}: "
         _require_rank(where, triplets[path], layer.lora.rank * _BLOCKS[method], noise)
     for index, (path, layer) in enumerate(layers.items(), start=1):
@@ -256,7 +254,7 @@ def start_pair(triplets: Triplets, rank: int, method: str, gamma: float) -> Any:
             " `gradient_triplets` pairs of this rank, and blocks=2 for 'lora_ga'"
         )
     if not isinstance(triplets.values, jax.core.Tracer):
-        _require_rank("", triplets, needed, _NOISE)
+        _require_rank("", triplets, needed, ROUNDING)
     left, right = triplets.left[..., :rank], triplets.right[..., :rank, :]
     if method == "frames":
         return FramedPair(jnp.zeros_like(left), jnp.zeros_like(right), left, right)

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import numpy as np
 from flax import nnx
 from rich.console import Console
 from rich.table import Table
@@ -182,9 +183,10 @@ def describe(
         1 other leaf goes to the fallback, 8 parameters: bias
     """
     found = find_pairs(params, specs)
-    leaves = jax.tree.leaves(found.rest(params))
-    paths = [path for index, path in enumerate(found.paths) if index not in found.paired]
-    sizes = {path: math.prod(leaf.shape) for path, leaf in zip(paths, leaves, strict=True)}
+    rest = jax.tree.leaves(found.rest(params))
+    sizes = {
+        path: math.prod(np.shape(leaf)) for path, leaf in zip(found.unpaired, rest, strict=True)
+    }
     return LoRASummary(_rows(found, params, scale), sizes)
 
 

@@ -26,7 +26,7 @@ from lowrank_optax._core.decompositions import qr, svd
 from lowrank_optax._core.linalg import compute_dtype, product, transposed
 from lowrank_optax._core.names import in_words
 from lowrank_optax._core.nodes import LoRAPair
-from lowrank_optax._core.sketch import Triplets, leading_triplets
+from lowrank_optax._core.sketch import ROUNDING, Triplets, leading_triplets
 from lowrank_optax.nn.config import LoRAConfig
 from lowrank_optax.nn.flax_nnx import LoRALayer
 from lowrank_optax.nn.functional import merge_kernel, why_not_mergeable
@@ -37,8 +37,6 @@ from lowrank_optax.nn.starts import write_node
 
 _METHODS = ("pissa", "pissa_fast", "olora")
 _DENSE = KernelAxes.in_order(0, 1, 1)
-# Below this ratio to the first, a singular value in float32 is rounding.
-_NOISE = 1e-6
 
 
 def weight_start(
@@ -214,7 +212,7 @@ def _split(
         found = Triplets(left[..., :rank], values[..., :rank], right[..., :rank, :])
     else:
         found = _sketched(matrix, rank, iterations, key)
-    seen = (found.values > _NOISE * found.values[..., :1]) & (found.values > 0)
+    seen = (found.values > ROUNDING * found.values[..., :1]) & (found.values > 0)
     size = jnp.sqrt(found.values / scale)
     pair = LoRAPair(found.left * size[..., None, :], size[..., None] * found.right)
     return pair, int(jnp.min(jnp.sum(seen, axis=-1)))

@@ -47,7 +47,7 @@ def _lora_layers(model: nnx.Module) -> Iterator[nn.LoRALayer]:
 def _look_at(
     before: nn.LoRALayer, after: nn.LoRALayer, grads: nn.LoRALayer
 ) -> dict[str, jax.Array]:
-    # Shadows are neither asked for nor minded.
+    # Only a and b of these are read, which every kind of pair has.
     pair: Any = grads.pair
     start: Any = before.pair
     full = grads.kernel[...]

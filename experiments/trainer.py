@@ -70,7 +70,7 @@ def step_ratio(trainer: "Trainer", baseline: "Trainer") -> float:
     return own / base
 
 
-class Run(NamedTuple):
+class Outcome(NamedTuple):
     """A run's result, and the trained model unless the run failed."""
 
     result: RunResult
@@ -166,7 +166,7 @@ class Trainer:
         learning_rate: float,
         seed: int,
         on_step: OnStep = ignore_steps,
-    ) -> Run:
+    ) -> Outcome:
         """Trains once.
 
         Divergence stops the run and is recorded, and so is a failure of the device, such as no
@@ -215,7 +215,7 @@ class Trainer:
             final=log.final,
         )
         model = None if status == "failed" else parts.merge(log.trained, parts.frozen)
-        return Run(result, model)
+        return Outcome(result, model)
 
     def stopwatch(self) -> Iterator[float]:
         """Yields the seconds of one step after the other, at a learning rate near zero."""

@@ -5,12 +5,12 @@ from typing import Any
 from experiments.errors import ExperimentError
 from experiments.schema import Plan
 from experiments.task import OnStep, Task
-from experiments.trainer import Run, Trainer
+from experiments.trainer import Outcome, Trainer
 
 
 def pretrain(
     task: Task[Any], *, steps: int, learning_rate: float, seed: int, on_step: OnStep
-) -> Run:
+) -> Outcome:
     """Trains all weights of a task's model by AdamW.
 
     Args:

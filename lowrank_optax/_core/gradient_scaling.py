@@ -10,7 +10,7 @@ import optax
 from lowrank_optax._core import krylov
 from lowrank_optax._core.arguments import check_positive
 from lowrank_optax._core.layouts import PairMatcher
-from lowrank_optax._core.linalg import SIDES, compute_dtype
+from lowrank_optax._core.linalg import SIDES, widened
 from lowrank_optax._core.names import in_words
 from lowrank_optax._core.pairing import find_pairs
 from lowrank_optax._core.shadows import ShadowedPair
@@ -144,7 +144,7 @@ def _global_norm(updates: Any, specs: Any, param_specs: Any) -> jax.Array:
     for i, (x, spec) in enumerate(zip(jax.tree.leaves(updates), placed, strict=True)):
         if i in beside:
             continue
-        squares = jnp.sum(jnp.square(x.astype(compute_dtype(x))))  # float16 ends at 65,504
+        squares = jnp.sum(jnp.square(widened(x)))  # float16 ends at 65,504
         axes = tuple(name for entry in spec for name in jax.tree.leaves(entry))
         total += jax.lax.psum(squares, axes) if axes else squares
     return jnp.sqrt(total)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from lowrank_optax._core.layouts import PairMatcher
-from lowrank_optax._core.linalg import SIDES, compute_dtype
+from lowrank_optax._core.linalg import SIDES, widened
 from lowrank_optax._core.names import in_words, join_keys
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.pairing import find_pairs
@@ -219,7 +219,7 @@ def _change(model: Any, original: nnx.Module, path: str) -> jax.Array:
         raise ValueError(
             f"{in_words(path, 'layer')}: `original` has no such layer with a kernel of this shape"
         )
-    wide = lambda x: layer.axes.to_matrix(x[...].astype(compute_dtype(x[...])))
+    wide = lambda x: layer.axes.to_matrix(widened(x[...]))
     return wide(layer.kernel) - wide(kernel)
 
 
@@ -286,11 +286,11 @@ def _written_pair(
         dense = LoRAPair(difference, eye) if n_out < n_in else LoRAPair(eye, difference)
         further, error = compress(dense, node.a.shape[-1])
         plain = plain_pair(node)
-        joined = LoRAPair(
+        side_by_side = LoRAPair(
             jnp.concatenate([plain.a, further.a], axis=-1),
             jnp.concatenate([plain.b, further.b], axis=-2),
         )
-        return (joined, error) if rank is None else compress(joined, rank)
+        return (side_by_side, error) if rank is None else compress(side_by_side, rank)
     if rank is not None:
         return compress(node, rank)
     plain = plain_pair(node)

@@ -18,7 +18,7 @@ import optax
 from lowrank_optax._core import meshes
 from lowrank_optax._core.arguments import check_integer
 from lowrank_optax._core.decompositions import svd
-from lowrank_optax._core.linalg import compute_dtype, product
+from lowrank_optax._core.linalg import compute_dtype, product, widened
 from lowrank_optax._core.names import path_name
 from lowrank_optax._core.nodes import LoRAPair, is_node
 
@@ -139,7 +139,7 @@ def pair_of_delta(delta: jax.Array, rank: int) -> LoRAPair:
     """
     check_integer("rank", rank, least=1)
     _check("delta", delta, rank)
-    left, values, right = _truncated_svd(delta.astype(compute_dtype(delta)), rank)
+    left, values, right = _truncated_svd(widened(delta), rank)
     root = jnp.sqrt(values)
     return LoRAPair(left * root[..., None, :], root[..., None] * right)
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 
 from lowrank_optax._core import meshes
-from lowrank_optax._core.linalg import compute_dtype, gram, mix
+from lowrank_optax._core.linalg import compute_dtype, gram, mix, transposed, widened
 from lowrank_optax.nn.config import LoRAConfig
 from lowrank_optax.nn.functional import apply_adapter, merge_kernel, why_not_mergeable
 from lowrank_optax.nn.kernel_axes import KernelAxes
@@ -47,7 +47,7 @@ def column_norms(kernel: jax.Array, pair: Any, scale: float, axes: KernelAxes) -
     k, a, b = (x.astype(dtype) for x in (axes.to_matrix(kernel), a, b))
     of_kernel = jnp.sum(k * k, axis=-2)
     with jax.default_matmul_precision("highest"):
-        rows = meshes.matmul(jnp.swapaxes(a, -1, -2), k, dtype)
+        rows = meshes.matmul(transposed(a), k, dtype)
     b = meshes.reshard_like(b, rows)
     across = jnp.sum(rows * b, axis=-2)
     of_update = jnp.sum(b * mix("b", b, gram("a", a)), axis=-2)
@@ -99,7 +99,7 @@ def initial_magnitudes(kernel: jax.Array, axes: KernelAxes, path: str) -> jax.Ar
             f"{path}: DoRA needs the norms of the kernel's columns, and the kernel is of"
             f" {kernel.dtype}; adapt it without `dora`"
         )
-    k = axes.to_matrix(kernel).astype(compute_dtype(kernel))
+    k = widened(axes.to_matrix(kernel))
     norms = jnp.sqrt(jnp.sum(k * k, axis=-2))
     if not isinstance(norms, jax.core.Tracer) and (zeros := int(jnp.sum(norms == 0))):
         raise ValueError(
@@ -134,7 +134,7 @@ def merge_directional_kernel(
         >>> merge_directional_kernel(jnp.eye(2), pair, jnp.array([1.0, 3.0]), 2.0, axes).tolist()
         [[1.0, 0.0], [0.0, 3.0]]
     """
-    wide = kernel.astype(compute_dtype(kernel)) if not why_not_mergeable(kernel.dtype) else kernel
+    wide = widened(kernel) if not why_not_mergeable(kernel.dtype) else kernel
     ratio = magnitude / column_norms(kernel, pair, scale, axes)
     columns = axes.to_matrix(merge_kernel(wide, pair, scale, axes)) * ratio[..., None, :]
     return axes.from_matrix(columns, kernel.shape).astype(kernel.dtype)

@@ -22,7 +22,7 @@ from rich.progress import Progress
 from lowrank_optax._core.arguments import check_choice, check_integer, check_positive
 from lowrank_optax._core.frames import FramedPair
 from lowrank_optax._core.layouts import variables_of
-from lowrank_optax._core.linalg import compute_dtype
+from lowrank_optax._core.linalg import widened
 from lowrank_optax._core.names import in_words
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.pairing import find_pairs
@@ -200,9 +200,7 @@ def gradient_triplets(
         def gradients(pairs: list[LoRAPair]) -> list[LoRAPair]:
             total = None
             for batch in batches:
-                part = jax.tree.map(
-                    lambda x: x.astype(compute_dtype(x)), gradient(pairs, batch, *frozen)
-                )
+                part = jax.tree.map(widened, gradient(pairs, batch, *frozen))
                 total = part if total is None else jax.tree.map(jnp.add, total, part)
                 bar.advance(task)
             mean = lambda g, s: jax.tree.map(lambda x: x / (s * len(batches)), g)

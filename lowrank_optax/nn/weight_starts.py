@@ -23,7 +23,7 @@ from rich.progress import Progress
 from lowrank_optax._core import meshes
 from lowrank_optax._core.arguments import check_choice, check_integer, check_positive
 from lowrank_optax._core.decompositions import qr, svd
-from lowrank_optax._core.linalg import compute_dtype, product, transposed
+from lowrank_optax._core.linalg import product, transposed, widened
 from lowrank_optax._core.names import in_words
 from lowrank_optax._core.nodes import LoRAPair
 from lowrank_optax._core.sketch import ROUNDING, Triplets, leading_triplets
@@ -154,7 +154,7 @@ def split_kernel(
     LoRAConfig(rank).check_rank(n_in, n_out, "the kernel")
     if reason := why_not_mergeable(kernel.dtype):
         raise ValueError(reason)
-    wide = meshes.whole(kernel.astype(compute_dtype(kernel)))
+    wide = meshes.whole(widened(kernel))
     matrix = axes.to_matrix(wide)
     _require_finite(matrix, "")
     pair, found = _split(matrix, rank, method, scale, iterations, jax.random.key(seed))
@@ -197,7 +197,7 @@ def _require_rank(found: int, rank: int, prefix: str) -> None:
 def _adapted_kernel(layer: LoRALayer) -> jax.Array:
     """K + s a b of a layer as it is, in float32 or better, on one device or the same on all."""
     kernel, pair = jax.tree.map(meshes.whole, (layer.kernel[...], layer.pair))
-    return merge_kernel(kernel.astype(compute_dtype(kernel)), pair, layer.scale, layer.axes)
+    return merge_kernel(widened(kernel), pair, layer.scale, layer.axes)
 
 
 def _split(

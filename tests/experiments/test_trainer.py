@@ -13,7 +13,7 @@ from experiments.errors import ExperimentError
 from experiments.methods import METHODS
 from experiments.schema import Plan, RunResult, read_result
 from experiments.tasks.data import padded_batches, shuffled_batches, shuffled_batches_by_length
-from experiments.trainer import Run, Trainer, warmup_cosine
+from experiments.trainer import Outcome, Trainer, warmup_cosine
 
 
 @pytest.fixture(scope="module")
@@ -22,7 +22,7 @@ def trainer(tiny_digits, plan) -> Trainer:
 
 
 @pytest.fixture(scope="module")
-def run(trainer) -> Run:
+def run(trainer) -> Outcome:
     return trainer.run(1e-2, seed=0)
 
 

@@ -47,7 +47,8 @@ def draw_speedups(comparisons: Sequence[Comparison], title: str, path: Path) -> 
     axes.set_yticks(range(len(comparisons)), [comparison.label for comparison in comparisons])
     axes.set_ylim(len(comparisons) - 0.5, -1.1)
     axes.set_xlabel(
-        "AdamW's steps to its best validation loss / the method's; lines span the seeds"
+        "AdamW's steps to its best validation loss / the method's\n"
+        "lines span the seeds; ×: not every seed gets there"
     )
     axes.grid(axis="x", alpha=0.2)
     figure.legend(loc="outside lower center", ncols=len(SHOWN))

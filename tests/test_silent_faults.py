@@ -17,7 +17,6 @@ from lowrank_optax import (
     clip_by_global_norm,
     find_pairs,
     frame,
-    lora_muon,
     nn,
     oplora,
     polora,
@@ -40,7 +39,7 @@ WITH_HEAD = {"q": PAIR, "head": jnp.ones(3)}
 WITHOUT_HEAD = {"q": PAIR}
 
 
-@pytest.mark.parametrize("make", [altlora, lora_muon, polora])
+@pytest.mark.parametrize("make", [altlora, polora])
 def test_a_head_under_a_rate_that_is_not_adamws_is_warned_about(make):
     with pytest.warns(UserWarning, match=r"trains head by AdamW at its own learning rate"):
         make(0.3).init(WITH_HEAD)
@@ -55,6 +54,12 @@ def test_a_head_under_the_rate_of_adamw_is_not():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         altlora_plus(1e-3).init(WITH_HEAD)
+
+
+def test_a_head_beside_shadows_is_warned_about():
+    shadowed = {"q": shadow(PAIR, jax.random.key(0)), "head": jnp.ones(3)}
+    with pytest.warns(UserWarning, match=r"oplora trains head by AdamW"):
+        oplora(0.3).init(shadowed)
 
 
 # OPLoRA's momentum beside what acts on all leaves

@@ -76,8 +76,7 @@ def lora_muon(
         weight_decay: $\lambda$, decoupled.
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one. Under
             `optax.inject_hyperparams` name it in `static_args`.
-        fallback: transformation of unpaired leaves; AdamW at the same rate by default, with a
-            warning, for it is too high.
+        fallback: transformation of unpaired leaves; AdamW at the same rate by default.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
         allow_no_pairs: whether parameters without pairs are taken; an error by default.
 
@@ -115,7 +114,6 @@ def lora_muon(
         weight_decay=weight_decay,
         mask=mask,
         fallback=fallback,
-        rate_suits_adamw=False,
         specs=specs,
         allow_no_pairs=allow_no_pairs,
         name="lora_muon",

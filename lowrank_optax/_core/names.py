@@ -65,18 +65,18 @@ def join_keys(keys: Iterable[Any]) -> str:
     return "/".join(str(key).replace(".", "/") for key in keys)
 
 
-def in_words(path: str, kind: str = "pair") -> str:
+def in_words(path: str, whole: str = "the pair at the root") -> str:
     """Writes a path for a message: what is the whole tree has an empty one.
 
     Args:
         path: the path.
-        kind: of what it is the path.
+        whole: what to call the whole tree.
 
     Example:
-        >>> in_words("layers/0/q"), in_words(""), in_words("", "layer")
-        ('layers/0/q', 'the pair at the root', 'the layer at the root')
+        >>> in_words("layers/0/q"), in_words(""), in_words("", "the layer")
+        ('layers/0/q', 'the pair at the root', 'the layer')
     """
-    return path or f"the {kind} at the root"
+    return path or whole
 
 
 def listed(names: Iterable[str], most: int = 4) -> str:

@@ -212,12 +212,13 @@ def _change(model: Any, original: nnx.Module, path: str) -> jax.Array:
     _require_unmerged(path, layer)
     modules = {join_keys(keys): module for keys, module in nnx.iter_graph(original)}
     before: Any = modules.get(path)
-    _require_unmerged(f"{in_words(path, 'layer')} of `original`", before)
+    _require_unmerged(f"{in_words(path, 'the layer')} of `original`", before)
     base = getattr(before, "base", before)
     kernel = None if kernel_name(base) is None else kernel_of(base)
     if kernel is None or kernel.shape != layer.kernel.shape:
         raise ValueError(
-            f"{in_words(path, 'layer')}: `original` has no such layer with a kernel of this shape"
+            f"{in_words(path, 'the layer')}: `original` has no such layer with a kernel of this"
+            " shape"
         )
     wide = lambda x: layer.axes.to_matrix(widened(x[...]))
     return wide(layer.kernel) - wide(kernel)
@@ -243,7 +244,7 @@ def _module_to_save(name: str, adapted: Collection[str]) -> str:
 def _require_unmerged(path: str, layer: Any) -> None:
     if getattr(layer, "merged", False):
         raise ValueError(
-            f"{in_words(path, 'layer')}: its kernel contains the adapter already; call"
+            f"{in_words(path, 'the layer')}: its kernel contains the adapter already; call"
             " nn.unmerge_lora first"
         )
 
@@ -252,7 +253,7 @@ def _require_kept(path: str, layer: Any) -> None:
     extra = layer.lora.extra
     if extra is not None and not extra.keeps_product:
         raise ValueError(
-            f"{in_words(path, 'layer')}: an adapter with {extra} starts with factors of its"
+            f"{in_words(path, 'the layer')}: an adapter with {extra} starts with factors of its"
             " own; make it with Frames() to load others"
         )
 
@@ -269,7 +270,7 @@ def _require_uncorrected(model: Any, remedy: str) -> None:
     for path, layer in find_lora_layers(model) if isinstance(model, nnx.Module) else ():
         if layer.corrected:
             raise ValueError(
-                f"{in_words(path, 'layer')}: a start has changed its kernel, and a pair alone"
+                f"{in_words(path, 'the layer')}: a start has changed its kernel, and a pair alone"
                 f" does not fit the kernel that it was; {remedy}"
             )
 

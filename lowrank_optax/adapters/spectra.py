@@ -61,6 +61,7 @@ def spectrum(node: Any, scale: float) -> Spectrum:
         ValueError: a stack of pairs.
 
     Example:
+        >>> from lowrank_optax import LoRAPair
         >>> found = spectrum(LoRAPair(np.eye(4, 2), np.diag([3.0, 1.0])), 2.0)
         >>> found.values.tolist(), found.condition_b
         ([6.0, 2.0], 9.0)
@@ -91,6 +92,7 @@ def principal_angles(one: Any, two: Any) -> tuple[np.ndarray, np.ndarray]:
         ValueError: a stack of pairs.
 
     Example:
+        >>> from lowrank_optax import LoRAPair
         >>> x, y = LoRAPair(np.eye(3, 1), np.eye(1, 2)), LoRAPair(np.ones((3, 1)), np.eye(1, 2))
         >>> of_a, of_b = principal_angles(x, y)
         >>> of_a.round(1).tolist(), of_b.tolist()

@@ -253,10 +253,12 @@ def unmerge_lora_variables(
 
 def _require_supported(module: nn.Module, path: str) -> nn.Module:
     if isinstance(module, LoRAModule):
-        raise ValueError(f"{in_words(path, 'model')} already has LoRA; leave it out of the targets")
+        raise ValueError(
+            f"{in_words(path, 'the model')} already has LoRA; leave it out of the targets"
+        )
     if not is_adaptable(module):
         raise ValueError(
-            f"{in_words(path, 'model')} is a {type(module).__name__}; LoRA adapts {SUPPORTED}:"
+            f"{in_words(path, 'the model')} is a {type(module).__name__}; LoRA adapts {SUPPORTED}:"
             " narrow the targets"
         )
     return module
@@ -266,7 +268,7 @@ def _use_of(layer: nn.Module, path: str, inputs: jax.Array, einsum_str: str | No
     try:
         return layer_use(layer, inputs, einsum_str)
     except ValueError as error:
-        raise ValueError(f"{in_words(path, 'model')}: {error}") from error
+        raise ValueError(f"{in_words(path, 'the model')}: {error}") from error
 
 
 def _record(adapters: dict[str, LinenAdapter], path: str, adapter: LinenAdapter) -> None:
@@ -290,7 +292,7 @@ def _add_deltas(
         name = "/".join(scope)
         if name not in adapters:
             raise ValueError(
-                f"{in_words(name, 'model')}: no adapter of that path is described. Trace the "
+                f"{in_words(name, 'the model')}: no adapter of that path is described. Trace the "
                 "model: jax.eval_shape(model.apply, variables, x) inside lora_interceptor, or call "
                 "lora_adapters(model, variables, x)"
             )
@@ -300,7 +302,7 @@ def _add_deltas(
         try:
             kernel = _merged(nn.meta.unbox(boxed), leaves, sign, scale, axes)
         except ValueError as error:
-            raise ValueError(f"{in_words(name, 'model')}: {error}") from error
+            raise ValueError(f"{in_words(name, 'the model')}: {error}") from error
         params[*scope, kernel_key] = nn.meta.replace_boxed(boxed, kernel)
     return traverse_util.unflatten_dict(params)
 

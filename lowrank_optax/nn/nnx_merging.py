@@ -44,12 +44,12 @@ def merge_lora(model: nnx.Module) -> list[str]:
     refuse_shared_kernels(model, layers)
     for path, layer in layers.items():
         if reason := why_not_mergeable(layer.kernel[...].dtype):
-            raise ValueError(f"{in_words(path, 'layer')}: {reason}")
+            raise ValueError(f"{in_words(path, 'the layer')}: {reason}")
     for path, layer in layers.items():
         if type(layer.base).__call__ not in _PLAIN_CALLS:
             warnings.warn(
-                f"{in_words(path, 'layer')}: {type(layer.base).__name__} has its own __call__, and"
-                " merging is exact only where that is linear in the kernel; compare outputs",
+                f"{in_words(path, 'the layer')}: {type(layer.base).__name__} has its own __call__,"
+                " and merging is exact only where that is linear in the kernel; compare outputs",
                 stacklevel=2,
             )
         _add_to_kernel(layer, 1)
@@ -85,8 +85,8 @@ def unmerge_lora(model: nnx.Module) -> list[str]:
     for path, layer in layers.items():
         if layer.lora.dora:
             raise ValueError(
-                f"{in_words(path, 'layer')}: DoRA scales the merged kernel's columns, and what they"
-                " were is lost; merge an nnx.clone(model), and keep the model itself"
+                f"{in_words(path, 'the layer')}: DoRA scales the merged kernel's columns, and what"
+                " they were is lost; merge an nnx.clone(model), and keep the model itself"
             )
     for layer in layers.values():
         _add_to_kernel(layer, -1)
@@ -152,6 +152,6 @@ def refuse_shared_kernels(model: nnx.Module, layers: dict[str, LoRALayer]) -> No
         holders = owners[id(layer.kernel)]
         if len(holders) > 1:
             raise ValueError(
-                f"{in_words(path, 'layer')}: its kernel is shared by {', '.join(holders)}; a"
+                f"{in_words(path, 'the layer')}: its kernel is shared by {', '.join(holders)}; a"
                 " change would change all"
             )

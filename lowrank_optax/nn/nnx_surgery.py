@@ -131,12 +131,12 @@ def remove_lora(model: nnx.Module) -> list[str]:
     for path, layer in lora_layers(model).items():
         if layer.merged:
             raise ValueError(
-                f"{in_words(path, 'model')} is merged: call unmerge_lora first to drop the "
+                f"{in_words(path, 'the model')} is merged: call unmerge_lora first to drop the "
                 "adapter, or unload_lora to keep it in the kernel"
             )
         if layer.corrected:
             raise ValueError(
-                f"{in_words(path, 'model')}: a start has changed its kernel, which without the"
+                f"{in_words(path, 'the model')}: a start has changed its kernel, which without the"
                 " adapter is not what it was; unload_lora keeps what the model computes"
             )
     return replace_lora(model, lambda path, layer: layer.base)

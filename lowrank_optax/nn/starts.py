@@ -97,7 +97,7 @@ def gradient_start(
     gamma, keep_function = _checked(method, gamma, keep_function, iterations, batches)
     layers = lora_layers(model)
     for path, layer in layers.items():
-        _require_startable(in_words(path, "layer"), layer, method, keep_function)
+        _require_startable(in_words(path, "the layer"), layer, method, keep_function)
     if keep_function:
         refuse_shared_kernels(model, layers)
     replace_lora(model, lambda path, layer: _plain(layer))
@@ -121,7 +121,7 @@ def gradient_start(
         replace_lora(model, lambda path, layer: layers[path])
     for path, layer in layers.items():
         noise = max(ROUNDING, float(jnp.finfo(_narrowest(layer)).eps) / 64)
-        where = f"{in_words(path, 'layer')}: "
+        where = f"{in_words(path, 'the layer')}: "
         _require_rank(where, triplets[path], layer.lora.rank * _BLOCKS[method], noise)
     for index, (path, layer) in enumerate(layers.items(), start=1):
         key = jax.random.fold_in(jax.random.key(seed), index)  # key(seed) began the iteration

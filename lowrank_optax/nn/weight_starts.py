@@ -86,14 +86,14 @@ def weight_start(
     _require_method(method, iterations)
     layers = lora_layers(model)
     for path, layer in layers.items():
-        _require_startable(in_words(path, "layer"), layer)
+        _require_startable(in_words(path, "the layer"), layer)
     refuse_shared_kernels(model, layers)
     pairs = []
     with Progress(disable=not progress, transient=True) as bar:
         for index, path in enumerate(bar.track(layers, description="weight start"), start=1):
             layer, key = layers[path], jax.random.fold_in(jax.random.key(seed), index)
             matrix = layer.axes.to_matrix(_adapted_kernel(layer))
-            where = f"{in_words(path, 'layer')}: "
+            where = f"{in_words(path, 'the layer')}: "
             _require_finite(matrix, where)
             pair, rank = _split(matrix, layer.lora.rank, method, layer.scale, iterations, key)
             _require_rank(rank, layer.lora.rank, where)

@@ -10,7 +10,7 @@ reported. The peers, which are evaluated 20 times a run, take the first 384 of e
 of AdamW and PoLoRA in `peers-query-value` are by `--override 'seeds=[0,1,2,3,4]'`. The variant
 `longer` is the baseline of an independent run, 400 steps of 32: about 84 % on the dev set.
 
-Cost: `peers-all-linear` was not run yet; 33 minutes for `rank-32` and 26 for `papers-all-linear` on
+Cost: about an hour for `peers-all-linear`, 33 minutes for `rank-32`, 26 for `papers-all-linear` on
 two CPU cores of 100 GFLOP/s each in single precision, 90 for `papers-query-value` on two of 30,
 with --jobs 2. Expect SDS-LoRA beside AdamW, OPLoRA and AltLoRA behind, and a cliff above the best
 rate: docs/results/glue-sst2.md.

@@ -168,7 +168,8 @@ class Pairing:
     @property
     def unpaired(self) -> list[str]:
         """The paths of all leaves that are in none."""
-        return [path for index, path in enumerate(self.paths) if index not in self.paired]
+        paired = set(self.paired)
+        return [path for index, path in enumerate(self.paths) if index not in paired]
 
 
 def find_pairs(tree: Any, specs: Sequence[PairMatcher] | None = None) -> Pairing:

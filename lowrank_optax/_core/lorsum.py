@@ -64,6 +64,76 @@ class Target(NamedTuple):
     weights: Mapping[Side, jax.Array | None] = UNWEIGHTED
 
 
+def step_target(
+    basis: Mapping[Side, Sequence[jax.Array]],
+    rank: int,
+    *,
+    momentum: Any,
+    gradient: Any,
+    ridge: Any,
+    damping: Any,
+    weights: Mapping[Side, jax.Array | None] = UNWEIGHTED,
+) -> Target:
+    """Returns the target `a b + momentum · m_a m_b + gradient · G`, with (a, b) as its start.
+
+    Args:
+        basis: as in `Target`; A₀ is [a, m_a], or a alone, and B₀ likewise.
+        rank: r of (a, b).
+        momentum: the coefficient of the momentum.
+        gradient: that of G.
+        ridge: λ.
+        damping: added to λ inside inversions only.
+        weights: as in `Target`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> basis = {"a": [jnp.ones((4, 2))], "b": [jnp.ones((2, 3))]}
+        >>> target = step_target(basis, 1, momentum=0.5, gradient=-1.0, ridge=0.1, damping=0.0)
+        >>> target.core.tolist(), target.start.tolist()
+        ([[1.0, 0.0], [0.0, 0.5]], [[1.0], [0.0]])
+    """
+    eye, is_pair = _columns(basis, rank)
+    core = eye * jnp.where(is_pair, 1, momentum)
+    return Target(basis, core, gradient, eye[:, :rank], ridge, damping, weights)
+
+
+def momentum_target(
+    basis: Mapping[Side, Sequence[jax.Array]],
+    rank: int,
+    *,
+    momentum: Any,
+    gradient: Any,
+    ridge: Any,
+    damping: Any,
+) -> Target:
+    """Returns the target `momentum · m_a m_b + gradient · G`, with (m_a, m_b) as its start.
+
+    Args:
+        basis: as in `Target`; A₀ is [a, m_a] with r columns of a, and B₀ likewise.
+        rank: r, 0 where the basis is the momentum's alone.
+        momentum: the coefficient of the momentum.
+        gradient: that of G.
+        ridge: λ of the step; with damping, at least ten times that is used.
+        damping: added to λ inside inversions only.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> basis = {"a": [jnp.ones((4, 2))], "b": [jnp.ones((2, 3))]}
+        >>> target = momentum_target(basis, 1, momentum=0.5, gradient=0.5, ridge=0.1, damping=0.0)
+        >>> target.core.tolist(), target.start.tolist()
+        ([[0.0, 0.0], [0.0, 0.5]], [[0.0], [1.0]])
+    """
+    eye, is_pair = _columns(basis, rank)
+    core = eye * jnp.where(is_pair, 0, momentum)
+    return Target(basis, core, gradient, eye[:, rank:], jnp.maximum(ridge, 10 * damping), damping)
+
+
+def _columns(basis: Mapping[Side, Sequence[jax.Array]], rank: int) -> tuple[jax.Array, jax.Array]:
+    """The identity of the size of a core, and which of its columns belong to (a, b)."""
+    size = basis["a"][0].shape[-1]
+    return jnp.eye(size, dtype=compute_dtype(*basis["a"])), jnp.arange(size)[None] < rank
+
+
 class Factor(NamedTuple):
     """One factor of an iterate.
 

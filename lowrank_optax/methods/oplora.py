@@ -25,12 +25,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax.numpy as jnp
 import optax
 
 from lowrank_optax import engine
 from lowrank_optax._core import krylov, shadows
-from lowrank_optax._core.lorsum import Target, approximate, check_settings
+from lowrank_optax._core.lorsum import (
+    Target,
+    approximate,
+    check_settings,
+    momentum_target,
+    step_target,
+)
 from lowrank_optax._core.seals import SealedState, seal, unsealed
 from lowrank_optax._core.shadows import ShadowedPair
 
@@ -101,20 +106,26 @@ def oplora(
 
         def step(pair: ShadowedPair, basis: krylov.Basis, scale: Any) -> Target:
             length = pairs.rate / scale**2
-            rank, width = pair.a.shape[-1], basis["a"][0].shape[-1]
-            eye = jnp.eye(width, dtype=engine.compute_dtype(*basis["a"]))
-            core = eye * jnp.where(jnp.arange(width) < rank, 1, -length * momentum)[None]
-            gradient = -length * (1 - dampening)
-            return Target(basis, core, gradient, eye[:, :rank], ridge, damping)
+            return step_target(
+                basis,
+                pair.a.shape[-1],
+                momentum=-length * momentum,
+                gradient=-length * (1 - dampening),
+                ridge=ridge,
+                damping=damping,
+            )
 
         def new_momentum(pair: ShadowedPair, basis: krylov.Basis) -> Target | None:
             if pair.m_a is None:
                 return None
-            rank, width = pair.a.shape[-1], basis["a"][0].shape[-1]
-            eye = jnp.eye(width, dtype=engine.compute_dtype(*basis["a"]))
-            core = eye * jnp.where(jnp.arange(width) < rank, 0, momentum)[None]
-            start, floor = eye[:, rank:], jnp.maximum(ridge, 10 * momentum_damping)
-            return Target(basis, core, 1 - dampening, start, floor, momentum_damping)
+            return momentum_target(
+                basis,
+                pair.a.shape[-1],
+                momentum=momentum,
+                gradient=1 - dampening,
+                ridge=ridge,
+                damping=momentum_damping,
+            )
 
         bases = pairs.each(lambda pair, grad: krylov.unpack(pair, grad)[0], params, grads)
         trust = shadows.trusted(pairs, params, grads, iterations, state.seals)

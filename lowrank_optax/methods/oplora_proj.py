@@ -23,7 +23,15 @@ import optax
 
 from lowrank_optax import engine
 from lowrank_optax._core import krylov, shadows
-from lowrank_optax._core.lorsum import Factor, Target, approximate, check_settings, combine, invert
+from lowrank_optax._core.lorsum import (
+    Factor,
+    Target,
+    approximate,
+    check_settings,
+    combine,
+    invert,
+    step_target,
+)
 from lowrank_optax._core.shadows import ShadowedPair
 from lowrank_optax.engine import LoRAPair, both, cross, gram, identity, mix, product, swap
 
@@ -103,10 +111,11 @@ def oplora_proj(
         eta, ridge = pairs.rate, pairs.rate * lmbd
 
         def step(pair: ShadowedPair, basis: krylov.Basis, scale: Any) -> Target:
-            rank, width = pair.a.shape[-1], basis["a"][0].shape[-1]
-            eye = jnp.eye(width, dtype=engine.compute_dtype(*basis["a"]))
-            core = eye * jnp.where(jnp.arange(width) < rank, 1.0, 0.0)[None]
-            return Target(basis, core, -eta / scale**2, eye[:, :rank], ridge, damping)
+            gradient = -eta / scale**2
+            rank = pair.a.shape[-1]
+            return step_target(
+                basis, rank, momentum=0.0, gradient=gradient, ridge=ridge, damping=damping
+            )
 
         def regularized(x: LoRAPair) -> LoRAPair:
             damped = lambda gram: gram + (ridge + damping) * identity(gram)

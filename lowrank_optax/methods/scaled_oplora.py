@@ -25,7 +25,13 @@ import optax
 
 from lowrank_optax import engine
 from lowrank_optax._core import krylov, shadows
-from lowrank_optax._core.lorsum import Target, approximate, check_settings
+from lowrank_optax._core.lorsum import (
+    Target,
+    approximate,
+    check_settings,
+    momentum_target,
+    step_target,
+)
 from lowrank_optax._core.seals import SealedState, seal, unsealed
 from lowrank_optax._core.shadows import ShadowedPair
 
@@ -114,17 +120,22 @@ def scaled_oplora(
 
         def step(pair: ShadowedPair, basis: krylov.Basis, metric: Any, scale: Any) -> Target:
             length = pairs.rate / scale**2
-            rank, eye = pair.a.shape[-1], _eye(metric.columns, basis)
-            core = eye * jnp.where(jnp.arange(metric.columns) < rank, 1, -length * b1)[None]
-            start, floor = eye[:, :rank], jnp.maximum(ridge, 1e-5)
-            gradient = -length * (1 - b1)
-            return Target(basis, core, gradient, start, floor, solver_damping, metric.weights)
+            return step_target(
+                basis,
+                pair.a.shape[-1],
+                momentum=-length * b1,
+                gradient=-length * (1 - b1),
+                ridge=jnp.maximum(ridge, 1e-5),
+                damping=solver_damping,
+                weights=metric.weights,
+            )
 
         def new_momentum(pair: ShadowedPair, basis: krylov.Basis) -> Target | None:
             if pair.m_a is None:
                 return None
-            eye, floor = _eye(pair.m_a.shape[-1], basis), jnp.maximum(ridge, 10 * momentum_damping)
-            return Target(basis, b1 * eye, 1 - b1, eye, floor, momentum_damping)
+            return momentum_target(
+                basis, 0, momentum=b1, gradient=1 - b1, ridge=ridge, damping=momentum_damping
+            )
 
         def moves(pair: ShadowedPair, metric: Any, *factors: Any) -> ShadowedPair:
             kind, old = ("shampoo", pair.shampoo) if pair.kfac is None else ("kfac", pair.kfac)
@@ -158,7 +169,3 @@ def scaled_oplora(
         why_unfit=shadows.why_unfit(iterations, not engine.is_zero(b1), with_metric=True),
         name="scaled_oplora",
     )
-
-
-def _eye(size: int, basis: krylov.Basis) -> Any:
-    return jnp.eye(size, dtype=engine.compute_dtype(*basis["a"]))

@@ -122,8 +122,8 @@ def main(
         nnx.update(optimizer, found.opt_state)
         print(f"goes on after {done} of {steps} batches")
     else:
-        batches = [draw(source, (2, number)) for number in range(8)]
-        nn.gradient_start(model, loss_fn, batches, gamma=1e6)
+        batch = draw(source, (2, 0))
+        nn.gradient_start(model, loss_fn, [batch], gamma=1e6, iterations=0)
     for number in track(range(done, steps), "the text"):
         train_step(model, optimizer, draw(source, (3, number)), nnx.LoRAParam)
         if (number + 1) % every == 0 or number + 1 == steps:

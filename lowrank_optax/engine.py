@@ -57,6 +57,7 @@ from lowrank_optax._core.arguments import (
     check_decay,
     check_integer,
     check_positive,
+    check_rate,
     check_schedule,
     check_whole,
     is_zero,
@@ -73,6 +74,7 @@ from lowrank_optax._core.linalg import (
     cross,
     damped,
     damped_inverse,
+    dense,
     dots,
     gram,
     identity,
@@ -125,12 +127,14 @@ __all__ = [
     "check_decay",
     "check_integer",
     "check_positive",
+    "check_rate",
     "check_schedule",
     "check_whole",
     "compute_dtype",
     "cross",
     "damped",
     "damped_inverse",
+    "dense",
     "dots",
     "eigh",
     "find_nodes",
@@ -233,7 +237,7 @@ def lift(
         See the module, `lowrank_optax.engine`.
     """
     if learning_rate is not WITHOUT_RATE:
-        check_schedule("learning_rate", learning_rate, lambda v: v > 0, "must be positive")
+        check_rate("learning_rate", learning_rate)
     if weight_decay is not None:
         check_schedule("weight_decay", weight_decay, lambda v: v >= 0, "must not be negative")
     if fallback is not None and not isinstance(fallback, optax.GradientTransformation):
@@ -280,6 +284,9 @@ def lift(
         form.require_own(state)
         old = form.to_lists(found, state.pairs, params) if found.pairs else None
         decayed = found.mask(mask, params)
+        if param_specs is not None:
+            specs_by_leaf = found.by_leaf(param_specs, "param_specs")
+            extra_args["param_specs"] = found.rest(found.treedef.unflatten(specs_by_leaf))
         rest, fallback_state = rest_tx(found, decayed).update(
             found.rest(updates), state.fallback, found.rest(params), **extra_args
         )

@@ -30,8 +30,9 @@ def pip(*arguments):
     command = [sys.executable, "-m", "pip", *arguments]
     if subprocess.run(command, check=False).returncode:
         raise SystemExit(
-            "pip failed, for the reason above. Is there a network? Without one, install what the"
-            f" command asks for, and run this cell again: pip {' '.join(map(str, arguments))}"
+            "pip failed, for the reason above. lowrank-optax is not on PyPI yet: install it from a"
+            " checkout, by pip install '.[notebooks]'. For the rest pip needs a network. Then run"
+            f" this cell again. The command was: pip {' '.join(map(str, arguments))}"
         )
 
 
@@ -43,9 +44,9 @@ if importlib.util.find_spec("lowrank_optax") is None:
 
 import jax
 
-if jax.__version_info__ < (0, 10):
+if jax.__version_info__ < (0, 10, 1):
     raise SystemExit(
-        f"This needs JAX 0.10 or newer, and here is {jax.__version__}. "
+        f"This needs JAX 0.10.1 or newer, and here is {jax.__version__}. "
         "Run `pip install -U jax`, and restart the kernel."
     )
 

@@ -251,3 +251,12 @@ def test_every_number_of_an_optimizer_can_be_injected(name):
         updates, state = tx.update(grads, state, params)
         same, injected_state = jax.jit(injected.update)(grads, injected_state, params)
         jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), updates, same)
+
+
+def test_an_array_as_a_rate_may_be_zero_but_not_negative():
+    """A wrapper may have computed it from a schedule."""
+    altlora(jnp.zeros([]))
+    with pytest.raises(ValueError, match="`learning_rate` must not be negative, got -1"):
+        altlora(jnp.array(-1.0))
+    with pytest.raises(ValueError, match=r"`learning_rate` must be positive, got 0\.0"):
+        altlora(0.0)

@@ -19,6 +19,8 @@ from lowrank_optax import (
     scale_by_inverse_sqrt_gram,
     sds_lora,
 )
+from lowrank_optax._core.frames import orthonormalize
+from lowrank_optax._core.verbs import Verbs
 
 N_IN, RANK, N_OUT = 9, 3, 7
 SCALE = 1.5
@@ -260,6 +262,16 @@ def test_frames_of_ill_conditioned_factors_are_orthonormal_in_float32(condition)
     after = refreshed(node)
     for product in (after.f_in.T @ after.f_in, after.f_out @ after.f_out.T):
         np.testing.assert_allclose(product, jnp.eye(RANK), atol=1e-5)
+
+
+@pytest.mark.parametrize("rank", [32, 64, 128])
+def test_frames_of_factors_of_low_rank_are_orthonormal_in_float32(rank):
+    """What a few tokens leave: three directions, and rounding in the others."""
+    draw = lambda seed, *shape: jax.random.normal(jax.random.key(seed), shape)
+    factors = LoRAPair(draw(0, 512, 3) @ draw(1, 3, rank), draw(2, rank, 3) @ draw(3, 3, 256))
+    [frames] = orthonormalize(Verbs([{}]), [factors])
+    for product in (frames.a.T @ frames.a, frames.b @ frames.b.T):
+        np.testing.assert_allclose(product, jnp.eye(rank), atol=2e-5)
 
 
 @pytest.mark.parametrize("refresh", ["frames", "preserving"])

@@ -9,6 +9,7 @@ import pytest
 
 import tests.conformance.test_conformance as conformance
 from tests.conformance.methods import Method
+from tests.test_house import CORE
 
 GUIDE = pathlib.Path(__file__).parent.parent / "CONTRIBUTING.md"
 CHECKS = [
@@ -46,3 +47,9 @@ def test_every_place_that_the_guide_names_exists():
     ):
         if "NAME" not in name:
             assert (GUIDE.parent / name).exists(), name
+
+
+def test_the_guide_lists_the_files_of_the_core_from_the_bottom_to_the_top():
+    [table] = re.findall(r"Inside `_core`.*?\n\n(.*?)\n\n", GUIDE.read_text(), re.DOTALL)
+    named = re.findall(r"`(\w+)\.py`", "\n".join(row.split("|")[1] for row in table.splitlines()))
+    assert tuple(named) == CORE

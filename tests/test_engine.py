@@ -10,14 +10,17 @@ import optax
 import pytest
 
 from lowrank_optax import (
+    DEFAULT_SPECS,
     LoRAPair,
     PairSpec,
+    Unpaired,
     altlora,
     altlora_plus,
     engine,
     frame,
     polora,
     sds_lora,
+    skipped,
 )
 from lowrank_optax._core.batching import together
 from lowrank_optax._core.verbs import Verbs
@@ -228,6 +231,17 @@ class TwoFields(NamedTuple):
 def test_what_is_no_kind_of_pair_is_refused(kind, error, message):
     with pytest.raises(error, match=message):
         engine.register_node(kind)
+
+
+def test_what_a_method_skips_as_the_fallback_of_another_counts_too():
+    huge = LoRAPair(jnp.full((4, 2), 1e25), jnp.ones((2, 3)))
+    params = {"q": LoRAPair(jnp.eye(4, 2), jnp.ones((2, 3))), "other": huge}
+    tx = altlora(0.1, specs=[Unpaired("other"), *DEFAULT_SPECS], fallback=altlora(0.1))
+    params["other"] = dict(zip(("lora_a", "lora_b"), huge, strict=True))
+    updates, state = tx.update(params, tx.init(params), params)
+    assert state.skipped == 0
+    assert skipped(state) == 1
+    assert not jnp.any(updates["other"]["lora_b"])
 
 
 def test_a_failed_factorization_does_not_move_its_pair_and_is_counted():

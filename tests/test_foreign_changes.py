@@ -64,6 +64,26 @@ def test_a_new_run_goes_on_from_trained_frames(warmup_steps):
     assert skipped(state) == 0
 
 
+def test_a_lost_warm_of_one_pair_changes_no_other_pair():
+    """The other one's warm-up ends as it would have."""
+    node = frame(random_pair())
+    tx = sds_lora(0.1, scale=SCALE, total_steps=20, warmup_steps=2)
+
+    def second_update(warm):
+        params = {"lost": node, "sound": node}
+        state = tx.init(params)
+        zeros = jax.tree.map(jnp.zeros_like, params)
+        _, state = tx.update(zeros, state, params)
+        params["lost"] = node._replace(warm=jnp.array(warm))
+        updates, _ = tx.update(zeros, state, params)
+        return optax.apply_updates(params, updates)["sound"]
+
+    found, expected = (jax.jit(second_update)(warm) for warm in (jnp.nan, 1.0))
+    assert expected.warm == 0
+    np.testing.assert_allclose(delta(expected), delta(node), rtol=1e-4)
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def assert_orthonormal(node, atol=1e-4):
     eye = np.eye(node.f_in.shape[-1])
     np.testing.assert_allclose(node.f_in.T @ node.f_in, eye, atol=atol)

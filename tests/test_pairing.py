@@ -227,6 +227,14 @@ def test_scales_are_checked_in_init():
         altlora(0.1, scale={"x": 2.0}).init(TWO)
 
 
+def test_a_scale_for_each_leaf_may_be_arrays_under_jit():
+    params = {"q": LoRAPair(jnp.eye(4, 2), jnp.ones((2, 3)))}
+    tx = altlora(0.1, scale=jax.tree.map(lambda _: jnp.float32(2.0), params))
+    updates, _ = jax.jit(tx.update)(params, tx.init(params), params)
+    expected, _ = (one := altlora(0.1, scale=2.0)).update(params, one.init(params), params)
+    np.testing.assert_allclose(updates["q"].b, expected["q"].b, rtol=1e-5)
+
+
 def test_scales_by_rule():
     tree = {"attention": {"q": LoRAPair(A, B)}, "mlp": {"up": LoRAPair(A, B)}}
     rules = scales_from({"attention/*": 2.0, "up": 3.0})

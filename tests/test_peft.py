@@ -430,7 +430,7 @@ A_OF_Q = "base_model.model.q.lora_A.weight"
         (lambda t: t.update({A_OF_Q: t[A_OF_Q].astype(np.int8)}), "must be floating"),
         (lambda t: t.update({A_OF_Q: t[A_OF_Q][None]}), r"shapes \(1, 2, 6\)"),
         (lambda t: t.update({"q.lora_A.weight": t.pop(A_OF_Q)}), "does not begin with"),
-        (lambda t: t.update({"base_model.model.x.weight": np.ones(3)}), "neither a factor"),
+        (lambda t: t.update({"base_model.model.x.lora_C.weight": np.ones(3)}), "neither a factor"),
         (lambda t: t.clear(), "holds no factor"),
     ],
 )
@@ -438,6 +438,22 @@ def test_weights_that_do_not_fit_name_the_tensor(good, change, message):
     rewritten(good, change)
     with pytest.raises(ValueError, match=message):
         read_peft(good)
+
+
+def test_whole_weights_that_peft_stores_unasked_are_read(good):
+    """A count of batches, and the table and head of a resized vocabulary."""
+    whole = {
+        "base_model.model.embed_tokens.weight": np.ones((7, 6), np.float32),
+        "base_model.model.classifier.norm.num_batches_tracked": np.array([3], np.int64),
+    }
+    config = json.loads((good / CONFIG).read_text())
+    (good / CONFIG).write_text(json.dumps(config | {"modules_to_save": ["classifier"]}))
+    rewritten(good, lambda tensors: tensors.update(whole))
+    found = read_peft(good).others
+    assert found["embed_tokens.weight"].shape == (7, 6)
+    assert found["classifier.norm.num_batches_tracked"].tolist() == [3]
+    with pytest.raises(ValueError, match=r"holds whole weights too: classifier.*, embed_tokens"):
+        load_peft(good, {"q": LoRAPair(jnp.zeros((6, 2)), jnp.zeros((2, 4)))}, scale=2.0)
 
 
 def mutations(data: bytes, number: int):

@@ -95,6 +95,24 @@ def test_dora_of_a_tree_goes_there_and_back(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, state)
 
 
+@pytest.mark.parametrize("leaf", ["lora_magnitude_vector", "lora_magnitude_vector.weight"])
+def test_magnitudes_of_a_tree_in_pefts_layout_are_written_and_loaded(tmp_path, leaf):
+    tree = {"q.lora_A.weight": jnp.ones((2, 4)), "q.lora_B.weight": jnp.ones((6, 2))}
+    tree[f"q.{leaf}"] = jnp.arange(1.0, 7.0)
+    save_peft(tmp_path / "one", tree, scale=1.0)
+    found = read_peft(tmp_path / "one")
+    np.testing.assert_array_equal(found.magnitudes["q"], tree[f"q.{leaf}"])
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    loaded = load_peft(tmp_path / "one", zeros, scale=1.0)
+    jax.tree.map(np.testing.assert_array_equal, loaded, tree)
+
+
+def test_magnitudes_of_another_name_are_refused(tmp_path):
+    tree = {"lora_a": jnp.ones((4, 2)), "lora_b": jnp.ones((2, 6)), "lora_magnitudes": jnp.ones(6)}
+    with pytest.raises(ValueError, match="q: beside it are q/lora_magnitudes; magnitudes of DoRA"):
+        save_peft(tmp_path / "one", {"q": tree}, scale=1.0)
+
+
 def test_dora_in_some_layers_alone_is_refused(tmp_path):
     model = adapted(1, "conv")
     nn.add_lora(model, "head", nn.LoRAConfig(rank=2, dora=True), rngs=nnx.Rngs(3))

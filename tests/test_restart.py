@@ -90,3 +90,10 @@ def test_the_schedule_inside_multi_steps_goes_on_through_the_switch():
         _, state = update(ones, state, params)
         counts.append(int(state.inner.inner_opt_state[2].count))
     assert counts == [step // 2 for step in range(1, 23)]
+
+
+def test_moments_of_other_shapes_are_refused():
+    """An accumulator that goes on with its values would be of the factors before the switch."""
+    tx, params = sds_lora(optax.sm3(0.01), total_steps=20, warmup_steps=2), frame(PARAMS["q"])
+    with pytest.raises(TypeError, match=r"an array of shape .*give it another one"):
+        tx.update(params, tx.init(params), params)

@@ -20,7 +20,10 @@ from lowrank_optax import (
     altlora_plus,
     clip_by_global_norm,
     frame,
+    lora_pro,
+    lora_pro_efficient,
     nn,
+    sds_lora,
     shadow,
     sharding,
     svd_lora,
@@ -40,6 +43,10 @@ def make_pair(n_in=8, n_out=16, batch=()):
 
 
 COLUMNS_AND_LAYERS = sharding.stacked(sharding.tensor_parallel(["up"], ["down"]), "data")
+
+
+def sds_lora_of(rate, fallback):
+    return sds_lora(rate, total_steps=20, fallback=fallback)
 
 
 def lying(recipe, tree, **keywords):
@@ -67,6 +74,44 @@ def test_the_norm_is_that_of_whole_gradients_inside_shard_map():
         np.testing.assert_allclose(x, y, rtol=1e-6)
 
 
+@pytest.mark.parametrize("make", [altlora_plus, sds_lora_of], ids=["altlora_plus", "sds_lora"])
+def test_a_fallback_gets_the_specs_of_its_leaves_inside_shard_map(make):
+    """Its clip needs the norm over all devices."""
+    mesh = make_mesh()
+    tx = make(0.1, fallback=optax.chain(clip_by_global_norm(0.5), optax.sgd(0.1)))
+    pair = LoRAPair(jnp.arange(16.0).reshape(8, 2) / 16, jnp.ones((2, 4)))
+    params = {"q": frame(pair) if make is sds_lora_of else pair}
+    params |= {"w": jnp.arange(8.0), "bias": jnp.ones(3)}
+    specs = jax.tree.map(lambda x: P(), params) | {"w": P("data")}
+
+    @jax.shard_map(mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=False)
+    def updates(params):
+        return tx.update(params, tx.init(params), params, param_specs=specs)[0]
+
+    expected, _ = tx.update(params, tx.init(params), params)
+    found = jax.jit(updates)(params)
+    for name in ("w", "bias"):
+        np.testing.assert_allclose(found[name], expected[name], rtol=1e-5)
+
+
+def test_dense_moments_of_factors_that_one_mesh_axis_shards_are_refused_inside_shard_map():
+    mesh = make_mesh()
+    params = {"q": LoRAPair(jnp.ones((8, 2)), jnp.ones((2, 4)))}
+    specs = {"q": LoRAPair(P("data", None), P(None, "data"))}
+
+    def updates(tx):
+        @jax.shard_map(mesh=mesh, in_specs=(specs,), out_specs=specs, check_vma=False)
+        def run(params):
+            return tx.update(params, tx.init(params), params, param_specs=specs)[0]
+
+        return jax.jit(run)(params)
+
+    with refused(r"the mesh axis \['data'\] shards .*lora_pro_efficient"):
+        updates(lora_pro(0.1))
+    expected, _ = (tx := lora_pro_efficient(0.1)).update(params, tx.init(params), params)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4), updates(tx), expected)
+
+
 def test_the_norm_of_float16_gradients_is_finite():
     grads = {"q": LoRAPair(*(jnp.full(s, 300.0, jnp.float16) for s in ((8, 2), (2, 4))))}
     clipped, _ = clip_by_global_norm(1.0).update(grads, optax.EmptyState())
@@ -75,6 +120,13 @@ def test_the_norm_of_float16_gradients_is_finite():
 
 
 # Recipes
+
+
+def test_one_expression_in_place_of_a_list_is_refused():
+    """Its letters would each be an expression, and fit everything."""
+    for name in ("columns", "rows"):
+        with pytest.raises(TypeError, match=rf"`{name}` must be a list .*write \['up\|q'\]"):
+            sharding.tensor_parallel(**{name: "up|q"})
 
 
 def test_fsdp_shards_the_first_axis_that_the_mesh_divides():

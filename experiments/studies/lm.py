@@ -12,7 +12,7 @@ the gradient in 150 steps and not in 1,500, SDS-LoRA beside AdamW: docs/results/
 """
 
 from experiments.hunt import attempts
-from experiments.peers import highlights, others, peers
+from experiments.peers import around, highlights, others, peers
 from experiments.schema import Plan
 from experiments.study import Study
 
@@ -54,6 +54,13 @@ STUDY = Study(
             "plan.steps": 1500,
             "plan.eval_every": 50,
             "learning_rates": highlights(adamw=3e-3, polora=0.1, count=3),
+        },
+        "long-rank-32": {
+            "plan.steps": 1500,
+            "plan.eval_every": 50,
+            "task_options.rank": 32,
+            "task_options.alpha": 64.0,
+            "learning_rates": {"adamw": around(3e-3, 3), "polora-start": around(0.1, 3)},
         },
         "constant": {
             "plan.decay": "none",

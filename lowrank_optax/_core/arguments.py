@@ -63,6 +63,20 @@ def check_schedule(name: str, value: Any, ok: Callable[[Any], bool], remedy: str
 STATIC_HINT = "; under `optax.inject_hyperparams` name it in `static_args`"
 
 
+def check_rate(name: str, value: Any) -> None:
+    """Raises unless a learning rate is a schedule, or a number above zero.
+
+    An array may be zero: `optax.inject_hyperparams` makes one of a schedule, which may begin there.
+
+    Example:
+        >>> check_rate("learning_rate", jax.numpy.zeros([]))
+    """
+    if isinstance(value, jax.Array):
+        check(name, value, lambda v: v >= 0, "must not be negative")
+    else:
+        check_schedule(name, value, lambda v: v > 0, "must be positive")
+
+
 def check_integer(name: str, value: Any, least: int, hint: str = "") -> None:
     """Raises unless a value is an integer that is large enough; shapes and loops depend on it.
 

@@ -5,8 +5,8 @@ constants for differentiation, so its gradients are `s G Fᵀ` and `s Eᵀ G`. O
 in which the frames are the factors and w is 1.
 
 Frames are made by Cholesky QR, which needs only r×r algebra beside products, so the long axis may
-be sharded. Three shifted passes reach any condition number that the factor's dtype can hold; a step
-of Newton-Schulz removes the bias of the shift.
+be sharded. Four shifted passes reach condition numbers up to one over
+the rounding unit of the factor's dtype; a step of Newton-Schulz removes the bias of the shift.
 """
 
 from collections.abc import Sequence
@@ -191,7 +191,7 @@ def orthonormalize(pairs: Verbs, factors: Sequence[LoRAPair]) -> list[LoRAPair]:
         >>> jnp.allclose(q.a, jnp.array([[0.6, 0.8], [0.8, -0.6]]), atol=1e-5).item()
         True
     """
-    return _orthonormalize(pairs, factors, rounds=3)
+    return _orthonormalize(pairs, factors, rounds=4)
 
 
 def _orthonormalize(pairs: Verbs, factors: Sequence[LoRAPair], rounds: int) -> list[LoRAPair]:
@@ -236,7 +236,7 @@ def renewed(pairs: Verbs, factors: Sequence[LoRAPair], old: Sequence[FramedPair]
     """Computes the frames of factors, each component with the sign that it has in the old frames.
 
     Where a factor has a component of zeros, or one in the space of those before it, the old frame's
-    takes its place, orthogonal to the others.
+    takes its place, orthogonal to the others as far as it is not in their space.
 
     Args:
         pairs: the verbs.

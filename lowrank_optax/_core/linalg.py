@@ -219,6 +219,27 @@ def product(x: jax.Array, y: jax.Array) -> jax.Array:
     return _einsum("...ik,...kj->...ij", x, y)
 
 
+def dense(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Forms the matrix a b of the kernel's size, (..., in, out), at full precision.
+
+    Raises:
+        ValueError: inside `shard_map`, one mesh axis shards both factors. Devices would have the
+            blocks of the diagonal alone.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> dense(jnp.ones((4, 1)), jnp.ones((1, 2))).shape
+        (4, 2)
+    """
+    if both := set(meshes.sharded_axes_of("a")) & set(meshes.sharded_axes_of("b")):
+        raise ValueError(
+            f"the mesh axis {sorted(both)} shards the in axis of a and the out axis of b, and a"
+            " method that forms a b cannot have both inside `shard_map`: shard one of them, use"
+            " `jax.jit`, or a method that needs no dense matrices, such as `lora_pro_efficient`"
+        )
+    return product(a, b)
+
+
 def transposed(matrix: jax.Array) -> jax.Array:
     """Exchanges the last two axes.
 

@@ -49,6 +49,16 @@ def sharded_axes_of(what: str) -> tuple[str, ...]:
     return (_SHARDED.get() or {}).get(what, ())
 
 
+def inside_shard_map() -> bool:
+    """Whether shapes may be those of one device's part of an array.
+
+    Example:
+        >>> inside_shard_map()
+        False
+    """
+    return AxisType.Manual in jax.sharding.get_abstract_mesh().axis_types
+
+
 def sum_over_shards(side: str, part: jax.Array) -> jax.Array:
     """Adds up the parts of a long-axis sum that are on different devices.
 

@@ -375,7 +375,7 @@ def _check_shapes(
         raise ValueError(f"{both} do not multiply: ranks {rank} and {rank_b}. {remedy}")
     if batch_a != batch_b:
         raise ValueError(f"{both} have different batch axes: {batch_a} and {batch_b}. {remedy}")
-    if not 1 <= rank <= min(n_in, n_out):
+    if rank < 1 or (rank > min(n_in, n_out) and not meshes.inside_shard_map()):
         named = f", or leave it to the fallback by specs=[Unpaired({pair.path!r}), *DEFAULT_SPECS]"
         without = "" if is_node else named  # nodes are pairs whatever the specs say
         raise ValueError(

@@ -43,10 +43,10 @@ def any_warm(pairs: Verbs, params: list[FramedPair]) -> jax.Array:
     """
 
     def of(pair: FramedPair) -> Any:
-        warm = jnp.zeros([]) if pair.warm is None else jnp.max(pair.warm)
-        return meshes.max_over_shards("batch", warm)
+        is_warm = jnp.array(False) if pair.warm is None else jnp.any(pair.warm > 0.5)
+        return meshes.max_over_shards("batch", is_warm.astype(jnp.int32))
 
-    return jnp.max(jnp.stack(pairs.each(of, params))) > 0.5
+    return jnp.max(jnp.stack(pairs.each(of, params))) > 0
 
 
 def move_frames(

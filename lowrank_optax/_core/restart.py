@@ -39,7 +39,8 @@ def restart_moments(fresh: Any, state: Any, params: Any, now: jax.Array) -> Any:
         The state, with the moments from `fresh` if `now`.
 
     Raises:
-        TypeError: a part that is no NamedTuple, tuple, list or dictionary.
+        TypeError: a part that is no NamedTuple, tuple, list or dictionary, or an array of numbers
+            that is in no tree like the parameters, as in `optax.sm3`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -85,5 +86,11 @@ def _restart(fresh: Any, state: Any, params: Any, now: jax.Array) -> Any:
         raise TypeError(
             "sds_lora restarts moments at the end of its warm-up and cannot find them in a"
             f" {type(state).__name__}; give it an inner optimizer whose states are NamedTuples."
+        )
+    if jnp.ndim(state) and jnp.issubdtype(jnp.result_type(state), jnp.floating):
+        raise TypeError(
+            "sds_lora restarts moments at the end of its warm-up, and its inner optimizer holds an"
+            f" array of shape {jnp.shape(state)} in no tree like the parameters, of which it cannot"
+            " know what it is; give it another one."
         )
     return state

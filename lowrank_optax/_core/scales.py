@@ -190,12 +190,19 @@ def _scales_by_leaf(pairing: Pairing, scale: Any) -> list[Any]:
     leaves = pairing.by_leaf(scale, "scale")
     for pair in pairing.pairs:
         a, b = (leaves[pair.leaves[side]] for side in SIDES)
-        if a is not b and a != b:
+        if a is not b and _differ(a, b):
             raise ValueError(
                 f"{in_words(pair.path)}: `scale` differs between its two factors; give both the"
                 " same."
             )
     return [leaves[pair.leaves["a"]] for pair in pairing.pairs]
+
+
+def _differ(one: Any, other: Any) -> bool:
+    """Whether two numbers are known to differ; of traced ones nothing is known."""
+    if any(isinstance(x, jax.core.Tracer) for x in (one, other)):
+        return False
+    return bool(np.asarray(one) != np.asarray(other))
 
 
 def _listed(names: Sequence[str]) -> str:

@@ -1,6 +1,6 @@
 """The state of a lifted method: trees shaped like the parameters outside, lists inside."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Any, NamedTuple, get_type_hints
 
 import jax
@@ -76,12 +76,18 @@ def skipped(state: Any) -> jax.Array:
         >>> skipped(tx.init(LoRAPair(jnp.ones((6, 2)), jnp.ones((2, 4))))).item()
         0
     """
-    is_ours = lambda x: isinstance(x, PairwiseState)
-    ours = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
-    if not ours:
+    counts = list(_counts(state))
+    if not counts:
         raise ValueError("the state holds none of this library's: give the optimizer's whole state")
-    counts = [jnp.sum(jnp.stack(jax.tree.leaves(each.skipped))) for each in ours]
     return jnp.sum(jnp.stack(counts), dtype=jnp.int32)
+
+
+def _counts(state: Any) -> Iterator[jax.Array]:
+    """Yields what each state of this library has skipped, those of fallbacks too."""
+    is_ours = lambda x: isinstance(x, PairwiseState)
+    for ours in filter(is_ours, jax.tree.leaves(state, is_leaf=is_ours)):
+        yield jnp.sum(jnp.stack(jax.tree.leaves(ours.skipped)))
+        yield from _counts(ours.fallback)
 
 
 class StateForm:

@@ -17,7 +17,7 @@ from lowrank_optax._core.pairing import find_pairs
 from lowrank_optax.adapters.name_maps import Module, Names, joined, modules_of
 from lowrank_optax.adapters.pairs import compress, plain_pair
 from lowrank_optax.adapters.peft_config import PeftConfig
-from lowrank_optax.adapters.peft_entries import Entry, entries, magnitude_path
+from lowrank_optax.adapters.peft_entries import Entry, entries
 from lowrank_optax.adapters.peft_file import PeftAdapter, read_peft, write_peft
 from lowrank_optax.nn.nnx_bases import kernel_name, kernel_of
 from lowrank_optax.nn.nnx_surgery import find_lora_layers, lora_layers
@@ -200,7 +200,7 @@ def load_peft(
     leaves = found.treedef.flatten_up_to(found.merge(found.put(loaded, target), found.rest(target)))
     for entry, magnitude in zip(found_entries, magnitudes, strict=True):
         if magnitude is not None:
-            leaves[found.paths.index(magnitude_path(entry.path))] = magnitude
+            leaves[found.paths.index(entry.magnitude_at)] = magnitude
     return found.treedef.unflatten(leaves)
 
 
@@ -346,7 +346,7 @@ def _loaded_magnitude(
     if (own is not None) != adapter.config.use_dora:
         raise ValueError(
             f"{entry.path}: {folder} has use_dora={adapter.config.use_dora}, and this adapter has"
-            f" not; make it with LoRAConfig(dora={adapter.config.use_dora})"
+            f" it {own is not None}; make it with LoRAConfig(dora={adapter.config.use_dora})"
         )
     if own is None:
         return None

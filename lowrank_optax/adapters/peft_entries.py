@@ -1,6 +1,7 @@
 """What PEFT's export and import need to know of each pair of a model or of a tree."""
 
 import math
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -8,10 +9,12 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 from lowrank_optax._core.layouts import PairMatcher
-from lowrank_optax._core.names import MAGNITUDE, join_keys
+from lowrank_optax._core.names import MAGNITUDE, in_words, listed
 from lowrank_optax._core.pairing import Pairing, find_pairs
 from lowrank_optax._core.scales import scales
 from lowrank_optax.nn.nnx_surgery import lora_layers
+
+_MAGNITUDE = re.compile(rf"{MAGNITUDE}(_vector)?(/default)?(/weight)?")
 
 
 class Entry(NamedTuple):
@@ -22,6 +25,7 @@ class Entry(NamedTuple):
         node: the pair, with what it carries.
         scale: the forward scale.
         magnitude: DoRA's, if the layer has them.
+        magnitude_at: the path of these in a tree.
         is_embedding: whether it adapts an embedding.
         window: of the convolution that it adapts, empty for another layer.
         knows_layer: whether the two before were read from the layer.
@@ -31,6 +35,7 @@ class Entry(NamedTuple):
     node: Any
     scale: Any
     magnitude: Any = None
+    magnitude_at: str = ""
     is_embedding: bool = False
     window: tuple[int, ...] = ()
     knows_layer: bool = False
@@ -67,9 +72,9 @@ def entries(
                 path,
                 layer.pair,
                 layer.scale,
-                layer.lora_magnitude[...] if layer.lora.dora else None,
-                isinstance(base, nnx.Embed),
-                tuple(base.kernel_size) if isinstance(base, nnx.Conv) else (),
+                magnitude=layer.lora_magnitude[...] if layer.lora.dora else None,
+                is_embedding=isinstance(base, nnx.Embed),
+                window=tuple(base.kernel_size) if isinstance(base, nnx.Conv) else (),
                 knows_layer=True,
             )
         return
@@ -92,11 +97,19 @@ def entries(
     leaves = found.treedef.flatten_up_to(source)
     at_path = dict(zip(found.paths, leaves, strict=True))
     for at, node, value in zip(found.pairs, found.take(source), scales(found, scale), strict=True):
-        magnitude = at_path.get(magnitude_path(at.path))
+        magnitude_at = _magnitude_at(at.path, found.paths)
         window = _window(at.path, windows, node.a.shape[-2])
         if window and at.path in embeddings:
             raise ValueError(f"{at.path}: is in `embeddings` and in `windows`; it is one of them")
-        yield Entry(at.path, node, value, magnitude, at.path in embeddings, window)
+        yield Entry(
+            at.path,
+            node,
+            value,
+            magnitude=at_path.get(magnitude_at),
+            magnitude_at=magnitude_at,
+            is_embedding=at.path in embeddings,
+            window=window,
+        )
 
 
 def _window(path: str, windows: Mapping[str, Any], n_in: int) -> tuple[int, ...]:
@@ -111,11 +124,15 @@ def _window(path: str, windows: Mapping[str, Any], n_in: int) -> tuple[int, ...]
     return window
 
 
-def magnitude_path(path: str) -> str:
-    """Where DoRA's magnitudes of a pair stand in a tree.
-
-    Example:
-        >>> magnitude_path("layers/0")
-        'layers/0/lora_magnitude'
-    """
-    return join_keys(filter(None, [path, MAGNITUDE]))
+def _magnitude_at(pair: str, paths: Sequence[str]) -> str:
+    """Where DoRA's magnitudes of a pair stand in a tree; empty if it has none."""
+    prefix = f"{pair}/" if pair else ""
+    beside = [path for path in paths if path.startswith(prefix + MAGNITUDE)]
+    if len(beside) > 1 or not all(
+        _MAGNITUDE.fullmatch(path.removeprefix(prefix)) for path in beside
+    ):
+        raise ValueError(
+            f"{in_words(pair)}: beside it are {listed(beside)}; magnitudes of DoRA are one leaf,"
+            f" {MAGNITUDE}, or PEFT's {MAGNITUDE}_vector"
+        )
+    return beside[0] if beside else ""

@@ -23,6 +23,7 @@ WEIGHTS, CONFIG = "adapter_model.safetensors", "adapter_config.json"
 _PREFIX = "base_model.model."
 _FACTOR = re.compile(r"(?P<module>.+)\.lora_(?P<kind>embedding_)?(?P<side>[AB])(?:\.weight)?")
 _MAGNITUDE = re.compile(r"(?P<module>.+)\.lora_magnitude_vector(?:\.weight)?")
+_WHOLE = re.compile(r"(?!.*lora_).+\.(?:weight|bias)")
 _MAX_CONFIG = 1 << 20
 
 
@@ -32,8 +33,8 @@ class PeftAdapter(NamedTuple):
     Args:
         config: the settings.
         pairs: plain pairs (in, r) and (r, out) by module name.
-        others: whole weights by name: of `modules_to_save`, and of adapted embeddings and heads,
-            which PEFT stores too.
+        others: whole weights by name: of `modules_to_save`, and of adapted embeddings and heads and
+            of those of a resized vocabulary, which PEFT stores too.
         embeddings: the modules that are embeddings, whose factors have keys of their own.
         windows: the modules that are convolutions, and their windows (k₁, …, k_d). A pair's in axis
             then stands for c·k₁⋯k_d inputs, channels before places, as in our own layers.
@@ -176,15 +177,15 @@ class PeftFile:
         return value
 
     def other(self, name: str) -> jax.Array:
-        """Reads a whole weight."""
-        return self._read(self.others[name])
+        """Reads a whole weight, which may be of integers, as a count of batches."""
+        return self._read(self.others[name], jnp.number)
 
-    def _read(self, key: str) -> jax.Array:
+    def _read(self, key: str, kind: Any = jnp.floating) -> jax.Array:
         try:
             value: jax.Array = self._file.get_tensor(key)
         except Exception as error:  # safetensors raises its own, and those of JAX for odd dtypes
             raise ValueError(f"{self._path}: {key} is not readable: {error}") from error
-        if not jnp.issubdtype(value.dtype, jnp.floating):
+        if not jnp.issubdtype(value.dtype, kind):
             raise ValueError(f"{self._path}: {key} is of {value.dtype}; weights must be floating")
         if not jnp.all(jnp.isfinite(value)):
             raise ValueError(f"{self._path}: {key} holds numbers that are not finite")
@@ -210,10 +211,12 @@ class PeftFile:
             self.others[name] = key
         elif ".base_layer." in name:
             self.others[name.replace(".base_layer.", ".")] = key
+        elif _WHOLE.fullmatch(name):
+            self.others[name] = key
         else:
             raise ValueError(
-                f"{self._path}: {key} is neither a factor of LoRA nor of modules_to_save"
-                f" {list(self.config.modules_to_save)}"
+                f"{self._path}: {key} is neither a factor of LoRA nor a whole weight; it is of"
+                " another kind of adapter"
             )
 
 
@@ -325,7 +328,7 @@ def _safetensors(module: str) -> Any:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            "reading and writing PEFT adapters needs safetensors: pip install 'lowrank-optax[peft]'"
+            "reading and writing PEFT adapters needs safetensors: pip install safetensors"
         ) from error
 
 

@@ -76,7 +76,7 @@ def whole_steps(folder: str | os.PathLike[str]) -> list[int]:
 
 @contextlib.contextmanager
 def opened(folder: str | os.PathLike[str], step: int | None) -> Iterator["Step"]:
-    """Opens a step, or the last one.
+    """Opens a step, or the highest one.
 
     Raises:
         FileNotFoundError: there is none.

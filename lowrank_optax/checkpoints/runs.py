@@ -122,7 +122,7 @@ def restore(
         opt_state: likewise, such as `tx.init(params)`, `jax.eval_shape(tx.init, params)` or
             `nnx.state(optimizer)`.
         rngs: likewise; needed if and only if it was saved.
-        step: which one, the last one by default.
+        step: which one, the highest one by default.
 
     Returns:
         The step, and trees of the types of the targets. For NNX give each to `nnx.update`.
@@ -169,7 +169,7 @@ def read(folder: str | os.PathLike[str], step: int | None = None) -> Checkpoint:
 
     Args:
         folder: of the run.
-        step: which one, the last one by default.
+        step: which one, the highest one by default.
 
     Returns:
         The step and three dicts of arrays by path, the paths of messages and of `describe`. NumPy

@@ -41,7 +41,7 @@ import optax
 
 from lowrank_optax import engine
 from lowrank_optax._core.equivalent import adjusted
-from lowrank_optax.engine import LoRAPair, adam_direction, cross, product
+from lowrank_optax.engine import LoRAPair, adam_direction, cross, dense
 
 
 class LoRAProState(NamedTuple):
@@ -126,7 +126,7 @@ def lora_pro(
         pairs: engine.Pairs, grads: Any, params: Any, state: LoRAProState
     ) -> tuple[Any, LoRAProState]:
         def equivalent(d: LoRAPair, pair: LoRAPair, s: Any) -> jax.Array:
-            return s * (product(d.a, pair.b) + product(pair.a, d.b))
+            return s * (dense(d.a, pair.b) + dense(pair.a, d.b))
 
         def gradients(full: jax.Array, pair: LoRAPair, s: Any) -> LoRAPair:
             return LoRAPair(s * cross("b", full, pair.b), s * cross("a", pair.a, full))
@@ -139,8 +139,8 @@ def lora_pro(
         return pairs.descend(directions, params), LoRAProState(mu, nu)
 
     def init(pair: LoRAPair) -> LoRAProState:
-        dense = product(pair.a, pair.b)
-        return LoRAProState(jnp.zeros_like(dense), jnp.zeros_like(dense))  # not one buffer
+        like = dense(pair.a, pair.b)
+        return LoRAProState(jnp.zeros_like(like), jnp.zeros_like(like))  # not one buffer
 
     return engine.lift(
         rule,

@@ -7,12 +7,13 @@ msign(X) = X (Xᵀ X)^(−½) the polar factor, a step of a is
     R_b = (b P bᵀ + max(δ λ_max, 1e-12) I)^(−½)
     D   = Q^(−½) msign(Q^(−½) h R_b) R_b
     a   ← a − ρ D / ‖D‖₂
-    q   ← β2 q + (1 − β2) rowsum(g_a ∘ (g_a R_b²)) / r        Q = q / max q + δ
+    q   ← β2 q + (1 − β2) rowsum(g_a ∘ (g_a R_b²)) / r        Q = q / max q + δ,  q = 1e-12 at first
 
 and the same for b, mirrored. The update changes s a b by s (da b + a db + da db), which is at most
 s (ρ (‖a‖₂ + ‖b‖₂) + ρ²) in the spectral norm. With `radius="exact"` ρ is the root at which this
 bound is η. The paper's `radius="linear"` leaves out ρ²; it explodes where both factors are small.
-`partner="gram"` is the paper's; `partner="identity"` sets R = I.
+`partner="gram"` is the paper's; `partner="identity"` sets R = I. Because q starts above zero, the
+curvature begins to count when g² has outgrown 1e-12; else nothing depends on the loss's size.
 
 Written from the equations, for the authors' code was not available. Deviations: the default
 `partner="identity"`, which costs less and needs about as many steps in the studies here, where the

@@ -122,7 +122,7 @@ def sds_lora(
     if isinstance(inner, optax.MultiSteps):
         inner = inner.gradient_transformation()
     if not isinstance(inner, optax.GradientTransformation):
-        engine.check_schedule("inner", inner, lambda v: v > 0, "must be positive as a rate")
+        engine.check_rate("inner", inner)
         inner = optax.adamw(inner)
     inner = optax.with_extra_args_support(inner)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.typing import DTypeLike
 
 from lowrank_optax._core.arguments import check, check_integer, check_positive
@@ -181,7 +182,8 @@ class LoRAConfig:
         b_init: initializer of `b`, called as `b_init(key, (r, out), dtype)`; zeros by default, so
             that an adapted model starts as the base model.
         param_dtype: dtype of the factors, whatever the dtype of the base kernel.
-        dtype: dtype of the adapter's matmul operands; None means the dtype of the base's output.
+        dtype: dtype of the adapter's matmul operands; None means the dtype of the base's output, to
+            which the adapter's input is rounded in any case.
         extra: what the adapter carries beside its factors: `Shadows()` for `oplora`, `Frames()` for
             `sds_lora`, or an `Extra` of your own; nothing by default.
 
@@ -282,6 +284,7 @@ class LoRAConfig:
         )
         if self.extra is None:
             return pair
+        _require_arrays(pair, "an extra")
         [a], [b] = jax.tree.leaves(pair.a), jax.tree.leaves(pair.b)
         # A key of its own, so that the factors are those that the same key draws without extra.
         return _boxed(self.extra.add_to(LoRAPair(a, b), jax.random.fold_in(key, 2)), pair)
@@ -293,7 +296,8 @@ class LoRAConfig:
             return init(key, shape, self.param_dtype)  # may be boxed with sharding names
         # An initializer that saw the batch axes would count them into the fan-in.
         keys = jax.random.split(key, math.prod(batch))
-        stacked = jax.vmap(lambda one: init(one, shape, self.param_dtype))(keys)
+        one = lambda key: _require_arrays(init(key, shape, self.param_dtype), "a stacked kernel")
+        stacked = jax.vmap(one)(keys)
         return jax.tree.map(lambda leaf: leaf.reshape(*batch, *shape), stacked)
 
 
@@ -313,6 +317,20 @@ def require_config(config: Any) -> LoRAConfig:
             " nn.LoRAConfig(rank=8, alpha=16.0)"
         )
     return config
+
+
+def _require_arrays(drawn: Any, where: str) -> Any:
+    """Returns what initializers drew, and refuses what has metadata of NNX, which JAX cannot map.
+
+    Raises:
+        ValueError: it has.
+    """
+    if any(isinstance(leaf, nnx.VariableMetadata) for leaf in jax.tree.leaves(drawn)):
+        raise ValueError(
+            f"a_init and b_init with metadata, as of nnx.with_partitioning, do not go with {where};"
+            " give plain initializers, and shard the factors by lowrank_optax.sharding"
+        )
+    return drawn
 
 
 def _boxed(node: Any, pair: LoRAPair) -> Any:

@@ -34,7 +34,8 @@ def column_norms(kernel: jax.Array, pair: Any, scale: float, axes: KernelAxes) -
         axes: the roles of the kernel's axes.
 
     Returns:
-        (batch..., out), in at least float32; exactly the norms of K where a b is zero.
+        (batch..., out), in at least float32; exactly the norms of K where a b is zero, and at least
+        √ε of them, with the rounding unit ε, where s a b cancels K.
 
     Example:
         >>> from lowrank_optax import LoRAPair
@@ -52,7 +53,13 @@ def column_norms(kernel: jax.Array, pair: Any, scale: float, axes: KernelAxes) -
     across = jnp.sum(rows * b, axis=-2)
     of_update = jnp.sum(b * mix("b", b, gram("a", a)), axis=-2)
     squares = of_kernel + scale * (2 * across + scale * of_update)
-    return jnp.sqrt(jnp.maximum(squares, jnp.finfo(dtype).eps ** 2 * of_kernel))
+    # Where s a b cancels K, what is left of these sums is their rounding.
+    return jnp.sqrt(jnp.maximum(squares, jnp.finfo(dtype).eps * of_kernel))
+
+
+def _norms(matrix: jax.Array) -> jax.Array:
+    """The norms of the columns of matrices (..., in, out)."""
+    return jnp.sqrt(jnp.sum(matrix * matrix, axis=-2))
 
 
 def require_for_dora(layer: Any, linear: tuple[type, ...], path: str) -> None:
@@ -99,8 +106,7 @@ def initial_magnitudes(kernel: jax.Array, axes: KernelAxes, path: str) -> jax.Ar
             f"{path}: DoRA needs the norms of the kernel's columns, and the kernel is of"
             f" {kernel.dtype}; adapt it without `dora`"
         )
-    k = widened(axes.to_matrix(kernel))
-    norms = jnp.sqrt(jnp.sum(k * k, axis=-2))
+    norms = _norms(widened(axes.to_matrix(kernel)))
     if not isinstance(norms, jax.core.Tracer) and (zeros := int(jnp.sum(norms == 0))):
         raise ValueError(
             f"{path}: {zeros} of the {norms.size} columns of its kernel are zero, and a zero column"
@@ -135,8 +141,8 @@ def merge_directional_kernel(
         [[1.0, 0.0], [0.0, 3.0]]
     """
     wide = widened(kernel) if not why_not_mergeable(kernel.dtype) else kernel
-    ratio = magnitude / column_norms(kernel, pair, scale, axes)
-    columns = axes.to_matrix(merge_kernel(wide, pair, scale, axes)) * ratio[..., None, :]
+    columns = axes.to_matrix(merge_kernel(wide, pair, scale, axes))
+    columns *= (magnitude / _norms(columns))[..., None, :]
     return axes.from_matrix(columns, kernel.shape).astype(kernel.dtype)
 
 

@@ -48,7 +48,7 @@ from lowrank_optax.nn.nnx_bases import (
     kernel_use,
 )
 
-# What a model finds in the place of a base layer's own.
+# What a model finds in the place of a base layer's own, which stays as it is in `base`.
 _FLAGS = ("corrected", "merged")
 _FACTORS = ("lora_a", "lora_b", "lora_magnitude")
 OWN_NAMES = ("axes", "base", *_FLAGS, "dropout", "lora", *_FACTORS, "pair", "scale")
@@ -169,7 +169,7 @@ class LoRALayer(nnx.Module):
     def __setattr__(self, name: str, value: Any) -> None:
         """Sets what the base layer has of that name, where this layer has none of its own."""
         base = vars(self).get("base")
-        is_own = base is None or name.startswith("_") or name in vars(self)
+        is_own = base is None or name.startswith("_") or name in (*OWN_NAMES, *vars(self))
         if name == "kernel":
             setattr(base, kernel_name(base) or name, value)
         elif is_own or not hasattr(base, name):

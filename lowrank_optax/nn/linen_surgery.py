@@ -23,6 +23,7 @@ other way: its magnitudes are the norms of the kernels that they are made with.
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
 import flax.core
@@ -32,7 +33,7 @@ from flax import traverse_util
 from flax.linen.module import InterceptorContext
 
 from lowrank_optax._core.layouts import node_of
-from lowrank_optax._core.names import MAGNITUDE, in_words
+from lowrank_optax._core.names import MAGNITUDE, in_words, listed
 from lowrank_optax.nn.calls import read_call
 from lowrank_optax.nn.config import LoRAConfig, require_config
 from lowrank_optax.nn.dora import merge_directional_kernel
@@ -52,6 +53,10 @@ from lowrank_optax.nn.functional import merge_kernel
 from lowrank_optax.nn.kernel_axes import KernelAxes
 from lowrank_optax.nn.targets import TargetMatcher, Targets
 
+_ACTIVE: ContextVar[tuple[TargetMatcher, ...]] = ContextVar(
+    "interceptors that are open", default=()
+)
+
 
 @contextlib.contextmanager
 def lora_interceptor(
@@ -62,7 +67,8 @@ def lora_interceptor(
     `init` creates them in the collection `'lora'` (from the `'lora'` rng stream, or else
     `'params'`) and leaves every parameter bit for bit what it is without the interceptor;
     `apply` uses them. Works under `jit`, `grad`, `nn.remat`, and `nn.scan` or `nn.vmap`
-    with `'lora': 0` in their `variable_axes`.
+    with `'lora': 0` in their `variable_axes`. Layers of other settings get an interceptor of their
+    own: `with lora_interceptor('query', small), lora_interceptor('mlp', large):`.
 
     Args:
         targets: a regular expression, a sequence of them, or `(path, module) -> bool`. An
@@ -79,7 +85,8 @@ def lora_interceptor(
         ValueError: if a target is not a `nn.Dense`, `nn.DenseGeneral`, `nn.Einsum`, `nn.Conv`,
             `nn.Embed` or a module with an `einsum_str` and one kernel, or has LoRA already; if the
             rank exceeds min(in, out); if the variables hold no adapter for a target, one of
-            another rank, or one for a layer that is no target; at the end of the context, if a
+            another rank, or one for a layer that is no target; if two interceptors have the same
+            target; at the end of the context, if a
             target matched nothing while a model or its adapters were initialized in it.
 
     Example:
@@ -118,11 +125,16 @@ def lora_interceptor(
         # A subclass that calls its parent's method is one layer, not two.
         if any(module is outer for outer in running):
             return call(*args, **kwargs)
-        if not matcher(path, module):
-            if module.has_variable(COLLECTION, "lora_a") and not isinstance(module, LoRAModule):
+        is_target = matcher(path, module)
+        is_others = any(other(path, module) for other in _ACTIVE.get() if other is not matcher)
+        if is_target and is_others:
+            raise ValueError(f"{in_words(path, 'the model')}: two interceptors adapt this layer")
+        if not is_target:
+            has_adapter = module.has_variable(COLLECTION, "lora_a")
+            if has_adapter and not is_others and not isinstance(module, LoRAModule):
                 raise ValueError(
-                    f"{path}: the variables hold an adapter for this layer, but the targets of this"
-                    " interceptor do not match it: give the targets that init had"
+                    f"{path}: the variables hold an adapter for this layer, but no target matches"
+                    " it: give the targets that init had"
                 )
             return call(*args, **kwargs)
         layer = _require_supported(module, path)
@@ -139,8 +151,12 @@ def lora_interceptor(
             return attended_output(layer, config, inputs, y)
         return adapted_output(layer, config, use, inputs, y, deterministic=deterministic)
 
-    with nn.intercept_methods(intercept):
-        yield adapters
+    token = _ACTIVE.set((*_ACTIVE.get(), matcher))
+    try:
+        with nn.intercept_methods(intercept):
+            yield adapters
+    finally:
+        _ACTIVE.reset(token)
     if initialized:
         matcher.require_all_used(initialized)
 
@@ -298,6 +314,12 @@ def _add_deltas(
             )
         leaves = {path[-1]: nn.meta.unbox(x) for path, x in factors.items() if path[:-1] == scope}
         axes, scale, kernel_key = adapters[name]
+        if (*scope, kernel_key) not in params:
+            there = listed(["/".join(path) for path in params], 4) or "none"
+            raise ValueError(
+                f"{in_words(name, 'the model')}: the parameters hold no {kernel_key!r} there; give"
+                f" those of this model, under its names. There are: {there}"
+            )
         boxed = params[*scope, kernel_key]
         try:
             kernel = _merged(nn.meta.unbox(boxed), leaves, sign, scale, axes)

@@ -4,11 +4,17 @@ import warnings
 
 from flax import nnx
 
-from lowrank_optax._core.names import in_words, join_keys
+from lowrank_optax._core.names import in_words
 from lowrank_optax.nn.dora import merge_directional_kernel
 from lowrank_optax.nn.flax_nnx import LoRALayer
 from lowrank_optax.nn.functional import merge_kernel, why_not_mergeable
-from lowrank_optax.nn.nnx_surgery import children, lora_layers, replace_lora
+from lowrank_optax.nn.nnx_surgery import (
+    children,
+    edges,
+    lora_layers,
+    replace_lora,
+    require_not_itself,
+)
 
 # Calls that are linear in the kernel, so that merging changes nothing.
 _PLAIN_CALLS = tuple(
@@ -52,6 +58,7 @@ def merge_lora(model: nnx.Module) -> list[str]:
                 " and merging is exact only where that is linear in the kernel; compare outputs",
                 stacklevel=2,
             )
+    for layer in layers.values():
         _add_to_kernel(layer, 1)
     return sorted(layers)
 
@@ -115,6 +122,7 @@ def unload_lora(model: nnx.Module) -> list[str]:
         >>> type(model.layers[0]).__name__
         'Linear'
     """
+    require_not_itself(model)
     merge_lora(model)
     return replace_lora(model, lambda path, layer: layer.base)
 
@@ -131,7 +139,7 @@ def _add_to_kernel(layer: LoRALayer, sign: int) -> None:
 
 
 def refuse_shared_kernels(model: nnx.Module, layers: dict[str, LoRALayer]) -> None:
-    """Refuses layers whose kernel another module has too, for which it would change.
+    """Refuses layers whose kernel stands in another place too, where it would change.
 
     Raises:
         ValueError: there is one.
@@ -142,14 +150,14 @@ def refuse_shared_kernels(model: nnx.Module, layers: dict[str, LoRALayer]) -> No
         >>> _ = nn.add_lora(model, 'layers/0', nn.LoRAConfig(rank=2), rngs=nnx.Rngs(1))
         >>> refuse_shared_kernels(model, lora_layers(model))
     """
-    owners: dict[int, list[str]] = {}
-    for keys, module in nnx.iter_graph(model):
-        if isinstance(module, nnx.Module):
-            for _, value in children(module):
-                if isinstance(value, nnx.Variable):
-                    owners.setdefault(id(value), []).append(join_keys(keys))
+    holders_of: dict[int, list[str]] = {}
+    places = [("the model", model), *((edge.path, edge.module) for edge in edges(model))]
+    for path, module in places:  # a module that stands in two places holds its kernel twice
+        for _, value in children(module):
+            if isinstance(value, nnx.Variable):
+                holders_of.setdefault(id(value), []).append(path)
     for path, layer in layers.items():
-        holders = owners[id(layer.kernel)]
+        holders = holders_of[id(layer.kernel)]
         if len(holders) > 1:
             raise ValueError(
                 f"{in_words(path, 'the layer')}: its kernel is shared by {', '.join(holders)}; a"

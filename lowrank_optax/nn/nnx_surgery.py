@@ -18,7 +18,7 @@ from lowrank_optax.nn.nnx_bases import kernel_name
 from lowrank_optax.nn.targets import TargetMatcher, Targets
 
 
-class _Edge(NamedTuple):
+class Edge(NamedTuple):
     """A place in the model that holds a module: `parent.key` or `parent[key]` is `module`."""
 
     path: str
@@ -67,24 +67,24 @@ def add_lora(
     require_config(config)
     require_rngs(rngs)
     matcher = TargetMatcher(targets)
-    edges = list(_edges(model))
+    places = list(edges(model))
     names = _names(model)
     matched: dict[int, tuple[str, nnx.Module]] = {}
-    for edge in edges:
+    for edge in places:
         spellings = {edge.path, join_keys([edge.path])}  # keys with dots, as in the model or a name
         if any(matcher(path, edge.module) for path in sorted(spellings)):
             # The base inside a LoRA layer is refused by the name of that layer.
             adapted = isinstance(edge.parent, LoRALayer | nnx.LoRA)
             layer = require_supported(edge.parent if adapted else edge.module, edge.path)
             matched.setdefault(id(layer), (names[id(layer)], layer))
-    matcher.require_all_used(edge.path for edge in edges if kernel_name(edge.module))
+    matcher.require_all_used(edge.path for edge in places if kernel_name(edge.module))
     # Every wrapper is built before the first one is installed: an error leaves the model alone.
     wrappers = {
         key: LoRALayer(layer, config, rngs=rngs, path=path)
         for key, (path, layer) in matched.items()
     }
     _warn_of_taken_names(dict(matched.values()))
-    places = [edge for edge in edges if id(edge.module) in wrappers]
+    places = [edge for edge in places if id(edge.module) in wrappers]
     for edge in places:
         if isinstance(edge.parent, tuple):
             raise ValueError(f"{edge.path} is inside a tuple: use nnx.List to hold layers")
@@ -162,11 +162,10 @@ def replace_lora(model: nnx.Module, make: Callable[[str, LoRALayer], nnx.Module]
         >>> replace_lora(model, lambda path, layer: layer.base)
         ['layers/0']
     """
-    if isinstance(model, LoRALayer):
-        raise ValueError("a LoRA layer cannot replace itself in place: use its attribute 'base'")
+    require_not_itself(model)
     layers = lora_layers(model)
     made = {id(layer): make(path, layer) for path, layer in layers.items()}
-    for edge in list(_edges(model)):
+    for edge in list(edges(model)):
         if id(edge.module) in made:
             _replace(edge, made[id(edge.module)])
     return sorted(layers)
@@ -191,15 +190,30 @@ def lora_scales(model: nnx.Module) -> dict[str, float]:
     return {path: layer.scale for path, layer in find_lora_layers(model)}
 
 
-def _edges(root: nnx.Module) -> Iterator[_Edge]:
-    """Yields every place that holds a module; a shared module is entered once."""
+def require_not_itself(model: nnx.Module) -> None:
+    """Raises if the model is the LoRA layer, which nothing holds that could hold another module.
+
+    Example:
+        >>> require_not_itself(nnx.Linear(4, 8, rngs=nnx.Rngs(0)))
+    """
+    if isinstance(model, LoRALayer):
+        raise ValueError("a LoRA layer cannot replace itself in place: use its attribute 'base'")
+
+
+def edges(root: nnx.Module) -> Iterator[Edge]:
+    """Yields every place that holds a module; a shared module is entered once.
+
+    Example:
+        >>> [edge.path for edge in edges(nnx.Sequential(nnx.Linear(4, 8, rngs=nnx.Rngs(0))))]
+        ['layers', 'layers/0']
+    """
     entered = {id(root)}
 
-    def walk(parent: Any, prefix: str) -> Iterator[_Edge]:
+    def walk(parent: Any, prefix: str) -> Iterator[Edge]:
         for key, child in children(parent):
             path = f"{prefix}/{key}" if prefix else str(key)
             if isinstance(child, nnx.Module):
-                yield _Edge(path, parent, key, child)
+                yield Edge(path, parent, key, child)
             if id(child) not in entered:
                 entered.add(id(child))
                 yield from walk(child, path)
@@ -223,7 +237,7 @@ def children(node: Any) -> list[tuple[Any, Any]]:
     return []
 
 
-def _replace(edge: _Edge, module: nnx.Module) -> None:
+def _replace(edge: Edge, module: nnx.Module) -> None:
     if isinstance(edge.parent, nnx.Pytree):
         setattr(edge.parent, edge.key, module)
     else:

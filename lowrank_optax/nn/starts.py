@@ -62,8 +62,8 @@ def gradient_start(
         method: `"lora_one"`, `"lora_ga"`, or `"frames"` for adapters with
             `Frames(warmup=False)`.
         gamma: $\gamma$, positive: the larger, the smaller the start. By default 128 for
-            `"lora_one"` and 16 for `"lora_ga"`, the released values; with `polora`, whose steps do
-            not depend on it, 1e6.
+            `"lora_one"` and 16 for `"lora_ga"`, the released values; with `polora`, which needs
+            only a small start, 1e6.
         keep_function: whether to subtract $s\,a\,b$ from the kernels, so that the model computes
             what it did. By default as the method's release: not for `"lora_one"`, for `"lora_ga"`.
         iterations: rounds of power iteration. 0 did as well as 2 in the studies, by two
@@ -79,7 +79,8 @@ def gradient_start(
         ValueError: no LoRA layer, a merged one, an argument out of range, no batches; a layer whose
             gradient is zero, not finite, or of a lower rank than its adapter; a kernel that is not
             floating or shared, and would have to be corrected, or was by an earlier start; frames
-            for adapters without, or another method for adapters with `Frames(warmup=False)`.
+            for adapters without, or another method for adapters with `Frames(warmup=False)`; a zero
+            column of a kernel under DoRA. Nothing is changed then.
 
     Example:
         >>> import jax.numpy as jnp
@@ -123,9 +124,17 @@ def gradient_start(
         noise = max(ROUNDING, float(jnp.finfo(_narrowest(layer)).eps) / 64)
         where = f"{in_words(path, 'the layer')}: "
         _require_rank(where, triplets[path], layer.lora.rank * _BLOCKS[method], noise)
-    for index, (path, layer) in enumerate(layers.items(), start=1):
+    norms = {
+        path: initial_magnitudes(layer.kernel[...], layer.axes, path)
+        for path, layer in layers.items()
+        if layer.lora.dora
+    }
+    for index, (path, layer) in enumerate(layers.items(), start=1):  # from here on nothing raises
         key = jax.random.fold_in(jax.random.key(seed), index)  # key(seed) began the iteration
-        _start(path, layer, method, triplets[path], gamma, keep_function, key)
+        node = start_pair(triplets[path], layer.lora.rank, method, gamma)
+        if method != "frames" and layer.lora.extra is not None:
+            node = layer.lora.extra.add_to(node, key)
+        _write(layer, node, norms.get(path), keep_function)
     return {path: found.values for path, found in triplets.items()}
 
 
@@ -357,22 +366,10 @@ def _require_rank(where: str, triplets: Triplets, rank: int, noise: float) -> No
         )
 
 
-def _start(
-    path: str,
-    layer: LoRALayer,
-    method: str,
-    triplets: Triplets,
-    gamma: float,
-    keep_function: bool,
-    key: jax.Array,
-) -> None:
-    """Writes the start into a layer."""
-    node = start_pair(triplets, layer.lora.rank, method, gamma)
-    if method != "frames" and layer.lora.extra is not None:
-        node = layer.lora.extra.add_to(node, key)
+def _write(layer: LoRALayer, node: Any, norms: jax.Array | None, keep_function: bool) -> None:
+    """Writes a start into a layer, with the norms from which DoRA starts."""
     write_node(layer, node)
-    if layer.lora.dora:
-        norms = initial_magnitudes(layer.kernel[...], layer.axes, path)
+    if norms is not None:
         layer.lora_magnitude[...] = norms
     if keep_function:
         kernel, layer.corrected = layer.kernel, True

@@ -5,9 +5,10 @@ A factor is sharded like the kernel it belongs to. With a kernel (in, out) shard
     a: P(i, None)      b: P(None, o)      r is never sharded
 
 So the r×r algebra is a product on each device and a sum of r×r matrices over devices; what is
-(in, r) or (r, out) never moves. Auxiliary leaves with an in or an out axis are sharded likewise.
-States follow by their types: an optimizer's `init` is traced on an abstract mesh whose axes are all
-explicit, so that the type of each leaf of the state has its sharding.
+(in, r) or (r, out) does not move, but for `lora_pro`, which keeps dense matrices. Auxiliary leaves
+with an in or an out axis are sharded likewise. States follow by their types: an optimizer's `init`
+is traced on an abstract mesh whose axes are all explicit, so that the type of each leaf of the
+state has its sharding.
 """
 
 from lowrank_optax.sharding.placement import mesh_of

@@ -74,9 +74,9 @@ def tensor_parallel(
     """Shards kernels of named layers along out (columns) or in (rows), as Megatron does.
 
     Args:
-        columns: regular expressions, searched in a parameter's path: layers that come first, as
-            `"q_proj|up_proj"`; their biases are sharded too.
-        rows: layers whose input is the output of the first ones, as `"o_proj|down_proj"`. Kernels
+        columns: a list of regular expressions, searched in a parameter's path: layers that come
+            first, as `["q_proj|up_proj"]`; their biases are sharded too.
+        rows: layers whose input is the output of the first ones, as `["o_proj|down_proj"]`. Kernels
             with an axis of heads need `heads` around this.
         axis: the mesh axis.
 
@@ -84,6 +84,7 @@ def tensor_parallel(
         The recipe; parameters that no expression fits are replicated.
 
     Raises:
+        TypeError: one expression in place of a list.
         ValueError: from the recipe, a path that fits both.
 
     Example:
@@ -93,6 +94,9 @@ def tensor_parallel(
         >>> recipe("mlp/up/kernel", (6, 8), mesh), recipe("mlp/down/kernel", (8, 6), mesh)
         (P(None, 'model'), P('model', None))
     """
+    for name, patterns in (("columns", columns), ("rows", rows)):
+        if isinstance(patterns, str):
+            raise TypeError(f"`{name}` must be a list of expressions; write [{patterns!r}].")
 
     def recipe(path: str, shape: tuple[int, ...], mesh: Mesh) -> jax.P:
         is_column = any(re.search(pattern, path) for pattern in columns)

@@ -158,6 +158,9 @@ def test_inject_hyperparams(method):
     state.hyperparams["learning_rate"] = jnp.zeros_like(state.hyperparams["learning_rate"])
     updates, _ = update(gradients(params), state, params)
     assert_close(trained(optax.apply_updates(params, updates)), trained(params))
+    warm_up = optax.linear_schedule(0.0, method.learning_rate, 2)
+    state = optax.inject_hyperparams(rated)(learning_rate=warm_up).init(params)
+    assert state.hyperparams["learning_rate"] == 0
 
 
 @each_method

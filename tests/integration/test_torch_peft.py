@@ -1,5 +1,8 @@
 """Hugging Face PEFT reads what this library writes, and the other way round."""
 
+import copy
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -267,3 +270,48 @@ def test_a_started_and_trained_adapter_fits_the_original_model(method, tmp_path)
     with torch.no_grad():
         theirs = loaded.base_model.model["proj"](x).numpy()
     np.testing.assert_allclose(ours.proj(jnp.asarray(x.numpy())), theirs, atol=1e-4)
+
+
+def test_an_adapter_of_a_tied_table_is_pefts_when_merged_or_when_tied(tmp_path):
+    """Ours acts on both uses of a table; PEFT's on the lookup alone unless merged or tied."""
+    sizes = {"num_key_value_heads": 2, "intermediate_size": 48, "vocab_size": 50}
+    config = transformers.LlamaConfig(**SIZES, **sizes, tie_word_embeddings=True)
+    original = transformers.LlamaForCausalLM(config).eval()
+    a, b = (
+        jax.random.normal(jax.random.key(i), shape) / 3 for i, shape in ((0, (50, 2)), (1, (2, 32)))
+    )
+    delta = 2.0 * to_torch(a @ b)
+
+    def logits(model):
+        with torch.no_grad():
+            return model(TOKENS).logits
+
+    def model():
+        return copy.deepcopy(original)
+
+    def changed(*tables):
+        """The logits where the embedding, the head, or both have the update."""
+        moved = model()
+        head = moved.lm_head.weight.detach().clone()
+        moved.lm_head.weight = torch.nn.Parameter(head + delta * ("head" in tables))
+        moved.model.embed_tokens.weight.data += delta * ("embed" in tables)
+        return logits(moved)
+
+    save_peft(
+        tmp_path / "one",
+        {"embed": LoRAPair(a, b)},
+        scale=2.0,
+        names={"embed": "model.embed_tokens"},
+        embeddings=["embed"],
+    )
+    close = lambda x, y: torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+    with pytest.warns(UserWarning, match="ensure_weight_tying"):
+        loaded = peft.PeftModel.from_pretrained(model(), tmp_path / "one")
+    close(logits(loaded), changed("embed"))
+    close(logits(loaded.merge_and_unload()), changed("embed", "head"))
+    path = tmp_path / "one" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"ensure_weight_tying": True}))
+    with pytest.warns(UserWarning, match="missing adapter keys"):
+        tied = peft.PeftModel.from_pretrained(model(), tmp_path / "one")
+    close(logits(tied), changed("embed", "head"))
+    assert (changed("embed") - changed("embed", "head")).abs().max() > 0.1

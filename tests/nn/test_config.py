@@ -155,3 +155,17 @@ def test_a_predicate_that_matches_nothing_is_refused():
 def test_no_targets_are_refused():
     with pytest.raises(ValueError, match="targets is empty"):
         TargetMatcher([])
+
+
+@pytest.mark.parametrize("extra", [None, nn.Frames(), nn.Shadows()], ids=lambda x: type(x).__name__)
+def test_initializers_with_metadata_of_nnx_are_taken_or_refused_with_the_remedy(extra):
+    init = nnx.with_partitioning(jax.nn.initializers.he_uniform(), (None, "m"))
+    config = nn.LoRAConfig(rank=2, a_init=init, extra=extra)
+    make = lambda batch: config.init_pair(jax.random.key(0), batch, 8, 6)
+    if extra is None:
+        assert isinstance(make(()).a, nnx.VariableMetadata)
+    else:
+        with pytest.raises(ValueError, match=r"do not go with an extra.*lowrank_optax\.sharding"):
+            make(())
+    with pytest.raises(ValueError, match=r"do not go with a stacked kernel.*lowrank_optax"):
+        make((3,))

@@ -181,6 +181,23 @@ def test_norms_without_a_dense_sum_are_right_to_rounding():
     np.testing.assert_allclose(found, jnp.linalg.norm(matrix, axis=0), rtol=1e-5)
 
 
+@pytest.mark.parametrize("left", [1e-2, 1e-4])
+def test_merging_is_right_where_the_update_cancels_the_kernel(left):
+    """There the sums of the norms that form no dense matrix hold nothing but rounding."""
+    model = adapted(lambda rngs: nnx.Linear(64, 4, rngs=rngs), nn.LoRAConfig(rank=4, dora=True))
+    layer = model.layers[0]
+    kernel = np.array(layer.base.kernel[...], np.float64)
+    layer.lora_a[...] = (left - 1) * kernel / layer.scale
+    layer.lora_b[...] = jnp.eye(4)
+    x = jax.random.normal(jax.random.key(0), (3, 64))
+    unmerged = model(x)
+    assert jnp.isfinite(unmerged).all()
+    assert jnp.abs(unmerged).max() < 100 * jnp.abs(x @ layer.base.kernel[...]).max()
+    nn.merge_lora(model)
+    norms = jnp.linalg.norm(layer.base.kernel[...], axis=0)
+    np.testing.assert_allclose(norms, layer.lora_magnitude[...], rtol=1e-6)
+
+
 def test_bfloat16_layers_keep_their_dtype():
     make = lambda rngs: nnx.Linear(5, 4, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16, rngs=rngs)
     model = moved(adapted(make))

@@ -360,3 +360,45 @@ def test_a_kernel_used_in_two_roles_is_refused():
         nn.lora_interceptor("proj", nn.LoRAConfig(rank=2)),
     ):
         jax.eval_shape(Tied().init, KEY, normal((3, 4)))
+
+
+def test_layers_of_different_settings_have_an_interceptor_each():
+    model, x = linen.Sequential([linen.Dense(8), linen.Dense(6)]), normal((3, 4))
+    both = lambda: (
+        nn.lora_interceptor("layers_0", nn.LoRAConfig(rank=2, b_init=RANK_2.b_init)),
+        nn.lora_interceptor("layers_1", nn.LoRAConfig(rank=4, b_init=RANK_2.b_init)),
+    )
+    first, second = both()
+    with first as small, second as large:
+        variables = model.init(jax.random.key(0), x)
+    ranks = {name: leaves["lora_a"].shape[-1] for name, leaves in variables["lora"].items()}
+    assert ranks == {"layers_0": 2, "layers_1": 4}
+    assert (set(small), set(large)) == ({"layers_0"}, {"layers_1"})
+    first, second = both()
+    with first, second:
+        y = model.apply(variables, x)
+    merged = nn.merge_lora_variables(variables, {**small, **large})
+    np.testing.assert_allclose(y, model.apply({"params": merged}, x), rtol=1e-5)
+    first, _ = both()
+    with first, pytest.raises(ValueError, match=r"layers_1: .* no target matches it"):
+        model.apply(variables, x)
+
+
+def test_two_interceptors_of_one_layer_are_refused():
+    model, config = linen.Sequential([linen.Dense(8)]), nn.LoRAConfig(rank=2)
+    with (
+        nn.lora_interceptor("layers_0", config),
+        nn.lora_interceptor("layers_.*", config),
+        pytest.raises(ValueError, match="layers_0: two interceptors adapt this layer"),
+    ):
+        model.init(jax.random.key(0), normal((3, 4)))
+
+
+def test_parameters_of_another_model_are_named():
+    model, x = linen.Sequential([linen.Dense(8)]), normal((3, 4))
+    with nn.lora_interceptor("layers_0", nn.LoRAConfig(rank=2)) as adapters:
+        variables = model.init(jax.random.key(0), x)
+    other = {"params": {"encoder": variables["params"]}, "lora": variables["lora"]}
+    message = "layers_0: the parameters hold no 'kernel' there.*There are: encoder/layers_0/kernel"
+    with pytest.raises(ValueError, match=message):
+        nn.merge_lora_variables(other, adapters)

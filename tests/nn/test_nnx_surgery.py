@@ -332,3 +332,58 @@ def test_a_kernel_shared_with_another_layer_is_not_merged():
     nn.add_lora(model, "a", nn.LoRAConfig(rank=1), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="a: its kernel is shared by a/base, b"):
         nn.merge_lora(model)
+
+
+@pytest.mark.parametrize("merge", [nn.merge_lora, nn.unload_lora, nn.weight_start])
+@pytest.mark.parametrize("other", ["adapted", "plain"])
+def test_a_kernel_of_a_layer_in_two_places_is_not_changed(merge, other):
+    base, config = nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nn.LoRAConfig(rank=2)
+    wrapped = lambda seed: nn.LoRALayer(base, config, rngs=nnx.Rngs(seed))
+    model = nnx.Dict(a=wrapped(1), b=base if other == "plain" else wrapped(2))
+    before = np.array(base.kernel[...])
+    with pytest.raises(ValueError, match="a: its kernel is shared by a/base, b"):
+        merge(model)
+    np.testing.assert_array_equal(base.kernel[...], before)
+
+
+class Gated(nnx.Linear):
+    """A layer with attributes of names that an adapter has too."""
+
+    def __init__(self, rngs):
+        super().__init__(4, 6, rngs=rngs)
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.merged, self.lora = True, 3
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_a_base_keeps_attributes_that_an_adapter_has_too(dropout):
+    model = nnx.Dict(q=Gated(nnx.Rngs(0)))
+    with pytest.warns(UserWarning, match=r"q\.merged, q\.dropout, q\.lora.*read them from `base`"):
+        nn.add_lora(model, "q", nn.LoRAConfig(rank=2, dropout=dropout), rngs=nnx.Rngs(1))
+    assert (model.q.base.dropout.rate, model.q.base.merged, model.q.base.lora) == (0.1, True, 3)
+    assert (model.q.dropout.rate if dropout else model.q.dropout) == (dropout or None)
+    nn.remove_lora(model)
+    assert (model.q.dropout.rate, model.q.merged, model.q.lora) == (0.1, True, 3)
+
+
+def test_what_cannot_be_unloaded_stays_unmerged():
+    layer = nn.LoRALayer(
+        nnx.Linear(4, 6, rngs=nnx.Rngs(0)), nn.LoRAConfig(rank=2), rngs=nnx.Rngs(1)
+    )
+    with pytest.raises(ValueError, match="use its attribute 'base'"):
+        nn.unload_lora(layer)
+    assert not layer.merged
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_warning_that_is_an_error_leaves_all_layers_unmerged():
+    class Own(nnx.Linear):
+        def __call__(self, x):
+            return super().__call__(x)
+
+    model = nnx.Dict(a=nnx.Linear(4, 6, rngs=nnx.Rngs(0)), b=Own(4, 6, rngs=nnx.Rngs(1)))
+    nn.add_lora(model, "a|b", nn.LoRAConfig(rank=2), rngs=nnx.Rngs(2))
+    with pytest.raises(UserWarning, match="b: Own has its own __call__"):
+        nn.merge_lora(model)
+    assert not model.a.merged
+    assert not model.b.merged

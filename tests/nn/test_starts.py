@@ -253,6 +253,19 @@ def test_what_gives_no_start_is_refused_and_leaves_the_model_alone(keywords, mes
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
 
 
+def test_a_zero_column_under_dora_leaves_every_layer_alone():
+    model = MLP(nnx.Rngs(0))
+    config = nn.LoRAConfig(rank=RANK, dora=True)
+    nn.add_lora(model, "first|second", config, rngs=nnx.Rngs(1))
+    kernel = model.second.base.kernel
+    kernel[...] = kernel[...].at[:, 0].set(0.0)  # as weights that are restored too late
+    before = jax.tree.map(jnp.copy, nnx.state(model))
+    with pytest.raises(ValueError, match=r"second: 1 of the .* columns of its kernel are zero"):
+        start(model, keep_function=True)
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
+    assert not model.first.corrected
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

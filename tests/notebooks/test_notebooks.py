@@ -93,14 +93,14 @@ def test_the_install_cell_asks_pip_once_for_the_package(source, monkeypatch):
 
 @each_notebook
 def test_without_a_network_it_says_what_to_install(source, monkeypatch):
-    with pytest.raises(SystemExit, match=r"pip failed.*network.*lowrank-optax\[notebooks\]"):
+    with pytest.raises(SystemExit, match=r"pip failed.*checkout.*lowrank-optax\[notebooks\]"):
         install(source, monkeypatch, installed=False, code=1)
 
 
 @each_notebook
 def test_an_old_jax_is_named_with_the_remedy(source, monkeypatch):
     with pytest.raises(
-        SystemExit, match=r"JAX 0.10 or newer, and here is 0.7.2.*pip install -U jax"
+        SystemExit, match=r"JAX 0.10.1 or newer, and here is 0.7.2.*pip install -U jax"
     ):
         install(source, monkeypatch, installed=True, jax_version=(0, 7, 2))
 

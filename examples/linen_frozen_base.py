@@ -6,7 +6,7 @@ base is never differentiated. At the end the script compares it with what it was
 
     python -m examples.linen_frozen_base --out outputs/digits
 
-It needs ``pip install 'lowrank-optax[cli]' scikit-learn``.
+It needs ``pip install '.[cli]' scikit-learn`` in a checkout.
 """
 
 import pathlib

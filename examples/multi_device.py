@@ -6,7 +6,7 @@ CPU eight virtual devices show how::
     python -m examples.multi_device --devices 8
 
 On GPUs or a TPU leave out ``--devices``. The model is one of Flax NNX; its adapters learn the
-digits of scikit-learn. It needs ``pip install 'lowrank-optax[cli]' scikit-learn``. For several
+digits of scikit-learn. It needs ``pip install '.[cli]' scikit-learn`` in a checkout. For several
 machines see `examples.multi_process`.
 """
 

@@ -5,7 +5,7 @@ of rank 4 teach it the digits 5 to 9::
 
     python -m examples.nnx_classification --out outputs/digits
 
-It needs ``pip install 'lowrank-optax[cli]' scikit-learn``. The steps with your own model are the
+It needs ``pip install '.[cli]' scikit-learn`` in a checkout. The steps with your own model are the
 same from "Adapters" on.
 """
 

@@ -6,7 +6,7 @@ teach it another text, by default a source file of Python's standard library::
     python -m examples.nnx_language_model --text FILE --folder outputs/my-run
 
 The same command after Ctrl-C or a crash goes on from the last checkpoint, to the same bits. It
-needs ``pip install 'lowrank-optax[cli,checkpoints]'``. `optax.MultiSteps` works with all methods
+needs ``pip install '.[cli,checkpoints]'`` in a checkout. `optax.MultiSteps` works with all methods
 of this library but `oplora` and `scaled_oplora` with ``iterations`` of 1 or more. They read
 products that are quadratic in the gradient of one batch: they warn, and do not move.
 """

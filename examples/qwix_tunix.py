@@ -6,7 +6,7 @@ saved under Hugging Face's names, as PEFT reads it::
 
     python -m examples.qwix_tunix --out outputs/llama-adapter
 
-It needs ``pip install qwix google-tunix 'lowrank-optax[cli]'``.
+It needs ``pip install qwix google-tunix '.[cli]'`` in a checkout.
 """
 
 import pathlib

@@ -10,7 +10,7 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if error.name not in ("typer", "rich"):
             raise
-        sys.exit(f"error: the command line needs {error.name}: pip install 'lowrank-optax[cli]'")
+        sys.exit(f"error: the command line needs {error.name}: in a checkout pip install '.[cli]'")
     app()
 
 

@@ -179,7 +179,7 @@ def _axes(axes: Any, height: float = 4.0) -> Any:
     try:
         pyplot = importlib.import_module("matplotlib.pyplot")
     except ImportError as error:
-        raise ImportError("figures need matplotlib: pip install 'lowrank-optax[plots]'") from error
+        raise ImportError("figures need matplotlib: pip install matplotlib") from error
     return pyplot.subplots(figsize=(7, height), layout="constrained")[1]
 
 

@@ -652,5 +652,5 @@ def test_a_damaged_checkpoint_is_an_error_or_whole(tmp_path):
 
 def test_without_orbax(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
-    with pytest.raises(ImportError, match=r"pip install 'lowrank-optax\[checkpoints\]'"):
+    with pytest.raises(ImportError, match="pip install orbax-checkpoint"):
         saved(tmp_path)

@@ -384,7 +384,7 @@ def test_a_missing_extra_is_named():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 1
-    assert "pip install 'lowrank-optax[cli]'" in done.stderr
+    assert "in a checkout pip install '.[cli]'" in done.stderr
 
 
 def test_diff_compares_the_magnitudes_of_dora(tmp_path):

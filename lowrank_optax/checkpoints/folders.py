@@ -193,5 +193,5 @@ def _orbax() -> Any:
         return importlib.import_module("orbax.checkpoint")
     except ImportError as error:
         raise ImportError(
-            "checkpoints need orbax: pip install 'lowrank-optax[checkpoints]'"
+            "checkpoints need orbax: pip install orbax-checkpoint"
         ) from error

@@ -27,7 +27,9 @@ class Comparison(NamedTuple):
         study: Name of the study.
         baseline: AdamW as it was best.
         speedups: Of each method of `SHOWN` that has run.
-        loss: How the recommended method's final loss differs from the baseline's.
+        loss: How the recommended method's final loss differs from the baseline's, on the test where
+            there is one.
+        validation: The same on validation.
     """
 
     label: str
@@ -35,6 +37,7 @@ class Comparison(NamedTuple):
     baseline: MethodSummary
     speedups: dict[str, Speedup]
     loss: Difference
+    validation: Difference
 
 
 def compare(label: str, study: str, summaries: Sequence[MethodSummary]) -> Comparison | None:
@@ -51,9 +54,11 @@ def compare(label: str, study: str, summaries: Sequence[MethodSummary]) -> Compa
         return None
     goal = goal_of(baseline)
     found = {name: speedup(by_name[name], goal) for name in SHOWN if name in by_name}
-    split = baseline.reported_split
-    loss = difference(by_name[RECOMMENDED].losses(split), baseline.losses(split))
-    return Comparison(label, study, baseline, found, loss)
+    loss, validation = (
+        difference(by_name[RECOMMENDED].losses(split), baseline.losses(split))
+        for split in (baseline.reported_split, "validation")
+    )
+    return Comparison(label, study, baseline, found, loss, validation)
 
 
 def claim(comparisons: Sequence[Comparison]) -> str:
@@ -62,33 +67,40 @@ def claim(comparisons: Sequence[Comparison]) -> str:
     reached = sorted(speedup.mean for speedup in found if speedup.mean is not None)
     if not reached:
         return "No comparison has run yet."
-    of_means = sorted(
-        speedup.of_means
-        for speedup in found
-        if speedup.mean is not None and speedup.of_means is not None
-    )
+    number = len(found)
     at_least = lambda least: sum(mean >= least for mean in reached)
-    sentence = (
-        f"In {len(reached)} of {len(found)} comparisons on "
-        f"{len({c.study for c in comparisons})} tasks, every seed of PoLoRA started from the "
-        f"gradient reaches the best validation loss of tuned LoRA AdamW. It needs "
-        f"{reached[0]:.2f} to {reached[-1]:.2f} times fewer steps there (median "
-        f"{statistics.median(reached):.2f}), at least 1.5 times fewer in {at_least(1.5)}, "
-        f"at least 2 times in {at_least(2.0)}"
+    of_means = sorted(speedup.of_means or 0.0 for speedup in found)
+    arrived = [value for value in of_means if value]
+    lower, higher = _claimed([comparison.loss for comparison in comparisons])
+    lower_too, higher_too = _claimed([comparison.validation for comparison in comparisons])
+    return " ".join(
+        [
+            f"In {len(reached)} of {number} comparisons on {len({c.study for c in comparisons})}"
+            " tasks, every seed of PoLoRA started from the gradient reaches the best validation"
+            f" loss of tuned LoRA AdamW. It needs {_range(reached)} times fewer steps there (median"
+            f" {statistics.median(reached):.2f}), at least 1.5 times fewer in {at_least(1.5)}, at"
+            f" least 2 times in {at_least(2.0)}.",
+            "Each seed counts from its first evaluation below that loss, which favours noisy"
+            f" curves. The mean curve of the seeds gets there in {len(arrived)} of {number}, in"
+            f" {_range(arrived)} times fewer steps; the median over all {number} is"
+            f" {statistics.median(of_means):.2f}."
+            if arrived
+            else "The mean curve of the seeds gets there in none.",
+            f"The final loss on the test is lower than AdamW's in {lower} of {number} and higher in"
+            f" {higher}; on validation it is lower in {lower_too} and higher in {higher_too}. The"
+            " others are not distinguishable.",
+        ]
     )
-    if of_means:
-        sentence += (
-            f". Each seed counts from its first evaluation below that loss, which favours noisy "
-            f"curves; by the mean curves these numbers are {of_means[0]:.2f} to {of_means[-1]:.2f} "
-            f"(median {statistics.median(of_means):.2f})"
-        )
-    claimed = [comparison.loss for comparison in comparisons if comparison.loss.claimed]
-    better = sum(loss.value < 0 for loss in claimed)
-    return (
-        f"{sentence}. Of all {len(found)} comparisons, its final loss is lower than AdamW's in "
-        f"{better}, higher in {len(claimed) - better}, and not distinguishable in "
-        f"{len(found) - len(claimed)}."
-    )
+
+
+def _range(values: Sequence[float]) -> str:
+    return f"{values[0]:.2f} to {values[-1]:.2f}"
+
+
+def _claimed(differences: Sequence[Difference]) -> tuple[int, int]:
+    """How many differences are claimed, for the method and against it."""
+    claimed = [found.value for found in differences if found.claimed]
+    return sum(value < 0 for value in claimed), sum(value > 0 for value in claimed)
 
 
 def headline_table(comparisons: Sequence[Comparison]) -> str:
@@ -103,7 +115,8 @@ def headline_table(comparisons: Sequence[Comparison]) -> str:
         rate = f"{best.best[0].config.learning_rate:g}"
         loss = f"{spread(best.losses(best.reported_split))} ({best.method}, {rate})"
         page = f"[{comparison.label}]({comparison.study}.md)"
-        rows.append([page, loss, *shown, verdict(comparison.loss)])
+        rows.append([page, loss, *shown, verdict(comparison.loss), verdict(comparison.validation)])
     shown = [RECOMMENDED, "its mean curve", *SHOWN[1:]]
-    headings = ["comparison", "AdamW's loss", *shown, f"loss of {RECOMMENDED} – AdamW's"]
+    against = f"loss of {RECOMMENDED} – AdamW's"
+    headings = ["comparison", "AdamW's loss", *shown, against, "the same on validation"]
     return markdown(headings, rows)

@@ -98,6 +98,7 @@ def hunt_table(studies: Mapping[str, Sequence[Variant]]) -> str:
         The table; empty if there was no attempt.
     """
     headings = ["study", "change", "lr", "fewer steps than AdamW", "loss", "loss – unchanged"]
+    headings.append("validation loss – unchanged")
     rows = [row for name, variants in studies.items() for row in _rows(name, variants)]
     return markdown(headings, rows) if rows else ""
 
@@ -113,15 +114,19 @@ def _rows(study: str, variants: Sequence[Variant]) -> Iterator[list[str]]:
     if baseline is None or unchanged is None or not unchanged.best:
         return
     goal, split = goal_of(baseline), unchanged.reported_split
-    losses = unchanged.losses(split)
+
+    def against(summary: MethodSummary, split: str) -> str:
+        if summary is unchanged:
+            return NOTHING
+        return verdict(difference(summary.losses(split), unchanged.losses(split)))
 
     def row(change: str, summary: MethodSummary) -> list[str]:
         if not summary.best:
-            return [study, change, NOTHING, "none finished", NOTHING, NOTHING]
-        own = summary.losses(split)
-        against = NOTHING if summary is unchanged else verdict(difference(own, losses))
+            return [study, change, NOTHING, "none finished", *[NOTHING] * 3]
         rate = f"{summary.best[0].config.learning_rate:g}" + "*" * summary.at_edge
-        return [study, change, rate, times(speedup(summary, goal)), spread(own), against]
+        steps, loss = times(speedup(summary, goal)), spread(summary.losses(split))
+        differences = [against(summary, name) for name in (split, "validation")]
+        return [study, change, rate, steps, loss, *differences]
 
     yield row("none", unchanged)
     for name in tried:

@@ -49,12 +49,16 @@ final validation loss of the sweep; `*`: it is an end of the sweep). "AdamW" is 
 it is best: of the rows `adamw` (one rate), `lora-plus-4` and `lora-plus` (b 4 and 16 times as
 fast), those that were run. "Fewer steps": AdamW's steps to the lowest point of its mean
 validation curve, divided by the method's to the same loss, interpolated between evaluations; a
-start counts as many steps as it takes gradients. "lr off by one": the same, averaged over the
-best rate and its neighbours in the sweep; 0 for a run that does not get there. A difference of
-losses is given with its pooled standard error and, in brackets, in units of it; it is claimed
-only above two. "Time to AdamW's loss" is in units of AdamW's. "Time a step" is measured in turn
-with `adamw` in the same process, and rough where other work ran beside; "memory" is trained
-leaves, state and the compiled step's temporaries. "Lost": diverged or failed runs of the sweep."""
+start counts as many steps as it takes gradients. In AdamW's row its own seeds are counted so: what
+is no gain. A dash where evaluations are rarer than every 5 % of a run. "lr off by one": the same,
+averaged over the best rate and its neighbours in the sweep; 0 for a run that does not get there. A
+difference of losses is given with its pooled standard error and, in brackets, in units of it; it is
+claimed only above two. With three seeds on each side chance alone gives that much in 12 of 100
+cases, with five in 8 (t-test): of many differences some are chance, and none counts the finite
+sample of sentences or pictures. "Time to AdamW's loss" is in units of AdamW's. "Time a step" is
+measured in turn with `adamw` in the same process, and rough where other work ran beside; "memory"
+is trained leaves, state and the compiled step's temporaries. "Lost": diverged or failed runs of the
+sweep. A commit with "+" had changes that were not committed."""
 
 
 class Variant:
@@ -154,7 +158,10 @@ def _provenance(variants: Sequence[Variant]) -> str:
         + ", ".join(f"{k} {run.environment.packages[k]}" for k in ("jax", "flax", "optax"))
         for run in runs
     )
-    commits = Counter((run.environment.git_commit or "unknown")[:8] for run in runs)
+    commits = {
+        (run.environment.git_commit or "unknown")[:8] + "+" * bool(run.environment.git_dirty)
+        for run in runs
+    }
     states = Counter(run.status for run in runs)
     return (
         f"{len(runs)} runs ({', '.join(f'{n} {state}' for state, n in sorted(states.items()))}), "
@@ -189,7 +196,8 @@ def headline_block(comparisons: Sequence[Comparison]) -> str:
         f"over seeds, and the difference of the final losses. A start from the gradient counts as "
         f"many steps as it takes gradients. Each seed counts from its first evaluation below that "
         f'loss, which favours noisy curves; "its mean curve" is free of that. The last of '
-        f"{len(SHOWN)} methods trains all weights."
+        f"{len(SHOWN)} methods trains all weights. Losses are those on the test where there is one;"
+        " where a difference is not seen on validation too, it may be the test sample's."
     )
     return f"{text}\n\n{headline_table(comparisons)}" if comparisons else text
 

@@ -28,8 +28,9 @@ class Plan(Record):
     """How long to train and by which schedule: the same for every method of a study.
 
     The learning rate rises linearly over `warmup_fraction` of the steps and falls to zero by a
-    cosine; with `decay="none"` it is constant. The task's head, where it has one, is trained by
-    AdamW at `head_learning_rate` on the same schedule, whatever the method of the adapters, so that
+    cosine; with `decay="none"` it is constant from the first step on, without a warm-up. The task's
+    head, where it has one, is trained by AdamW at `head_learning_rate` on the same schedule,
+    whatever the method of the adapters, so that
     only the adapters differ. Every `probe_every` steps, if at all, the gradients are looked at.
     """
 
@@ -217,7 +218,7 @@ def current_environment() -> Environment:
     """Describes this process's machine, versions and commit."""
     packages = ("jax", "jaxlib", "flax", "optax", "numpy", "lowrank-optax")
     commit = _git("rev-parse", "HEAD")
-    code = ("--untracked-files=no", "--", "lowrank_optax", "experiments")
+    code = ("--untracked-files=no", "--", "lowrank_optax/*.py", "experiments/*.py")
     changes = _git("status", "--porcelain", *code) if commit else None
     return Environment(
         python=platform.python_version(),

@@ -198,22 +198,33 @@ def times(found: Speedup) -> str:
     return f"{found.mean:.2f}×{spread}"
 
 
-def _speedup(summary: MethodSummary, baseline: MethodSummary | None) -> str:
+def _has_steps(summary: MethodSummary, baseline: MethodSummary | None) -> bool:
+    """Whether steps to a loss can be told: evaluations are no rarer than every 5 % of a run."""
     if baseline is None or not summary.best:
+        return False
+    plan = baseline.best[0].config.plan
+    return 20 * plan.eval_every <= plan.steps
+
+
+def _speedup(summary: MethodSummary, baseline: MethodSummary | None) -> str:
+    if baseline is None or not _has_steps(summary, baseline):
         return NOTHING
     goal = goal_of(baseline)
-    return f"1 ({goal.step} steps)" if summary is baseline else times(speedup(summary, goal))
+    found = times(speedup(summary, goal))
+    return f"1 ({goal.step} steps; its seeds: {found})" if summary is baseline else found
 
 
 def _forgiving(summary: MethodSummary, baseline: MethodSummary | None) -> str:
-    if baseline is None or not summary.best:
+    if baseline is None or not _has_steps(summary, baseline):
         return NOTHING
     found = speedup(summary, goal_of(baseline)).forgiving
     return NOTHING if found is None else f"{found:.2f}×"
 
 
 def _time(summary: MethodSummary, baseline: MethodSummary | None) -> str:
-    if baseline is None or not summary.best or summary.best[0].step_ratio is None:
+    if baseline is None or not _has_steps(summary, baseline):
+        return NOTHING
+    if summary.best[0].step_ratio is None:
         return NOTHING
     if summary is baseline:
         return "1.00×"

@@ -82,9 +82,13 @@ def _cell(variants: Sequence[Variant], name: str, whole: Mapping[str, MethodSumm
 def _changed(changed: MethodSummary | None, whole: MethodSummary) -> str:
     if changed is None:
         return NOTHING
-    losses, split = changed.losses(whole.reported_split), whole.reported_split
-    found = difference(losses, whole.losses(split))
-    return f"{spread(losses)}; {verdict(found)}"
+    split = whole.reported_split
+    losses = changed.losses(split)
+    cell = f"{spread(losses)}; {verdict(difference(losses, whole.losses(split)))}"
+    if split == "validation":
+        return cell
+    found = difference(changed.losses("validation"), whole.losses("validation"))
+    return f"{cell}. Validation: {verdict(found)}"
 
 
 def _mean(summary: MethodSummary) -> str:

@@ -192,6 +192,4 @@ def _orbax() -> Any:
     try:
         return importlib.import_module("orbax.checkpoint")
     except ImportError as error:
-        raise ImportError(
-            "checkpoints need orbax: pip install orbax-checkpoint"
-        ) from error
+        raise ImportError("checkpoints need orbax: pip install orbax-checkpoint") from error

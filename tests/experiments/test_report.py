@@ -142,6 +142,25 @@ def test_speedup_is_the_baselines_steps_by_the_methods(curves):
     assert speedup(adamw, goal).mean is None  # one of two seeds does not reach the mean
 
 
+def test_steps_are_not_told_where_evaluations_are_rare(curves):
+    often, rarely = (
+        [
+            run.model_copy(
+                update={
+                    "config": run.config.model_copy(
+                        update={"plan": run.config.plan.model_copy(update={"steps": steps})}
+                    )
+                }
+            )
+            for run in curves
+        ]
+        for steps in (20 * curves[0].config.plan.eval_every, 2 * curves[0].config.plan.eval_every)
+    )
+    assert "1 (20 steps; its seeds: 1 of 2 reach it)" in comparison_table(summarize(often))
+    row = comparison_table(summarize(rarely)).splitlines()[2]
+    assert [cell.strip() for cell in row.split("|")][3:5] == ["–", "–"]
+
+
 def test_the_claim_counts_the_comparisons(curves):
     found = compare("digits, peers", "digits", summarize(curves))
     assert found.speedups["polora-start"].mean == pytest.approx((20 / 12 + 20 / 17) / 2)
@@ -150,7 +169,9 @@ def test_the_claim_counts_the_comparisons(curves):
     assert "In 2 of 3 comparisons on 2 tasks, every seed of PoLoRA" in text
     assert "1.42 to 1.42 times fewer steps there (median 1.42)" in text
     assert "at least 1.5 times fewer in 0, at least 2 times in 0" in text
-    assert "by the mean curves these numbers are 1.30 to 1.30 (median 1.30)" in text
+    assert "The mean curve of the seeds gets there in 2 of 3, in 1.30 to 1.30 times fewer" in text
+    assert "the median over all 3 is 1.30." in text
+    assert "loss on the test is lower than AdamW's in 3 of 3 and higher in 0; on validation" in text
     row = headline_table([found]).splitlines()[2]
     assert row.startswith("| [digits, peers](digits.md) | 2 ± 0.71 (adamw, 0.001) |")
     assert "1.42× ± 0.35 | 1.30×" in row
@@ -177,7 +198,7 @@ def test_the_hunt_has_a_row_for_each_attempt_beside_the_unchanged_method(curves)
     assert len(rows) == 4
     assert rows[2].startswith("| digits | none | 0.1 | 1.42× ± 0.35 | 0.7 ± 0.28 | –")
     assert rows[3].startswith("| digits | b1 = 0.8, not 0.9 | 0.1 | 0.80×")
-    assert "0.25 ± 0.071 | -0.45 ± 0.2 (-2.2): better |" in rows[3]
+    assert "0.25 ± 0.071 | -0.45 ± 0.2 (-2.2): better | -0.45 ± 0.2 (-2.2): better |" in rows[3]
     assert hunt_table({"digits": hunted(curves, 0.2, 0.3)[:1]}) == ""
     assert hunt_table({"digits": hunted(curves, 0.2, 0.3)[1:]}) == ""
 

@@ -20,8 +20,10 @@ def test_a_row_for_each_part_left_out():
     rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in table.splitlines()]
     assert rows[0] == ["left out", "digits: loss 0.51 becomes", "lm: loss 0.51 becomes"]
     cells = {row[0]: row[1:] for row in rows[2:]}
-    assert cells["the polar factors"] == ["0.71 ± 0.01; +0.2 ± 0.008 (+24.5): worse", "–"]
-    assert cells["the momentum"] == ["0.511 ± 0.01; +0.001 ± 0.008 (+0.1): within noise", "–"]
+    on_both = lambda loss, found: [f"{loss}; {found}. Validation: {found}", "–"]
+    assert cells["the polar factors"] == on_both("0.71 ± 0.01", "+0.2 ± 0.008 (+24.5): worse")
+    within = "+0.001 ± 0.008 (+0.1): within noise"
+    assert cells["the momentum"] == on_both("0.511 ± 0.01", within)
     assert [cell.split(": ")[-1] for cell in cells["the start from the gradient"]] == ["worse"] * 2
     assert parts_table({"digits": [whole]}) == ""
 

@@ -1,14 +1,15 @@
-"""The hunt: what was tried so that the recommended method needs fewer steps, and what its parts do.
+"""The hunt: what was tried so that a method needs fewer steps, and what PoLoRA's parts do.
 
-An attempt changes a few options of `polora-start`, or leaves one of its parts out; its learning
-rates are swept again. It is a variant `hunt-…` of a study; `docs/results/hunt.md` has a row for
-each.
+An attempt changes a few options of `polora-start`, or leaves one of its parts out, or changes what
+it is compared with, AdamW and LoRA+; its learning rates are swept again. It is a variant `hunt-…`
+of a study; `docs/results/hunt.md` has a row for each.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from experiments.headline import RECOMMENDED
+from experiments.methods import LORA_ONE
 from experiments.summary import (
     MethodSummary,
     Variant,
@@ -61,26 +62,40 @@ ATTEMPTS = {
         "the start from 8 batches, with two rounds of power iteration",
         {"start": {"gamma": 1e6, "batches": 8, "iterations": 2}},
     ),
+    "adamw-b2-99": Attempt("AdamW: b2 = 0.99, not 0.999", {"b2": 0.99}, "adamw"),
+    "adamw-b2-95": Attempt("AdamW: b2 = 0.95, not 0.999", {"b2": 0.95}, "adamw"),
+    "adamw-small-start": Attempt(
+        "AdamW from the gradient: γ = 1e6, not 128", {"start": {"gamma": 1e6}}, "adamw-start"
+    ),
+    "lora-plus-b2-99": Attempt("LoRA+: b2 = 0.99, not 0.999", {"b2": 0.99}, "lora-plus"),
+    "lora-plus-start": Attempt(
+        "LoRA+: from the gradient, γ = 128", {"start": LORA_ONE}, "lora-plus"
+    ),
 }
 
 
 def attempts(
-    rates: tuple[float, ...], reference: Mapping[str, Any] | None = None
+    rates: Mapping[str, tuple[float, ...]], reference: Mapping[str, Any] | None = None
 ) -> dict[str, dict[str, Any]]:
     """Makes the variants of all attempts.
 
     Args:
-        rates: The learning rates with which a sweep begins.
+        rates: The learning rates with which a sweep begins, by the unchanged method.
         reference: What the variant that they are compared with changes in the study.
     """
     return {
         f"{PREFIX}{name}": {
             **(reference or {}),
-            "learning_rates": {attempt.method: rates},
+            "learning_rates": {attempt.method: rates[_unchanged(attempt)]},
             f"method_options.{attempt.method}": dict(attempt.options),
         }
         for name, attempt in ATTEMPTS.items()
     }
+
+
+def _unchanged(attempt: Attempt) -> str:
+    """The method that an attempt changes."""
+    return RECOMMENDED if attempt.method == ABLATED else attempt.method
 
 
 def is_attempt(variant: str) -> bool:
@@ -110,25 +125,24 @@ def _rows(study: str, variants: Sequence[Variant]) -> Iterator[list[str]]:
         return
     reference = next((by_name[name] for name in by_name if name.startswith(REFERENCE)), [])
     baseline = tuned_baseline(reference)
-    unchanged = next((summary for summary in reference if summary.method == RECOMMENDED), None)
-    if baseline is None or unchanged is None or not unchanged.best:
+    unchanged = {summary.method: summary for summary in reference if summary.best}
+    if baseline is None or RECOMMENDED not in unchanged:
         return
-    goal, split = goal_of(baseline), unchanged.reported_split
+    goal, split = goal_of(baseline), baseline.reported_split
 
-    def against(summary: MethodSummary, split: str) -> str:
-        if summary is unchanged:
-            return NOTHING
-        return verdict(difference(summary.losses(split), unchanged.losses(split)))
-
-    def row(change: str, summary: MethodSummary) -> list[str]:
+    def row(change: str, summary: MethodSummary, before: MethodSummary | None) -> list[str]:
         if not summary.best:
             return [study, change, NOTHING, "none finished", *[NOTHING] * 3]
         rate = f"{summary.best[0].config.learning_rate:g}" + "*" * summary.at_edge
         steps, loss = times(speedup(summary, goal)), spread(summary.losses(split))
-        differences = [against(summary, name) for name in (split, "validation")]
+        differences = [
+            verdict(difference(summary.losses(name), before.losses(name))) if before else NOTHING
+            for name in (split, "validation")
+        ]
         return [study, change, rate, steps, loss, *differences]
 
-    yield row("none", unchanged)
+    yield row("none", unchanged[RECOMMENDED], None)
     for name in tried:
+        attempt = ATTEMPTS[name.removeprefix(PREFIX)]
         for summary in by_name[name]:
-            yield row(ATTEMPTS[name.removeprefix(PREFIX)].change, summary)
+            yield row(attempt.change, summary, unchanged.get(_unchanged(attempt)))

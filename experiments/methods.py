@@ -89,10 +89,10 @@ class Method:
         return self.make_adapters()
 
 
-def _adamw(setting: Setting) -> optax.GradientTransformation:
+def _adamw(setting: Setting, **options: Any) -> optax.GradientTransformation:
     import optax
 
-    return optax.adamw(setting.schedule, weight_decay=0.0)
+    return optax.adamw(setting.schedule, weight_decay=0.0, **options)
 
 
 def _sgd(setting: Setting, momentum: float) -> optax.GradientTransformation:
@@ -177,17 +177,19 @@ _POLORA = {"b1": 0.9, "partner": "identity", "radius": "exact"}
 _TWO_SIDED = {**_POLORA, "partner": "gram"}
 _RIDGE = {"momentum": 0.9, "lmbd": 1e-2}
 
-_LORA_ONE = {
+LORA_ONE = {
     "method": "lora_one",
     "gamma": 128.0,
     "keep_function": False,
     "batches": 1,
     "iterations": 0,
 }
-_START = {"start": _LORA_ONE}
-_TINY_START = {"start": {**_LORA_ONE, "gamma": 1e6}}
+"""A start from the gradient of one batch, of the released size."""
+
+_START = {"start": LORA_ONE}
+_TINY_START = {"start": {**LORA_ONE, "gamma": 1e6}}
 _PISSA, _OLORA = ({"start": {"method": method}} for method in ("pissa", "olora"))
-_FRAMES_START = {"start": {**_LORA_ONE, "method": "frames"}}
+_FRAMES_START = {"start": {**LORA_ONE, "method": "frames"}}
 
 METHODS: dict[str, Method] = {
     "adamw": Method("LoRA with AdamW, the baseline", _adamw),

@@ -37,7 +37,7 @@ STUDY = Study(
             "learning_rates": highlights(adamw=3e-3, polora=0.1, count=3),
         },
         "papers": {"plan.eval_every": 15, "seeds": (0, 1, 2), "learning_rates": PAPERS},
-        **attempts((0.1, 0.3, 1.0)),
+        **attempts(peers(adamw=1e-2, polora=0.3, count=3)),
     },
 )
 

@@ -69,7 +69,7 @@ STUDY = Study(
             "task_options.targets": ALL_LINEAR,
             "learning_rates": PAPERS,
         },
-        **attempts((0.03, 0.1, 0.3), PEERS),
+        **attempts(peers(adamw=3e-3, polora=0.1, count=3), PEERS),
     },
 )
 

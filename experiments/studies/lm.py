@@ -71,7 +71,7 @@ STUDY = Study(
             "task_options.eval_limit": 64,
             "learning_rates": PAPERS,
         },
-        **attempts((0.03, 0.1, 0.3)),
+        **attempts(peers(adamw=1e-2, polora=0.1, count=3)),
     },
 )
 

@@ -44,7 +44,7 @@ STUDY = Study(
     variants={
         "peers": {},
         "papers": {"plan.eval_every": 25, "seeds": (0, 1, 2), "learning_rates": PAPERS},
-        **attempts((0.3, 1.0, 3.0)),
+        **attempts(peers(adamw=3e-2, polora=1.0, count=3)),
     },
 )
 

@@ -12,6 +12,7 @@ from experiments.figures import draw_variant
 from experiments.headline import claim, compare, headline_table
 from experiments.hunt import ATTEMPTS, attempts, hunt_table
 from experiments.methods import get_method
+from experiments.peers import peers
 from experiments.report import (
     Variant,
     check_pages,
@@ -212,9 +213,10 @@ def test_the_hunt_compares_with_the_first_variant_of_the_peers(curves):
 
 
 def test_attempts_change_what_their_reference_changes():
-    variant = attempts((0.1, 0.3), {"task_options.rank": 4})["hunt-no-momentum"]
+    rates = peers(adamw=1e-2, polora=0.3)
+    variant = attempts(rates, {"task_options.rank": 4})["hunt-no-momentum"]
     assert variant["task_options.rank"] == 4
-    assert variant["learning_rates"] == {"polora-start": (0.1, 0.3)}
+    assert variant["learning_rates"] == {"polora-start": rates["polora-start"]}
 
 
 def test_attempts_are_no_comparisons_and_have_a_page_of_their_own(curves):
@@ -226,14 +228,16 @@ def test_attempts_are_no_comparisons_and_have_a_page_of_their_own(curves):
 
 @pytest.mark.parametrize("name", ATTEMPTS)
 def test_attempts_change_the_options_of_one_method_alone(name):
-    variants, method = attempts((0.1, 0.3)), ATTEMPTS[name].method
-    variant = variants[f"hunt-{name}"]
-    assert variant["learning_rates"] == {method: (0.1, 0.3)}
+    rates, method = peers(adamw=1e-2, polora=0.3), ATTEMPTS[name].method
+    variant = attempts(rates)[f"hunt-{name}"]
+    of = "polora-start" if method == "polora-ablated-start" else method
+    assert variant["learning_rates"] == {method: rates[of]}
     assert set(variant) == {"learning_rates", f"method_options.{method}"}
     changed = variant[f"method_options.{method}"]
     parts = dict.fromkeys(("polar", "bounded", "diagonal", "nesterov"), True)
-    known = {**get_method(method).options, **parts, "b1": 0.9, "b2": 0.99, "delta": 1e-4}
-    known |= {"radius": "exact"}
+    known = {**get_method(method).options, **parts, "b1": 0.9, "delta": 1e-4}
+    known |= {"b2": 0.99 if "polora" in method else 0.999, "radius": "exact"}
+    known |= {"start": get_method(method).options.get("start", "none")}
     assert changed
     assert all(known[key] != value for key, value in changed.items())
     study = expand(load_study("digits").study, {}, [f"hunt-{name}"])[f"hunt-{name}"]

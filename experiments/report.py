@@ -175,7 +175,8 @@ def index_block(studies: Mapping[str, Sequence[Variant]]) -> str:
     rows = []
     for name, variants in studies.items():
         for variant in variants:
-            if not set(TUNED_ADAMW) & set(variant.study.learning_rates):
+            is_compared = bool(set(TUNED_ADAMW) & set(variant.study.learning_rates))
+            if is_attempt(variant.name) or not is_compared:
                 continue
             label = f"[{name}]({name}.md)" + f", {variant.name}" * bool(variant.name)
             state = f"{len(variant.missing)} methods incomplete" if variant.missing else "complete"

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
+from experiments.hunt import is_attempt
 from experiments.summary import MethodSummary, SweepPoint, Variant
 from experiments.tables import NOTHING, markdown
 
@@ -99,7 +100,8 @@ def _comparisons(studies: Mapping[str, Sequence[Variant]]) -> Iterator[tuple[str
     """Yields study and variant of what AdamW takes part in."""
     for study in sorted(set(studies) - SYNTHETIC):
         for variant in studies[study]:
-            if any(summary.method == BASELINE for summary in variant.summaries):
+            has_baseline = any(summary.method == BASELINE for summary in variant.summaries)
+            if has_baseline and not is_attempt(variant.name):
                 yield study, variant
 
 

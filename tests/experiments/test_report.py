@@ -204,6 +204,16 @@ def test_the_hunt_has_a_row_for_each_attempt_beside_the_unchanged_method(curves)
     assert hunt_table({"digits": hunted(curves, 0.2, 0.3)[1:]}) == ""
 
 
+def test_an_attempt_for_adamw_is_compared_with_adamw(curves):
+    peers_variant, _ = hunted(curves, 0.2, 0.3)
+    changed = [run for run in curves if run.config.method == "adamw"]
+    of_adamw = peers_variant.study.model_copy(update={"learning_rates": {"adamw": (1e-3,)}})
+    attempt = Variant("hunt-adamw-b2-99", of_adamw, changed)
+    row = hunt_table({"digits": [peers_variant, attempt]}).splitlines()[3]
+    assert row.startswith("| digits | AdamW: b2 = 0.99, not 0.999 | 0.001 | 1 of 2 reach it |")
+    assert row.count("+0 ± ") == 2
+
+
 def test_the_hunt_compares_with_the_first_variant_of_the_peers(curves):
     peers, attempt = hunted(curves, 0.2, 0.3)
     first = Variant("peers-query-value", peers.study, curves)
@@ -221,6 +231,8 @@ def test_attempts_change_what_their_reference_changes():
 
 def test_attempts_are_no_comparisons_and_have_a_page_of_their_own(curves):
     variants = hunted(curves, 0.2, 0.3)
+    of_adamw = variants[0].study.model_copy(update={"learning_rates": {"adamw": (1e-3,)}})
+    variants.append(Variant("hunt-adamw-b2-99", of_adamw, curves[:3]))
     assert "hunt" not in index_block({"digits": variants})
     file = load_study("digits")
     assert "hunt" not in study_page(file, variants)

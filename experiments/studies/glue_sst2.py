@@ -7,7 +7,7 @@ Without `--data-dir` the data come from the Hugging Face hub. Rank 8, a new line
 2e-3 in every method, 200 steps of 16 sentences cut at 48 tokens. "Validation" is GLUE's dev set of
 872 sentences, on which learning rates are chosen; the first 872 of the labelled test set are only
 reported. The peers, which are evaluated 20 times a run, take the first 384 of each. Seeds 3 and 4
-of AdamW and PoLoRA in `peers-query-value` are by `--override 'seeds=[0,1,2,3,4]'`. The variant
+of AdamW and PoLoRA in the peers and at rank 32 are by `--override 'seeds=[0,1,2,3,4]'`. The variant
 `longer` is the baseline of an independent run, 400 steps of 32: about 84 % on the dev set.
 
 Cost: about an hour for `peers-all-linear`, 33 minutes for `rank-32`, 26 for `papers-all-linear` on

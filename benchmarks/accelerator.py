@@ -5,7 +5,7 @@
 - "correct": three steps of every method, against the same steps on the CPU.
 - "update": time of an update at Llama-3-8B's full width, beside `optax.adamw`.
 - "step": time and memory of a training step of layers of that width, in bfloat16.
-- "tune": pretrains a decoder on novels for a minute, then adapts it to GSM8K by AdamW, PoLoRA and
+- "tune": pretrains a decoder on books for a minute, then adapts it to GSM8K by AdamW, PoLoRA and
   AltLoRA+, with five learning rates each around those of their rules.
 
 The record is on the disk after every method and run. What fails stands there with its error, what
@@ -271,9 +271,9 @@ def pretrained(call: Call, options: "BooksOptions") -> dict[str, Any]:
 
     if not call.decoder.is_dir():
         end, on_step = time.monotonic() + call.sizes.pretrain_s, call.require_time
-        novels, rate = Books(options, call.data_dir), 0.4 / options.width
-        steps = steps_until(end, novels, rate, call.sizes)
-        make_decoder(novels, call.decoder, steps=steps, learning_rate=rate, on_step=on_step)
+        books, rate = Books(options, call.data_dir), 0.4 / options.width
+        steps = steps_until(end, books, rate, call.sizes)
+        make_decoder(books, call.decoder, steps=steps, learning_rate=rate, on_step=on_step)
     run = RunResult.model_validate_json((call.decoder / RECORD_FILE).read_text())
     if run.config.task_options != options.model_dump(mode="json"):
         raise ExperimentError(f"{call.decoder} is of other sizes: pass another --out")

@@ -5,6 +5,7 @@ asked for, and so is all that they need.
 """
 
 import argparse
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,7 +80,7 @@ def make_parser() -> Parser:
     demo = add_command("demo", "Adapts a small ViT: AdamW, PoLoRA, AltLoRA+ and SDS-LoRA.")
     add_command("list", "Lists the studies and the methods.")
     run = add_command("run", "Runs a study, one JSON file a run, and shows what came out.")
-    pretrain = add_command("pretrain", "Pretrains a small decoder on novels, for --model.")
+    pretrain = add_command("pretrain", "Pretrains a small decoder on books, for --model.")
     report = add_command("report", "Writes the stored results into the documentation.")
 
     demo.add_argument("--quick", action="store_true", help="a short version, for CI")
@@ -126,7 +127,7 @@ def make_parser() -> Parser:
     ):
         pretrain.add_argument(name, type=_positive, default=size, help=f"{text}; {size} by default")
     pretrain.add_argument(
-        "--learning-rate", type=float, help="peak rate of AdamW; 0.4 / width by default"
+        "--learning-rate", type=_rate, help="peak rate of AdamW; 0.4 / width by default"
     )
 
     report.add_argument(
@@ -147,6 +148,13 @@ def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is below 1")
+    return value
+
+
+def _rate(text: str) -> float:
+    value = float(text)
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
 
 

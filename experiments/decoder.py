@@ -29,10 +29,10 @@ def require_no_folder(out: Path) -> None:
 def make_decoder(
     task: Books, out: Path, *, steps: int, learning_rate: float, on_step: OnStep
 ) -> RunResult:
-    """Pretrains a decoder on novels and writes it, with its tokenizer, as a whole or not at all.
+    """Pretrains a decoder on books and writes it, with its tokenizer, as a whole or not at all.
 
     Args:
-        task: The decoder and the novels.
+        task: The decoder and the books.
         out: Folder to make.
         steps: How many updates.
         learning_rate: Peak learning rate of AdamW.

@@ -25,8 +25,14 @@ from experiments.scaling import scaling_table, series
 from experiments.schema import RunResult
 from experiments.stability import broken_seeds, lost_runs, ranges, stability_table
 from experiments.study import Study, StudyFile, expand, load_study, study_names
-from experiments.summary import MethodSummary, difference, summarize, tuned_baseline
-from experiments.sweep import next_run, other_setting, read_results
+from experiments.summary import (
+    MethodSummary,
+    difference,
+    is_complete,
+    summarize,
+    tuned_baseline,
+)
+from experiments.sweep import next_run, other_setting, read_results, require_same_data
 from experiments.tables import (
     comparison_table,
     markdown,
@@ -95,7 +101,8 @@ def read_variants(file: StudyFile, results: Path) -> list[Variant]:
     """Reads a study's committed results.
 
     Raises:
-        ExperimentError: A result cannot be read, or is of other settings than the study's.
+        ExperimentError: A result cannot be read, or is of other settings than the study's, or
+            results of one variant are of different data.
     """
     found = read_results(results / file.name)
     plans = expand(file.study, {}, [])
@@ -111,6 +118,7 @@ def read_variants(file: StudyFile, results: Path) -> list[Variant]:
     for name, study in plans.items():
         mine = [result for result in found if result.config.variant == name]
         if mine:
+            require_same_data(mine, results / file.name)
             variants.append(Variant(name, study, mine))
     return variants
 
@@ -208,12 +216,11 @@ def _comparisons(studies: Mapping[str, Sequence[Variant]]) -> list[Comparison]:
 
     One task at eight sizes would outweigh the others: `SCALING` has a page of its own.
     """
-    needed = {RECOMMENDED, *TUNED_ADAMW}
     found = [
         compare(f"{name}, {variant.name}".removesuffix(", "), name, variant.summaries)
         for name, variants in studies.items()
         for variant in variants
-        if name != SCALING and needed <= set(variant.study.learning_rates) - set(variant.missing)
+        if name != SCALING and is_complete(variant, [RECOMMENDED, *TUNED_ADAMW])
     ]
     return [comparison for comparison in found if comparison is not None]
 

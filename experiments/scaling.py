@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from experiments.headline import RECOMMENDED, Comparison, compare
-from experiments.summary import Variant
+from experiments.peers import TUNED_ADAMW
+from experiments.summary import Variant, is_complete
 from experiments.tables import NOTHING, markdown, spread, times, verdict
 
 STUDY = "scaling"
@@ -44,7 +45,7 @@ def series(variants: Sequence[Variant]) -> Series:
     """Sorts the variants of the study along width, rank and steps; the middle belongs to each.
 
     Args:
-        variants: What has run of the study.
+        variants: What has run of the study; of them, those whose comparison is complete count.
 
     Returns:
         The points by what changes; empty without the middle.
@@ -52,7 +53,7 @@ def series(variants: Sequence[Variant]) -> Series:
     found = {}
     for variant in variants:
         comparison = compare(variant.name, STUDY, variant.summaries)
-        if comparison is not None:
+        if comparison is not None and is_complete(variant, [RECOMMENDED, *TUNED_ADAMW]):
             found[variant.name] = size_of(variant), comparison
     if MIDDLE not in found:
         return {}

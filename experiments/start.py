@@ -10,6 +10,19 @@ from experiments.methods import get_method
 from experiments.schema import Record
 
 
+class NoStartError(ExperimentError):
+    """A model's adapters cannot start as their method says.
+
+    Args:
+        message: Why.
+        model: The model, its adapters as usual.
+    """
+
+    def __init__(self, message: str, model: Any) -> None:
+        super().__init__(message)
+        self.model = model
+
+
 class Start(Record):
     """A start of the adapters from the gradient of the first batches; see `nn.gradient_start`.
 

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -91,6 +91,14 @@ class Variant(Protocol):
 
     name: str
     summaries: list[MethodSummary]
+    missing: Mapping[str, str]
+    """What is still to run of each method."""
+
+
+def is_complete(variant: Variant, methods: Collection[str]) -> bool:
+    """Says whether methods have all their runs in a variant."""
+    ran = {summary.method for summary in variant.summaries}
+    return set(methods) <= ran - set(variant.missing)
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ not been.
 """
 
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -27,6 +27,7 @@ class Job(NamedTuple):
         data_dir: Where the data are.
         out: Folder of the results.
         stored: Results that are there already.
+        beside: A result of the variant, by any method: its data are what all are to have.
         save_adapter: Whether every run writes its adapter too, see `experiments.adapter_file`.
     """
 
@@ -37,6 +38,7 @@ class Job(NamedTuple):
     data_dir: Path | None
     out: Path
     stored: tuple[RunResult, ...]
+    beside: RunResult | None = None
     save_adapter: bool = False
 
     @property
@@ -171,6 +173,13 @@ def plan_jobs(
     found = read_results(out)
     jobs = []
     for variant, study in parts.items():
+        swept = study.learning_rates if fresh else ()
+        beside = [
+            r
+            for r in found
+            if r.config.variant == variant and r.config.method not in swept and r.status != "failed"
+        ]
+        require_same_data(beside, out)
         for method in study.learning_rates:
             mine = [r for r in found if (r.config.variant, r.config.method) == (variant, method)]
             if mine and not (resume or fresh):
@@ -186,7 +195,8 @@ def plan_jobs(
                 else:
                     _require_same_settings(result, name, study, out)
             kept = () if fresh else tuple(r for r in mine if r.status != "failed")
-            jobs.append(Job(name, variant, study, method, data_dir, out, kept, save_adapter))
+            one = beside[0] if beside else None
+            jobs.append(Job(name, variant, study, method, data_dir, out, kept, one, save_adapter))
     return jobs
 
 
@@ -246,6 +256,25 @@ def other_setting(result: RunResult, name: str, study: Study) -> str:
         if there != value:
             return f"{key} than the study ({there}, not {value})"
     return ""
+
+
+def require_same_data(results: Sequence[RunResult], folder: Path) -> None:
+    """Refuses a comparison of runs on different data, or from different pretrained weights.
+
+    Args:
+        results: Results of one variant.
+        folder: Where they are.
+
+    Raises:
+        ExperimentError: Two of them differ.
+    """
+    for result in results:
+        if result.config.data != results[0].config.data:
+            raise ExperimentError(
+                f"{folder / result.config.file_name()} was made with other data than "
+                f"{results[0].config.file_name()} ({result.config.data}, not "
+                f"{results[0].config.data}): move away or delete (--fresh) the older ones"
+            )
 
 
 class Board:

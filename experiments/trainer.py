@@ -29,7 +29,7 @@ from experiments.schema import (
     Status,
     current_environment,
 )
-from experiments.start import WeightStart, options_of, parse_start
+from experiments.start import NoStartError, WeightStart, options_of, parse_start
 from experiments.task import Batch, OnStep, Task, ignore_steps
 from lowrank_optax import find_pairs, nn
 
@@ -169,8 +169,9 @@ class Trainer:
     ) -> Outcome:
         """Trains once.
 
-        Divergence stops the run and is recorded, and so is a failure of the device, such as no
-        memory. Mistakes in the code are raised as usual.
+        Divergence stops the run and is recorded, and so are a model that the method's start does
+        not suit, and a failure of the device, such as no memory. Mistakes in the code are raised
+        as usual.
 
         Args:
             learning_rate: Peak learning rate of the method.
@@ -181,13 +182,16 @@ class Trainer:
             The result, and the model as trained.
         """
         begin = time.perf_counter()
-        parts = self._split(self.build_model(seed))
+        try:
+            model, error = self.build_model(seed), None
+        except NoStartError as failure:
+            model, error = failure.model, str(failure)
+        parts = self._split(model)
         # Copies: the compiled step donates its arguments, and the task may share its arrays.
         log = _Log(trained=jax.tree.map(jnp.copy, parts.trained))
         peak = jnp.float32(learning_rate)
-        error = None
         try:
-            status = self._loop(log, parts.frozen, seed, peak, on_step)
+            status = "failed" if error else self._loop(log, parts.frozen, seed, peak, on_step)
             if status == "finished":
                 self._solve(log, parts)
         except jax.errors.JaxRuntimeError as failure:
@@ -306,10 +310,7 @@ class Trainer:
             try:
                 nn.gradient_start(model, loss, list(batches), **settings, seed=seed, progress=False)
             except (ValueError, jax.errors.JaxRuntimeError) as failure:
-                raise ExperimentError(
-                    f"no start for {self.method_name!r} on {self.task.name!r}, seed {seed}: "
-                    f"{failure}; what has finished is written, --resume goes on"
-                ) from failure
+                raise NoStartError(f"no start from the gradient: {failure}", model) from failure
         return model
 
     def _split(self, model: nnx.Module) -> _Parts:

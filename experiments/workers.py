@@ -159,13 +159,13 @@ def _label(job: Job, run: Run) -> str:
 
 
 def _require_same_data(job: Job, task: Task[Any]) -> None:
-    for result in job.stored:
-        if result.config.data != task.data:
-            raise ExperimentError(
-                f"{job.out / result.config.file_name()} was made with other data "
-                f"({result.config.data}, not {task.data}): pass --fresh to delete it, or "
-                "another --out"
-            )
+    there = job.beside
+    if there is not None and there.config.data != task.data:
+        raise ExperimentError(
+            f"{job.out / there.config.file_name()} was made with other data "
+            f"({there.config.data}, not {task.data}): pass --fresh to delete the variant's "
+            "results, or another --out"
+        )
 
 
 def _run_in_processes(board: Board, workers: int, on_progress: OnProgress) -> None:

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.extend.core import jaxprs_in_params
 
 from lowrank_optax import (
     LoRAPair,
@@ -85,6 +86,25 @@ def test_strict_mode_changes_nothing(method, mode):
     for new, old in zip(jax.tree.leaves(moved), jax.tree.leaves(expected), strict=True):
         assert new.dtype == old.dtype
         np.testing.assert_allclose(new, old, rtol=1e-3, atol=1e-4)
+
+
+def products_of(jaxpr):
+    """All matrix products of a program, those of its branches and loops too."""
+    yield from (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general")
+    for eqn in jaxpr.eqns:
+        for inner in jaxprs_in_params(eqn.params):
+            yield from products_of(inner)
+
+
+@each_method
+def test_products_of_an_update_do_not_round_to_fewer_bits(method):
+    """A GPU takes TF32 for float32 by default, a TPU bfloat16: a Gram matrix needs all bits."""
+    tx, params = method(), make_params(method, size_of_b=1.0)
+    program = jax.make_jaxpr(tx.update)(params, tx.init(params), params).jaxpr
+    highest = (jax.lax.Precision.HIGHEST,) * 2
+    precisions = [eqn.params["precision"] for eqn in products_of(program)]
+    assert set(precisions) <= {highest}
+    assert precisions or method.name == "lora_plus"
 
 
 WITH_BIAS_CORRECTION = (

@@ -315,7 +315,7 @@ def greedy_decode(
 
     Args:
         model: The decoder.
-        prompts: Token ids, (batch, width), padded on the right.
+        prompts: Token ids, (batch, width); what stands behind a prompt does not count.
         sizes: Tokens of each prompt, (batch,), at least 1.
         length: Length to reach.
         eos: Token that ends a text; without one, all go on to `length`.
@@ -325,6 +325,7 @@ def greedy_decode(
     """
     batch, width = prompts.shape
     fill = 0 if eos is None else eos
+    prompts = jnp.where(jnp.arange(width) < sizes[:, None], prompts, fill)
     tokens = jnp.full((batch, length), fill, prompts.dtype).at[:, :width].set(prompts)
 
     def goes_on(state: tuple[Any, ...]) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Authors: which of ten novelists wrote a paragraph? A task that no default was chosen on.
+"""Authors: which of ten authors wrote a paragraph? A task that no default was chosen on.
 
     python -m experiments run authors --data-dir ../shared/data --jobs 2
 

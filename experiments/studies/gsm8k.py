@@ -1,4 +1,4 @@
-"""GSM8K: a small decoder, pretrained here on novels, adapted to worked answers.
+"""GSM8K: a small decoder, pretrained here on books, adapted to worked answers.
 
     python -m experiments pretrain --width 128 --data-dir ../shared/data
     python -m experiments run gsm8k --data-dir ../shared/data --jobs 2
@@ -35,7 +35,6 @@ SMOKE = {
     "plan.steps": 4,
     "plan.eval_every": 4,
     "task_options.batch_size": 2,
-    "task_options.max_length": 32,
     "task_options.eval_limit": 4,
     "task_options.solve_limit": 2,
     "learning_rates": {"adamw": [1e-3], "polora": [0.1]},

@@ -4,7 +4,7 @@
     python -m experiments run scaling --data-dir DATA --jobs 2
 
 Decoders of three widths and four layers, of 1.3, 4.2 and 11.5 million parameters, are pretrained on
-English novels by the first command and adapted to Shakespeare by the second. Around the middle
+English books by the first command and adapted to Shakespeare by the second. Around the middle
 (width 128, rank 8, 800 steps) one of width, rank and steps changes at a time. The scale stays 2,
 and every sweep begins around the learning rate that the method's rule gives.
 
@@ -44,7 +44,7 @@ VARIANTS = {
 
 STUDY = Study(
     task="shakespeare",
-    task_options={"batch_size": 8, "length": 64, "eval_limit": 128},
+    task_options={"depth": 4, "batch_size": 8, "length": 64, "eval_limit": 128},
     plan=Plan(steps=800, eval_every=40, head_learning_rate=1e-3),
     learning_rates=VARIANTS["middle"]["learning_rates"],
     seeds=(0, 1, 2),
@@ -53,6 +53,7 @@ STUDY = Study(
 
 SMOKE = {
     "task_options.width": None,
+    "task_options.depth": None,
     "task_options.rank": 2,  # of so few tokens the gradient has a low rank
     "plan.steps": 12,
     "plan.eval_every": 6,

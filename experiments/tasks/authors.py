@@ -1,6 +1,6 @@
-"""Who wrote this paragraph? Ten novelists, with MiniLM-L6 in place of a larger encoder.
+"""Who wrote this paragraph? Ten authors, with MiniLM-L6 in place of a larger encoder.
 
-The paragraphs of 60 to 400 characters of each author's novels, in their order: the first 80 % are
+The paragraphs of 60 to 400 characters of each author's books, in their order: the first 80 % are
 for training, 10 % for validation and 10 % for the test, and of each part as many from every author.
 """
 
@@ -47,8 +47,8 @@ class Authors(SentenceTask):
         by_author = paragraphs_of(read_books(path))
         if len(by_author) != AUTHORS:
             raise ExperimentError(
-                f"{path} holds novels of {len(by_author)} authors, and the task needs {AUTHORS}: "
-                "each novel must begin with '# Title: …', '## Author: …' and '## Year: …'"
+                f"{path} holds books of {len(by_author)} authors, and the task needs {AUTHORS}: "
+                "each book must begin with '# Title: …', '## Author: …' and '## Year: …'"
             )
         super().__init__(options, split_evenly(by_author), TEXT_FILE)
 
@@ -57,19 +57,19 @@ def paragraphs_of(text: str) -> dict[str, list[str]]:
     """Returns the paragraphs of fitting length by author, in the order of the text.
 
     Args:
-        text: Novels, each under a heading with title, author and year.
+        text: Books, each under a heading with title, author and year.
     """
     pieces = HEADING.split(text)  # what is before the first heading, then author, text, author, …
     found: dict[str, list[str]] = {}
-    for author, novel in zip(pieces[1::2], pieces[2::2], strict=True):
-        paragraphs = (" ".join(piece.split()) for piece in novel.split("\n\n"))
+    for author, book in zip(pieces[1::2], pieces[2::2], strict=True):
+        paragraphs = (" ".join(piece.split()) for piece in book.split("\n\n"))
         fitting = [p for p in paragraphs if SHORTEST <= len(p) <= LONGEST and p[0] not in "#_-"]
         found.setdefault(author.strip(), []).extend(fitting)
     return found
 
 
 def split_evenly(by_author: dict[str, list[str]]) -> dict[str, Split]:
-    """Draws as many paragraphs of every author, spread evenly over each part of their novels.
+    """Draws as many paragraphs of every author, spread evenly over each part of their books.
 
     Raises:
         ExperimentError: An author has too few.

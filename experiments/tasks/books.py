@@ -1,4 +1,4 @@
-"""Pretraining of a small Llama decoder on English novels, with a tokenizer made from them.
+"""Pretraining of a small Llama decoder on English books, with a tokenizer made from them.
 
 The tokenizer is a byte-level BPE in which every digit is a token of its own. It is made from the
 training part of the text.
@@ -20,7 +20,7 @@ from experiments.tasks.windows import SPLITS, WindowOptions, WindowTask, require
 
 TEXT_FILE = "books/books.txt.xz"
 SOURCES = {
-    TEXT_FILE: "novels in the public domain as one xz-compressed text, such as those of "
+    TEXT_FILE: "books in the public domain as one xz-compressed text, such as those of "
     "github.com/mlschmitt/classic-books-markdown"
 }
 END = "<|end|>"
@@ -63,7 +63,7 @@ class BooksOptions(WindowOptions):
 
 
 class Books(WindowTask[BooksOptions]):
-    """A decoder from a random start on novels: all its weights are to be trained.
+    """A decoder from a random start on books: all its weights are to be trained.
 
     Args:
         options: Sizes.
@@ -136,7 +136,7 @@ def make_tokenizer(text: str, vocabulary: int) -> Tokenizer:
 
 
 def read_books(path: Path) -> str:
-    """Reads the novels, with the line ends of Unix.
+    """Reads the books, with the line ends of Unix.
 
     Raises:
         ExperimentError: The file is damaged.

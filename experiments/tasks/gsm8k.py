@@ -174,8 +174,8 @@ def pack_answers(
         begin = len(prompt.ids)
         if begin >= length:
             raise ExperimentError(
-                f"task_options.max_length: GSM8K's question {row} has {begin} tokens; "
-                f"{length} leave no room for the answer"
+                f"task_options.max_length: GSM8K's question {questions[row][:40]!r}… has {begin} "
+                f"tokens; {length} leave no room for the answer"
             )
         text = [*prompt.ids, *reply.ids, eos][:length]
         rows[row, : len(text)] = text

@@ -226,7 +226,8 @@ def find_model(model: str, files: Sequence[str] = MODEL_FILES) -> Path:
         return folder
     if folder.is_absolute() or model.startswith(("./", "../", "~")):
         raise ExperimentError(
-            f"--model {model}: there is no such folder; it must hold {MODEL_FORM}"
+            f"--model {model}: there is no such folder; it must hold {MODEL_FORM}. A small "
+            "decoder of this form is made by `python -m experiments pretrain`"
         )
     import huggingface_hub
 

@@ -19,10 +19,12 @@ class ShakespeareOptions(WindowOptions):
     Attributes:
         model: Name on the hub, or a folder.
         width: Features of a token that the decoder must have; any if None.
+        depth: Layers that it must have; any if None.
     """
 
     model: str
     width: int | None = None
+    depth: int | None = None
 
 
 class Shakespeare(WindowTask[ShakespeareOptions]):
@@ -39,14 +41,16 @@ class Shakespeare(WindowTask[ShakespeareOptions]):
 
     @classmethod
     def check(cls, options: ShakespeareOptions) -> None:
-        """Refuses a decoder of another architecture or width, by its `config.json` alone."""
+        """Refuses a decoder of another architecture or size, by its `config.json` alone."""
         shape = read_shape(find_model(options.model, [CONFIG_FILE]), LlamaShape)
-        if options.width not in (None, shape.width):
-            raise ExperimentError(
-                f"the decoder in {options.model} has width {shape.width}, and this study needs "
-                f"{options.width}: pass --model with one that "
-                f"`python -m experiments pretrain --width {options.width}` makes"
-            )
+        for name in ("width", "depth"):
+            wanted, there = getattr(options, name), getattr(shape, name)
+            if wanted not in (None, there):
+                raise ExperimentError(
+                    f"the decoder in {options.model} has {name} {there}, and this study needs "
+                    f"{wanted}: pass --model with one that "
+                    f"`python -m experiments pretrain --{name} {wanted}` makes"
+                )
 
     def __init__(
         self,

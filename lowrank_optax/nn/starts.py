@@ -38,6 +38,8 @@ from lowrank_optax.nn.nnx_surgery import lora_layers, replace_lora
 _BLOCKS = {"lora_one": 1, "lora_ga": 2, "frames": 1}
 _GAMMA = {"lora_one": 128.0, "lora_ga": 16.0, "frames": 1.0}
 _KEEPS_FUNCTION = {"lora_one": False, "lora_ga": True, "frames": False}
+_ROUNDING_BY_DEFAULT = {"gpu": 2.0**-10, "tpu": 2.0**-7}
+"""Of float32 products, which accelerators compute in TF32 and bfloat16 unless told otherwise."""
 
 
 def gradient_start(
@@ -121,7 +123,7 @@ def gradient_start(
     finally:
         replace_lora(model, lambda path, layer: layers[path])
     for path, layer in layers.items():
-        noise = max(ROUNDING, float(jnp.finfo(_narrowest(layer)).eps) / 64)
+        noise = max(ROUNDING, _rounding(layer) / 64)
         where = f"{in_words(path, 'the layer')}: "
         _require_rank(where, triplets[path], layer.lora.rank * _BLOCKS[method], noise)
     norms = {
@@ -346,10 +348,14 @@ def _plain(layer: LoRALayer) -> LoRALayer:
     return LoRALayer(layer.base, config, rngs=nnx.Rngs(0))
 
 
-def _narrowest(layer: LoRALayer) -> Any:
-    """The dtype of an adapter's products that has the fewest digits."""
-    dtypes = [layer.pair.a.dtype, layer.lora.dtype or layer.pair.a.dtype]
-    return max(dtypes, key=lambda dtype: jnp.finfo(dtype).eps)
+def _rounding(layer: LoRALayer) -> float:
+    """The relative rounding of the products behind an adapter's gradient."""
+    dtypes = (layer.pair.a.dtype, layer.lora.dtype or layer.pair.a.dtype)
+    rounding = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
+    if jnp.float64 in dtypes or jax.config.jax_default_matmul_precision in ("float32", "highest"):
+        return rounding
+    (platform,) = {device.platform for device in layer.pair.a.devices()}
+    return max(rounding, _ROUNDING_BY_DEFAULT.get(platform, 0.0))
 
 
 def _require_rank(where: str, triplets: Triplets, rank: int, noise: float) -> None:

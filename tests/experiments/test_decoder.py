@@ -62,9 +62,11 @@ def test_the_folder_loads_in_the_task_that_takes_a_decoder(data, made):
     assert re.fullmatch(r"sha256 \w{12}", task.data["model"])
 
 
-def test_a_decoder_of_another_width_is_refused(data, made):
-    options = ShakespeareOptions(model=str(data / "decoder"), width=64)
-    with pytest.raises(ExperimentError, match=r"has width 32, and .* needs 64: .*pretrain --width"):
+@pytest.mark.parametrize(("size", "there"), [("width", 32), ("depth", 1)])
+def test_a_decoder_of_another_size_is_refused(data, made, size, there):
+    options = ShakespeareOptions(model=str(data / "decoder"), **{size: 64})
+    wanted = rf"has {size} {there}, and .* needs 64: .*pretrain --{size}"
+    with pytest.raises(ExperimentError, match=wanted):
         Shakespeare.check(options)
 
 

@@ -113,6 +113,17 @@ def test_decoding_stops_at_the_end_of_a_text(tmp_path):
         assert (ended[row, at:] == end).all()
 
 
+def test_what_stands_behind_a_prompt_is_not_decoded(tmp_path):
+    """As the reference answer in a row of problems: all texts end early, and it is gone."""
+    write_model(tmp_path, LLAMA)
+    model = load_llama(tmp_path)
+    prompt, size = jnp.array([[5, 9]], jnp.int32), jnp.array([2])
+    end = int(greedy_decode(model, prompt, size, 3)[0, 2])
+    answered = jnp.array([[5, 9, 3, 7, 8, 4]], jnp.int32)
+    got = greedy_decode(model, answered, size, 6, eos=end)
+    np.testing.assert_array_equal(got[0], [5, 9, end, end, end, end])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -123,13 +123,18 @@ def test_a_rule_without_a_sweep_stands_beside_the_swept_adamw():
         run.model_copy(update={"config": run.config.model_copy(update=config)})
         for run in (
             *sweep(dict(zip(rates["adamw"], (1.2, 1.1, 1.3), strict=True))),
+            *sweep(dict(zip(rates["lora-plus-4"], (1.2, 1.05, 1.3), strict=True)), "lora-plus-4"),
+            *sweep(dict(zip(rates["lora-plus"], (1.2, 1.15, 1.3), strict=True)), "lora-plus"),
             *sweep({low: 0.9, middle: 1.0, high: 1.2}, "polora"),
         )
     ]
     rows = unseen_table({"cifar-back": [Variant("", runs)]}).splitlines()[2:]
-    assert rows[1] == (
-        f"| [cifar-back](cifar-back.md) | polora | {middle:g} | 1 | {low:g} | 0.9 | 1.1 (adamw) |"
+    swept = "1.05 (lora-plus-4)"
+    assert rows[-1] == (
+        f"| [cifar-back](cifar-back.md) | polora | {middle:g} | 1 | {low:g} | 0.9 | {swept} |"
     )
+    assert "polora" not in unseen_table({"cifar-back": [Variant("", runs, ["polora"])]})
+    assert unseen_table({"cifar-back": [Variant("", runs, ["lora-plus"])]}) == ""
     assert unseen_table({}) == ""
 
 

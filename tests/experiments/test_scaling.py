@@ -10,10 +10,11 @@ from tests.experiments.samples import make_result
 from tests.experiments.test_stability import Variant
 
 
-def variant(name, *, width=128, rank=8, steps=800, speedup=2.0, loss=0.9):
+def variant(name, *, width=128, rank=8, steps=800, speedup=2.0, loss=0.9, missing=()):
     """AdamW at loss 1 after all steps, and PoLoRA that crosses it after `steps / speedup`."""
     runs = []
-    for method, final, half in (("adamw", 1.0, 1.5), ("polora-start", loss, 1.0)):
+    others = [(method, 1.1, 1.5) for method in ("lora-plus-4", "lora-plus")]
+    for method, final, half in (("adamw", 1.0, 1.5), *others, ("polora-start", loss, 1.0)):
         for seed in range(3):
             # The seeds' mean is `final`; only it, not its spread, matters here.
             end = final + 0.01 * (seed - 1)
@@ -27,7 +28,7 @@ def variant(name, *, width=128, rank=8, steps=800, speedup=2.0, loss=0.9):
             plan = run.config.plan.model_copy(update={"steps": steps})
             config = run.config.model_copy(update={"task_options": options, "plan": plan})
             runs.append(run.model_copy(update={"config": config, "curve": curve}))
-    return Variant(name, runs)
+    return Variant(name, runs, missing)
 
 
 @pytest.fixture
@@ -44,6 +45,12 @@ def test_the_middle_lies_on_all_three_lines(variants):
     along = {axis: [point.value for point in points] for axis, points in series(variants).items()}
     assert along == {"width": [128, 256], "rank": [2, 8], "steps": [800, 3200]}
     assert series(variants[:1]) == {}
+
+
+def test_what_is_not_complete_is_no_point(variants):
+    for method in ("polora-start", "lora-plus-4"):
+        unfinished = variant("rank-32", rank=32, missing=[method])
+        assert [point.value for point in series([*variants, unfinished])["rank"]] == [2, 8]
 
 
 def test_a_row_for_each_point(variants):

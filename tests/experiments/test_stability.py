@@ -10,9 +10,10 @@ from tests.experiments.samples import make_result
 
 
 class Variant:
-    def __init__(self, name, results):
+    def __init__(self, name, results, missing=()):
         self.name = name
         self.summaries = summarize(results)
+        self.missing = dict.fromkeys(missing, "")
 
 
 def sweep(losses, method="adamw"):

@@ -345,6 +345,31 @@ def test_results_of_other_options_of_a_method_are_not_mixed(tmp_path):
         plan_jobs("digits", parts, None, tmp_path, resume=True, fresh=False)
 
 
+def of_other_data(result: RunResult) -> RunResult:
+    config = result.config.model_copy(update={"data": {"source": "made up again"}})
+    return result.model_copy(update={"config": config})
+
+
+def test_methods_on_different_data_are_not_mixed(tmp_path):
+    stored(tmp_path)
+    of_other_data(stored(tmp_path, method="altlora")).write(tmp_path)
+    both = STUDY.model_copy(update={"learning_rates": {"adamw": (0.01,), "altlora": (0.01,)}})
+    with pytest.raises(ExperimentError, match=r"was made with other data than .*: move away"):
+        plan_jobs("digits", {"": both}, None, tmp_path, resume=True, fresh=False)
+
+
+def test_a_method_does_not_run_beside_results_of_other_data(tmp_path):
+    invoke(*SMOKE, "--method=adamw", "--out", tmp_path)
+    (path,) = tmp_path.glob("*.json")
+    other = of_other_data(read_results(tmp_path)[0])
+    path.unlink()
+    other.write(tmp_path)
+    code, output = invoke(*SMOKE, "--method=svd-lora", "--resume", "--out", tmp_path)
+    assert code == 2
+    assert "was made with other data" in output
+    assert [result.config.method for result in read_results(tmp_path)] == ["adamw"]
+
+
 def test_results_of_an_older_schema_are_kept_and_named(tmp_path):
     path = make_result().write(tmp_path)
     path.write_text(path.read_text().replace('"schema_version":2', '"schema_version":1'))

@@ -14,6 +14,7 @@ from experiments.methods import METHODS
 from experiments.schema import Plan, RunResult, read_result
 from experiments.tasks.data import padded_batches, shuffled_batches, shuffled_batches_by_length
 from experiments.trainer import Outcome, Trainer, warmup_cosine
+from lowrank_optax import nn
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +255,18 @@ def test_batches_by_length_are_the_same_examples_of_like_length():
 def test_run_result_needs_every_field():
     with pytest.raises(ValueError, match="config"):
         RunResult.model_validate({"schema_version": 2})
+
+
+def test_a_run_without_a_start_is_recorded_as_failed(tiny_digits, plan, monkeypatch):
+    """So the other methods of its study go on."""
+
+    def refuse(*_, **__):
+        raise ValueError("layers/0/query: the gradient has rank 3")
+
+    monkeypatch.setattr(nn, "gradient_start", refuse)
+    run = Trainer(tiny_digits, "polora-start", plan).run(0.3, seed=0)
+    assert (run.result.status, run.result.steps_done, run.model) == ("failed", 0, None)
+    assert "no start from the gradient: layers/0/query" in run.result.error
 
 
 def test_a_start_from_the_gradient_keeps_the_model_and_is_made_anew_for_each_seed(

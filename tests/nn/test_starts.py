@@ -253,6 +253,22 @@ def test_what_gives_no_start_is_refused_and_leaves_the_model_alone(keywords, mes
     jax.tree.map(np.testing.assert_array_equal, nnx.state(model), before)
 
 
+def test_a_rank_that_only_rounding_gives_is_refused_on_accelerators(monkeypatch):
+    """A direction of 1e-5 of the largest is noise in TF32, and none where all bits count."""
+    x = jnp.eye(2, IN) * jnp.array([[1.0], [1e-5]])
+    loss = lambda model, x: jnp.sum(model.first(x) * jnp.eye(2, HIDDEN))
+    arguments = {"loss_fn": loss, "batches": [x], "iterations": 4, "progress": False}
+    only_first = MLP(nnx.Rngs(0))
+    nn.add_lora(only_first, "first", nn.LoRAConfig(rank=RANK), rngs=nnx.Rngs(1))
+    nn.gradient_start(only_first, **arguments)
+    by_default = {jax.devices()[0].platform: 2.0**-10}
+    monkeypatch.setattr("lowrank_optax.nn.starts._ROUNDING_BY_DEFAULT", by_default)
+    with jax.default_matmul_precision("highest"):
+        nn.gradient_start(only_first, **arguments)
+    with pytest.raises(ValueError, match="first: the gradient has rank 1, but the start needs 2"):
+        nn.gradient_start(only_first, **arguments)
+
+
 def test_a_zero_column_under_dora_leaves_every_layer_alone():
     model = MLP(nnx.Rngs(0))
     config = nn.LoRAConfig(rank=RANK, dora=True)

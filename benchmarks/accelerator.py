@@ -1,8 +1,8 @@
-"""All that is to be measured on a GPU or TPU, in one call of eight minutes.
+"""All that is to be measured on a GPU or TPU, in one call of about eight minutes.
 
 ``python -m benchmarks.accelerator --data-dir DATA --out RECORD.json`` runs four parts:
 
-- "correct": three steps of every method, against the same steps on the CPU.
+- "correct": three steps of every method of `train_step`, against the same steps on the CPU.
 - "update": time of an update at Llama-3-8B's full width, beside `optax.adamw`.
 - "step": time and memory of a training step of layers of that width, in bfloat16.
 - "tune": pretrains a decoder on books for a minute, then adapts it to GSM8K by AdamW, PoLoRA and
@@ -10,7 +10,8 @@
 
 The record is on the disk after every method and run. What fails stands there with its error, what
 there was no time for under "skipped"; ``--resume`` does both, with the decoder beside the record.
-The exit status is 1 if anything failed, or if steps differ from the CPU's.
+The exit status is 1 if anything failed, if steps differ from the CPU's, or if "tune" was asked for
+by ``--part`` and left out. No row begins that would end too late, as far as the rows before it say.
 
 A bare checkout will do; "tune" alone needs what `experiments` imports. ``JAX_PLATFORMS=cuda,cpu``
 is set where nothing is: the CPU is needed too. ``--quick`` is small enough for a CPU.
@@ -240,7 +241,9 @@ def tune(call: Call) -> Part:
 
     def adapt(method: str, rate: float) -> dict[str, Any]:
         if not call.decoder.is_dir():
-            raise LeftOutError(f"{call.decoder}, the decoder, is not there (any more)")
+            raise LeftOutError(
+                f"{call.decoder}, the decoder, is not there (any more): another --out makes one"
+            )
         run = trainer(method).run(rate, SEED, call.require_time).result
         if run.status == "failed":
             raise RuntimeError(run.error)
@@ -263,7 +266,7 @@ def tune(call: Call) -> Part:
 
 
 def pretrained(call: Call, options: "BooksOptions") -> dict[str, Any]:
-    """Pretrains the decoder unless it is there; all of it, host's work too, in `pretrain_s`."""
+    """Pretrains the decoder unless it is there, in about `pretrain_s` with the host's work."""
     from experiments.decoder import RECORD_FILE, make_decoder
     from experiments.errors import ExperimentError
     from experiments.schema import RunResult
@@ -289,7 +292,8 @@ def kept_of(run: "RunResult") -> dict[str, Any]:
 def steps_until(end: float, task: "Books", rate: float, sizes: Sizes) -> int:
     """Measures how many steps of the pretraining fit; most often all that are wanted.
 
-    The plan is that of `make_decoder` for so many steps, whose program is then compiled already.
+    The plan is that of `make_decoder` for all of them, whose program is then compiled already; for
+    fewer it is compiled anew.
     """
     from experiments.schema import Plan
     from experiments.trainer import Trainer
@@ -377,20 +381,24 @@ def main(
     if not resume and (there := [path for path in (out, call.decoder) if path.exists()]):
         raise typer.BadParameter(f"{there[0]} exists; pass --resume to go on, or another --out")
     chosen = [name for name in PARTS if not part or name in part]
+    reason = why_not_tuned(call) if "tune" in chosen else ""
+    parts = {name: PARTS[name](call) for name in chosen if name != "tune" or not reason}
     try:
         record = Record(out, "accelerator", begin, quick=quick)
+        for name, its in parts.items():
+            record.require_same(name, its)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     record.say(f"{environment()['device']}, {', '.join(chosen)}, {minutes:g} minutes")
-    if "tune" in chosen and (reason := why_not_tuned(call)):
+    if reason:
         record.leave_out("tune", reason)
         chosen.remove("tune")
     shares = list(itertools.accumulate(SHARES[name] for name in chosen))
     for name, share in zip(chosen, shares, strict=True):
         until = begin + (end - begin) * IN_TIME * share / shares[-1]
         with programs_kept(name == "tune"):  # the other parts say how long compiling takes
-            record.carry_out(name, PARTS[name](call), until)
-    if not record.is_fine():
+            record.carry_out(name, parts[name], until)
+    if not record.is_fine() or (reason and part):
         raise typer.Exit(1)
 
 

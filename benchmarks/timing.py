@@ -184,17 +184,31 @@ class Record:
         settings: what makes rows comparable, as the device does.
 
     Raises:
-        ValueError: the file is of another device, or of other settings.
+        ValueError: the file is no such record, or of another device, or of other settings.
     """
 
     def __init__(self, out: pathlib.Path, benchmark: str, begin: float, **settings: Any) -> None:
         self.out, self.benchmark, self.begin, self.settings = out, benchmark, begin, settings
-        before = json.loads(out.read_text()) if out.exists() else {"calls": [], "parts": {}}
+        before = _read_record(out) if out.exists() else {"calls": [], "parts": {}}
         for name, own in ({"device": environment()["device"]} | settings).items():
             if before.get(name, own) != own:
                 raise ValueError(f"{out} has another {name} ({before[name]}): pass another --out")
         self.calls = [*before["calls"], {"command": command_of(benchmark), **_code()}]
         self.parts: dict[str, Any] = before["parts"]
+
+    def require_same(self, name: str, part: Part) -> None:
+        """Refuses to add rows to those of another size.
+
+        Raises:
+            ValueError: what the record holds of the part differs in what it says besides its rows.
+        """
+        there = self.parts.get(name, part.content)
+        for key, own in part.content.items():
+            if (found := there.get(key, own)) != own:
+                raise ValueError(
+                    f"{self.out}, part {name!r}, was measured with another {key} ({found}, now "
+                    f"{own}): pass another --out"
+                )
 
     def say(self, text: str) -> None:
         """Prints a line, with the seconds so far; a log shows it at once."""
@@ -214,7 +228,8 @@ class Record:
             until: when it is to end, by `time.monotonic`; what would take longer is "skipped".
         """
         found = self.parts.get(name, {}).get("items", {})
-        todo = [item for item in part.items if "error" in found.get(item.key, {"error": ""})]
+        is_done = lambda row: "error" not in row and not row.get("wrong")
+        todo = [item for item in part.items if not is_done(found.get(item.key, {"error": ""}))]
         skipped = [item.key for item in todo]
         self.parts[name] = {**part.content, "items": found, "skipped": skipped}
         self.write()
@@ -233,7 +248,8 @@ class Record:
                 row = {"error": text, "traceback": traceback.format_exc()[-4000:]}
             seconds = time.monotonic() - begin
             longest[item.kind] = max(seconds, longest.get(item.kind, 0.0))
-            found[item.key] = {"seconds": seconds} | {key: _plain(row[key]) for key in row}
+            row = {key: _plain(row[key]) for key in row}
+            found[item.key] = {"call": len(self.calls) - 1, "seconds": seconds} | row
             skipped.remove(item.key)
             self.write()
             self.say(f"{name}, {item.key}: {_line(found[item.key], part.shown)}")
@@ -261,6 +277,16 @@ class Record:
             if keys:
                 self.say(f"{what}: {'; '.join(keys)}")
         return not wrong and not failed
+
+
+def _read_record(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error}): move it away") from error
+    if not isinstance(found, dict) or not {"calls", "parts"} <= found.keys():
+        raise ValueError(f"{path} is no record of this benchmark: pass another --out")
+    return found
 
 
 def _plain(value: Any) -> Any:

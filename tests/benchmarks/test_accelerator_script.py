@@ -194,7 +194,7 @@ def test_what_tune_lacks_stops_nothing_else(tmp_path, monkeypatch, module, reaso
     out = tmp_path / "record.json"
     parts = ["--part", "tune", "--part", "correct"]
     result = invoke("--quick", *parts, "--data-dir", tmp_path, "--out", out)
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1, result.output  # it was asked for
     assert reason in shown(result)
     assert result.output.index("tune: left out") < result.output.index("correct, row")
     written = json.loads(out.read_text())["parts"]
@@ -218,16 +218,20 @@ def test_the_cpu_alone_is_no_accelerator(tmp_path, monkeypatch):
 
 def test_wrong_steps_end_in_an_error_after_the_other_parts(tmp_path, monkeypatch):
     rows = {"correct": {"difference": 1.0, "wrong": True}, "update": {"x": 1}}
-    monkeypatch.setattr(accelerator, "PARTS", {name: always(row) for name, row in rows.items()})
+    parts = {name: lambda call, name=name: always(rows[name])(call) for name in rows}
+    monkeypatch.setattr(accelerator, "PARTS", parts)
     result = invoke("--quick", "--out", tmp_path / "record.json")
     assert result.exit_code == 1
     assert "WRONG: correct, row" in shown(result)
     assert list(json.loads((tmp_path / "record.json").read_text())["parts"]) == list(rows)
+    rows["correct"] = {"difference": 0.0, "wrong": False}  # mended
+    resumed = invoke("--quick", "--resume", "--out", tmp_path / "record.json")
+    assert resumed.exit_code == 0, resumed.output
 
 
 def test_a_record_is_gone_on_with_only_where_that_is_asked_for(tmp_path, monkeypatch):
     out, made = tmp_path / "record.json", []
-    part = lambda call: Part({}, [Item("row", lambda: made.append(1) or {"x": 1})], ())
+    part = lambda call: Part({"rank": 4}, [Item("row", lambda: made.append(1) or {"x": 1})], ())
     monkeypatch.setattr(accelerator, "PARTS", {"update": part})
     assert invoke("--out", out, "--quick").exit_code == 0
     refused = invoke("--out", out, "--quick")
@@ -237,11 +241,23 @@ def test_a_record_is_gone_on_with_only_where_that_is_asked_for(tmp_path, monkeyp
     assert made == [1]
     record = json.loads(out.read_text())
     assert len(record["calls"]) == 2
+    assert record["parts"]["update"]["items"]["row"]["call"] == 0
+    of_rank_4 = part
+    monkeypatch.setitem(
+        accelerator.PARTS, "update", lambda call: of_rank_4(call)._replace(content={"rank": 8})
+    )
+    assert "another rank (4, now 8): pass another --out" in shown(
+        invoke("--out", out, "--quick", "--resume")
+    )
     out.write_text(json.dumps(record | {"quick": False}))
     assert "has another quick (False)" in shown(invoke("--out", out, "--quick", "--resume"))
     out.write_text(json.dumps(record | {"device": "TPU v0"}))
     assert "has another device (TPU v0)" in shown(invoke("--out", out, "--quick", "--resume"))
     assert "parts are: update" in shown(invoke("--out", out, "--quick", "--part", "all"))
+    out.write_text('{"calls": [')
+    assert "record.json is not JSON" in shown(invoke("--out", out, "--quick", "--resume"))
+    out.write_text("{}")
+    assert "is no record of this benchmark" in shown(invoke("--out", out, "--quick", "--resume"))
 
 
 @pytest.mark.parametrize("error", [jax.errors.JaxRuntimeError("no memory"), KeyError("no memory")])

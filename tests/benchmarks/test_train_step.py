@@ -3,6 +3,7 @@
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import typer
 from typer.testing import CliRunner
@@ -14,6 +15,7 @@ from benchmarks.train_step import (
     main,
     make_problem,
     make_runner,
+    relative_difference,
 )
 
 ALTERNATIVES = [name for name in METHODS if "," in name]
@@ -23,6 +25,12 @@ ALTERNATIVES = [name for name in METHODS if "," in name]
 def test_alternative_makes_the_same_step(name):
     reference = name.partition(",")[0]
     assert disagreement(name, reference, steps=3) < 1e-3
+
+
+def test_a_leaf_that_is_not_a_number_does_not_agree():
+    start, want = [np.zeros(2)] * 3, [np.ones(2)] * 3
+    assert relative_difference([np.full(2, 1.5), *want[1:]], want, start) == 0.5
+    assert np.isnan(relative_difference([want[0], np.full(2, np.nan), want[2]], want, start))
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

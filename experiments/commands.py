@@ -25,7 +25,7 @@ from experiments.study import expand, load_study, parse_overrides, select, with_
 from experiments.summary import summarize
 from experiments.sweep import Job, plan_jobs, without_adapter
 from experiments.tables import screen_table
-from experiments.tasks import check_task, parse_options, require_model_option
+from experiments.tasks import check_task, require_model_option
 from experiments.workers import run_jobs
 
 console = Console()
@@ -118,14 +118,14 @@ def pretrain(
     """Pretrains a small decoder on books, and writes it in the Hugging Face form."""
     # Here, for the other commands do without a tokenizer.
     from experiments.decoder import make_decoder, require_no_folder
-    from experiments.tasks.books import Books
+    from experiments.tasks.books import Books, BooksOptions
 
-    sizes = {"width": width, "depth": depth, "batch_size": batch_size}
-    options = parse_options(Books.name, sizes)
+    sizes: dict[str, Any] = {"width": width, "depth": depth, "batch_size": batch_size}
+    check_task(Books.name, sizes)
     folder = out or Path("build/decoders") / f"w{width}"
     rate = 0.4 / width if learning_rate is None else learning_rate
     require_no_folder(folder)
-    task = Books(options, data_dir)
+    task = Books(BooksOptions(**sizes), data_dir)
     with Progress(*COLUMNS, console=console) as progress:
         bar = progress.add_task(f"decoder of width {width}", total=steps)
         result = make_decoder(

@@ -85,7 +85,7 @@ class Variant:
             key=lambda r: (order.index(r.config.method), r.config.learning_rate, r.config.seed),
         )
         self.summaries = summarize(self.results)
-        self.missing = dict(_missing(study, self.results))
+        self.missing: Mapping[str, str] = dict(_missing(study, self.results))
 
 
 def _missing(study: Study, results: Sequence[RunResult]) -> Iterator[tuple[str, str]]:

@@ -218,8 +218,8 @@ class Trainer:
             best=min(finite, key=lambda point: point.validation.loss) if finite else None,
             final=log.final,
         )
-        model = None if status == "failed" else parts.merge(log.trained, parts.frozen)
-        return Outcome(result, model)
+        is_lost = status == "failed"
+        return Outcome(result, None if is_lost else parts.merge(log.trained, parts.frozen))
 
     def stopwatch(self) -> Iterator[float]:
         """Yields the seconds of one step after the other, at a learning rate near zero."""

@@ -352,7 +352,8 @@ def _rounding(layer: LoRALayer) -> float:
     """The relative rounding of the products behind an adapter's gradient."""
     dtypes = (layer.pair.a.dtype, layer.lora.dtype or layer.pair.a.dtype)
     rounding = max(float(jnp.finfo(dtype).eps) for dtype in dtypes)
-    if jnp.float64 in dtypes or jax.config.jax_default_matmul_precision in ("float32", "highest"):
+    precision = jax.config.jax_default_matmul_precision  # type: ignore[attr-defined]
+    if jnp.float64 in dtypes or precision in ("float32", "highest"):
         return rounding
     (platform,) = {device.platform for device in layer.pair.a.devices()}
     return max(rounding, _ROUNDING_BY_DEFAULT.get(platform, 0.0))

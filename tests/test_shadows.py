@@ -267,18 +267,26 @@ def test_without_iterations_micro_batches_add_up(tx, metric):
     assert jnp.any(whole.a != node.a)
 
 
-@pytest.mark.parametrize("method", [oplora, scaled_oplora])
-def test_sums_of_quadratic_products_are_found_and_not_used(method):
+PROJ = {"iterations": 2, "momentum_rank": 0}
+
+
+def assert_same(x, y):
+    jax.tree.map(np.testing.assert_array_equal, x, y)
+
+
+@pytest.mark.parametrize(
+    ("method", "keywords"),
+    [(oplora, {}), (scaled_oplora, {"metric": Metric()}), (oplora_proj, PROJ)],
+)
+def test_sums_of_quadratic_products_are_found_and_not_used(method, keywords):
     """The mean over micro-batches is no product of the mean gradient: nothing moves, it counts."""
-    metric = METRICS[1] if method is scaled_oplora else None
-    node = make_node(iterations=1, metric=metric)
+    node = make_node(**keywords)
     tx = optax.MultiSteps(method(0.1), every_k_schedule=2)
     state, params = tx.init(node), node
     for micro_batch in (normal(9, TOKENS, N_IN), normal(10, TOKENS, N_IN)):
         updates, state = jax.jit(tx.update)(gradient(node, micro_batch), state, params)
         params = optax.apply_updates(params, updates)
-    assert jnp.array_equal(params.a, node.a)
-    assert jnp.array_equal(params.m_b, node.m_b)
+    assert_same(params, node)
     assert int(state.inner_opt_state.skipped) == 1
 
 
@@ -305,6 +313,18 @@ def test_nan_in_one_layer_leaves_it_and_the_others_unharmed():
     assert_close(after["good"], expected["good"], rtol=0)
     assert_close(after["bad"], params["bad"], rtol=0)
     assert int(state.skipped) >= 1
+
+
+@pytest.mark.parametrize("spoil", [lambda g: g * jnp.nan, lambda g: 0.1 * g], ids=["nan", "scaled"])
+def test_a_refused_update_of_oplora_proj_leaves_its_momentum_and_last_result(spoil):
+    tx, node = oplora_proj(0.1), make_node(**PROJ)
+    grads = gradient(node, normal(9, TOKENS, N_IN))
+    _, state = update(tx, node, grads)
+    assert all(jnp.any(leaf) for leaf in jax.tree.leaves(state.pairs.mu))
+    updates, after = jax.jit(tx.update)(jax.tree.map(spoil, grads), state, node)
+    assert_same(updates, jax.tree.map(jnp.zeros_like, node))
+    assert_same(after.pairs, state.pairs)
+    assert after.skipped > state.skipped == 0
 
 
 @pytest.mark.usefixtures("x64")

@@ -10,7 +10,7 @@ import optax
 import pytest
 from flax import nnx
 
-from lowrank_optax import LoRAPair, checkpoints, engine, find_pairs, nn, notices
+from lowrank_optax import LoRAPair, checkpoints, engine, find_pairs, nn, notices, skipped
 from lowrank_optax._core.layouts import variables_of
 from tests.conformance.methods import METHODS, random_frames
 
@@ -424,7 +424,9 @@ def test_a_non_finite_gradient_spoils_its_own_pair_alone(method, bad):
     if getattr(gone, "checksum", None) is None:
         assert not all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(gone))
     else:  # the guard of OPLoRA's products leaves the pair where it was
+        assert all(jnp.all(jnp.isfinite(x)) for x in jax.tree.leaves(gone))
         assert jnp.any(gone.a != kept.a)
+        assert skipped(spoiled_state) > skipped(healthy_state) == 0
     assert_equal(spoiled, healthy)
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from lowrank_optax import LoRAPair
+from lowrank_optax import FramedPair, LoRAPair
 from lowrank_optax.nn import (
     KernelAxes,
     LinenAdapter,
@@ -59,6 +59,15 @@ def test_gradients_are_those_of_the_effective_kernel():
     a, b = float64(pair)
     np.testing.assert_allclose(grads.a, scale * full @ b.T, atol=1e-4)
     np.testing.assert_allclose(grads.b, scale * a.T @ full, atol=1e-4)
+
+
+@pytest.mark.parametrize("warm", [None, 0.0, 1.0])
+def test_the_input_gradient_of_a_framed_pair_is_that_of_its_kernel(warm):
+    frames = normal((7, 3), seed=6), normal((3, 5), seed=7)
+    pair = FramedPair(*random_pair(), *frames, warm if warm is None else jnp.array(warm))
+    x, dy = normal((2, 4, 7)), normal((2, 4, 5), seed=3)
+    found = jax.grad(lambda x: jnp.vdot(lora_apply(x, pair, 0.5), dy))(x)
+    np.testing.assert_allclose(found, dy @ lora_delta(pair, 0.5).T, atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])

@@ -1,5 +1,6 @@
 """DoRA against its dense equation: outputs, gradients, merging, and what it cannot adapt."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -81,14 +82,16 @@ def test_outputs_and_gradients_are_those_of_the_equation(make, shape):
     layer = model.layers[0]
     expected = dense(layer, factors_of(layer), x)
     np.testing.assert_allclose(model(x), expected, rtol=1e-4, atol=1e-4)
-    assert float(jnp.abs(model(x) - layer.base(x)).max()) > 0.1
+    assert float(jnp.abs(expected - layer.base(x)).max()) > 0.1
     loss = lambda y: jnp.sum(jnp.sin(y))
-    found = nnx.grad(lambda m: loss(m(x)), argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
-    found = found["layers"][0]
-    wanted = jax.grad(lambda f: loss(dense(layer, f, x)))(factors_of(layer))
+    both = (nnx.DiffState(0, nnx.LoRAParam), 1)
+    found, found_x = nnx.jit(nnx.grad(lambda m, x: loss(m(x)), argnums=both))(model, x)
+    of_dense = jax.grad(lambda f, x: loss(dense(layer, f, x)), argnums=(0, 1))
+    wanted, wanted_x = jax.jit(of_dense)(factors_of(layer), x)
     for name, gradient in zip(("a", "b", "magnitude"), wanted, strict=True):
-        got = found[f"lora_{name}"][...]
+        got = found["layers"][0][f"lora_{name}"][...]
         np.testing.assert_allclose(got, gradient, rtol=1e-3, atol=1e-3, err_msg=name)
+    np.testing.assert_allclose(found_x, wanted_x, rtol=1e-3, atol=1e-3)
 
 
 @each
@@ -126,31 +129,56 @@ def test_merging_gives_the_same_outputs(make, shape):
     np.testing.assert_allclose(model(x), y, rtol=1e-4, atol=1e-4)
 
 
-def test_linen_and_nnx_agree():
-    model, x = moved(adapted(CASES["linear"][0])), jax.random.normal(jax.random.key(3), (3, 5))
-    layer = model.layers[0]
-    dense_layer = linen.Dense(4)
+LINEN = {
+    "linear": linen.Dense(4),
+    "no bias": linen.Dense(4, use_bias=False),
+    "general": linen.DenseGeneral((4, 2), axis=(-2, -1)),
+    "experts": linen.DenseGeneral((2, 3), batch_dims=(0,)),
+    "einsum": linen.Einsum((2, 5, 3), "btd,ndh->bnth"),
+    "convolution": linen.Conv(6, (3, 2), strides=2),
+}
+
+
+def linen_variables(layer):
+    """What Linen has where NNX has this layer."""
+    base = {"kernel": layer.base.kernel, "bias": layer.base.bias}
+    lora = dict(zip(("lora_a", "lora_b", "lora_magnitude"), factors_of(layer), strict=True))
+    return {"params": {name: x[...] for name, x in base.items() if x is not None}, "lora": lora}
+
+
+@pytest.mark.parametrize("case", LINEN)
+def test_linen_and_nnx_agree(case):
+    make, shape = CASES[case]
+    model, x = moved(adapted(make)), jax.random.normal(jax.random.key(3), shape)
+    module, variables = LINEN[case], linen_variables(model.layers[0])
     with nn.lora_interceptor(".*", CONFIG) as adapters:
-        variables = dense_layer.init(jax.random.key(0), x)
-        np.testing.assert_allclose(
-            variables["lora"]["lora_magnitude"],
-            jnp.linalg.norm(variables["params"]["kernel"], axis=0),
-            rtol=1e-6,
-        )
-        params = {"kernel": layer.base.kernel[...], "bias": layer.base.bias[...]}
-        lora = dict(zip(("lora_a", "lora_b", "lora_magnitude"), factors_of(layer), strict=True))
-        variables = {"params": params, "lora": lora}
-        y = dense_layer.apply(variables, x)
-        without = {name: x for name, x in lora.items() if name != "lora_magnitude"}
-        with pytest.raises(ValueError, match="no adapter for this layer, or not all"):
-            dense_layer.apply({"params": params, "lora": without}, x)
+        fresh = module.init(jax.random.key(0), x)
+        y = module.apply(variables, x)
+    matrix = model.layers[0].axes.to_matrix(fresh["params"]["kernel"])
+    norms = jnp.linalg.norm(matrix, axis=-2)
+    np.testing.assert_allclose(fresh["lora"]["lora_magnitude"], norms, rtol=1e-6)
     np.testing.assert_allclose(y, model(x), atol=1e-5)
     merged = nn.merge_lora_variables(variables, adapters)
-    np.testing.assert_allclose(dense_layer.apply({"params": merged}, x), y, atol=1e-5)
+    np.testing.assert_allclose(module.apply({"params": merged}, x), y, atol=1e-4)
     with pytest.raises(ValueError, match="keep the parameters"):
         nn.unmerge_lora_variables(variables, adapters)
-    with_module = nn.LoRADense(4, lora=CONFIG)
-    np.testing.assert_allclose(with_module.apply(variables, x), y, atol=1e-6)
+
+
+def test_the_linen_module_is_the_intercepted_layer():
+    model, x = moved(adapted(CASES["linear"][0])), jax.random.normal(jax.random.key(3), (3, 5))
+    variables = linen_variables(model.layers[0])
+    y = nn.LoRADense(4, lora=CONFIG).apply(variables, x)
+    np.testing.assert_allclose(y, model(x), atol=1e-5)
+
+
+def test_linen_variables_without_magnitudes_are_refused():
+    variables = linen_variables(adapted(CASES["linear"][0]).layers[0])
+    del variables["lora"]["lora_magnitude"]
+    with (
+        nn.lora_interceptor(".*", CONFIG),
+        pytest.raises(ValueError, match="no adapter for this layer, or not all"),
+    ):
+        linen.Dense(4).apply(variables, jnp.ones((3, 5)))
 
 
 METHODS = {
@@ -179,6 +207,43 @@ def test_norms_without_a_dense_sum_are_right_to_rounding():
     matrix = layer.base.kernel[...] + layer.scale * layer.lora_a[...] @ layer.lora_b[...]
     found = column_norms(layer.base.kernel[...], layer.pair, layer.scale, layer.axes)
     np.testing.assert_allclose(found, jnp.linalg.norm(matrix, axis=0), rtol=1e-5)
+
+
+def test_norms_and_outputs_with_frames_are_those_of_the_dense_sum():
+    config = nn.LoRAConfig(rank=2, alpha=3.0, dora=True, extra=nn.Frames(warmup=False))
+    model = moved(adapted(CASES["linear"][0], config))
+    layer, x = model.layers[0], jax.random.normal(jax.random.key(3), (3, 5))
+    layer.lora_a[...], layer.lora_b[...] = NORMAL(jax.random.key(4), (5, 2)), jnp.ones((2, 4))
+    a, b, frame_in, frame_out, _ = layer.pair
+    update = a @ frame_out + frame_in @ b
+    matrix = layer.base.kernel[...] + layer.scale * update
+    norms = jnp.linalg.norm(matrix, axis=0)
+    found = column_norms(layer.base.kernel[...], layer.pair, layer.scale, layer.axes)
+    np.testing.assert_allclose(found, norms, rtol=1e-5)
+    y = model(x)
+    kernel = layer.lora_magnitude[...] / norms * matrix
+    np.testing.assert_allclose(y, x @ kernel + layer.base.bias[...], atol=1e-4)
+    nn.merge_lora(model)
+    np.testing.assert_allclose(layer.base.kernel[...], kernel, atol=1e-5)
+
+
+def test_dropout_reaches_the_update_alone_and_keeps_the_mean():
+    config = dataclasses.replace(CONFIG, dropout=0.5)
+    model = moved(adapted(CASES["linear"][0], config))
+    layer, row = model.layers[0], jnp.array([[1.0, -2.0, 0.5, 1.5, -1.0]])
+    many = jnp.repeat(row, 4000, axis=0)
+    model.eval()
+    whole = model(row)[0]
+    model.train()
+    module, rng = nn.LoRADense(4, lora=config), {"dropout": jax.random.key(5)}
+    of_linen = module.apply(linen_variables(layer), many, rngs=rng)
+    a, b, magnitude = factors_of(layer)
+    update = layer.scale * a @ b
+    ratio = magnitude / jnp.linalg.norm(layer.base.kernel[...] + update, axis=0)
+    deviation = jnp.linalg.norm(row.T * update * ratio, axis=0)  # half of the inputs, doubled
+    for y in (model(many), of_linen):
+        np.testing.assert_allclose(jnp.std(y, axis=0), deviation, rtol=0.05)
+        assert jnp.all(jnp.abs(jnp.mean(y, axis=0) - whole) < 5 * deviation / np.sqrt(len(many)))
 
 
 @pytest.mark.parametrize("left", [1e-2, 1e-4])
@@ -274,6 +339,28 @@ def test_layers_with_a_call_of_their_own_are_refused():
 
     with pytest.raises(ValueError, match=r"layers/0: .*this is a Gained, or has its own __call__"):
         adapted(lambda rngs: Gained(5, 4, rngs=rngs))
+
+
+class GainedDense(linen.Dense):
+    @linen.compact
+    def __call__(self, x):
+        return 3.0 * super().__call__(x)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [(GainedDense(4), jnp.ones((1, 5))), (linen.Embed(5, 4), jnp.ones((1, 5), int))],
+    ids=["own call", "embedding"],
+)
+def test_linen_layers_that_dora_cannot_adapt_are_refused_by_name(layer, x):
+    kind = type(layer).__name__
+    with (
+        nn.lora_interceptor("layers_0", CONFIG),
+        pytest.raises(
+            ValueError, match=f"layers_0: DoRA adapts Dense, .*this is a {kind}, or has its"
+        ),
+    ):
+        linen.Sequential([layer]).init(jax.random.key(0), x)
 
 
 def test_kernels_without_numbers_are_refused_by_name():

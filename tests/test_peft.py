@@ -15,7 +15,14 @@ import pytest
 from flax import linen, nnx
 
 from lowrank_optax import LoRAPair, frame, nn
-from lowrank_optax.adapters import load_peft, name_maps, plain_pair, read_peft, save_peft
+from lowrank_optax.adapters import (
+    load_peft,
+    name_maps,
+    peft_config,
+    plain_pair,
+    read_peft,
+    save_peft,
+)
 from lowrank_optax.adapters.peft_config import PeftConfig
 from lowrank_optax.adapters.peft_file import CONFIG, WEIGHTS, write_peft
 from tests.test_claims_sds_lora import SCALE
@@ -323,14 +330,6 @@ PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
     ("changes", "message"),
     [
         ({"peft_type": "LOHA"}, "peft_type 'LOHA', not 'LORA'"),
-        ({"use_qalora": True}, "use_qalora=True, which is not supported"),
-        ({"bias": "all"}, "bias='all'"),
-        ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"init_lora_weights": "pissa_niter_4"}, "changes the base model"),
-        ({"init_lora_weights": "lora_ga"}, "'lora_ga', which changes the base model"),
-        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora=.*, which is not supported"),
-        ({"kasa_config": {}}, "kasa_config"),
-        ({"monteclora_config": {}}, "monteclora_config"),
         ({"r": 0}, "r=0, which is no positive integer"),
         ({"r": 4.0}, "r=4.0, which is no positive integer"),
         ({"lora_alpha": "16"}, "lora_alpha='16', which is no positive number"),
@@ -344,6 +343,58 @@ PLAIN = {"peft_type": "LORA", "r": 8, "lora_alpha": 16}
 def test_configurations_that_are_not_plain_lora_are_refused_by_name(changes, message):
     with pytest.raises(ValueError, match=message):
         PeftConfig.parse(json.dumps({**PLAIN, **changes}))
+
+
+REFUSED = {
+    "use_qalora": [True],
+    "lora_bias": [True],
+    "bias": ["all", "lora_only"],
+    "layer_replication": [[[0, 2]]],
+    "alora_invocation_tokens": [[1, 2]],
+    "target_parameters": [["experts.weight"]],
+    "trainable_token_indices": [[0], {"embed": [0]}],
+    "arrow_config": [{}],
+    "use_bdlora": [{"nblocks": 2}, True],
+    "kasa_config": [{}],
+    "monteclora_config": [{}],
+}
+HARMLESS = (
+    dict.fromkeys(REFUSED),
+    {
+        **dict.fromkeys(("use_qalora", "lora_bias", "use_bdlora"), False),
+        "bias": "none",
+        "target_parameters": [],
+    },
+)
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"), [(name, value) for name, values in REFUSED.items() for value in values]
+)
+def test_a_setting_that_changes_what_the_factors_mean_is_refused_by_name(setting, value):
+    with pytest.raises(ValueError, match=f"has {setting}=.*, which is not supported"):
+        PeftConfig.parse(json.dumps({**PLAIN, setting: value}))
+
+
+STARTS = ["pissa", "pissa_niter_4", "olora", "corda", "loftq", "lora_ga"]
+
+
+@pytest.mark.parametrize("start", [*STARTS, "OLoRA"])
+def test_a_start_that_changes_the_base_model_is_refused_by_name(start):
+    with pytest.raises(ValueError, match=f"init_lora_weights='{start}', which changes the base"):
+        PeftConfig.parse(json.dumps({**PLAIN, "init_lora_weights": start}))
+
+
+@pytest.mark.parametrize("values", HARMLESS, ids=["none", "others"])
+@pytest.mark.parametrize("start", [True, False, "gaussian", "eva", "orthogonal"])
+def test_settings_that_change_nothing_are_taken(values, start):
+    found = PeftConfig.parse(json.dumps({**PLAIN, **values, "init_lora_weights": start}))
+    assert (found.r, found.alpha) == (8, 16)
+
+
+def test_every_refused_setting_is_in_these_tests():
+    assert peft_config._UNSUPPORTED.keys() == REFUSED.keys()
+    assert set(peft_config._CHANGES_BASE) == set(STARTS) - {"pissa_niter_4"}
 
 
 @pytest.mark.parametrize("missing", ["r", "lora_alpha"])

@@ -27,6 +27,13 @@ def test_every_integration_test_has_a_record():
     assert recorded == written, "run `make integration`"
 
 
+def test_every_record_passed_or_says_why_not():
+    records = [json.loads(path.read_text())["tests"] for path in table.RECORDS.glob("*.json")]
+    tests = [(name, test) for record in records for name, test in record.items()]
+    assert tests
+    assert [name for name, test in tests if test["outcome"] != "passed" and not test["why"]] == []
+
+
 def test_what_failed_is_said():
     tests = {
         "test_x[1]": {"test": "test_x", "file": "test_f.py", "what": "An x.", "libraries": {}},

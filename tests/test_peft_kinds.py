@@ -95,6 +95,49 @@ def test_dora_of_a_tree_goes_there_and_back(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, state)
 
 
+def test_magnitudes_go_to_the_modules_of_their_outputs_and_back(tmp_path):
+    """Of a stack one row each, of modules side by side one part each."""
+    shapes = {"q": ((3,), 4), "kv": ((2,), 6), "o": ((), 4)}
+    tree = {
+        name: {
+            "lora_a": jnp.ones((*batch, 5, 2)),
+            "lora_b": jnp.ones((*batch, 2, n_out)),
+            "lora_magnitude": 1.0
+            + jnp.arange(np.prod(batch, dtype=int) * n_out).reshape(*batch, -1),
+        }
+        for name, (batch, n_out) in shapes.items()
+    }
+    names = {"q": "layers.{}.q", "kv": ("layers.{}.k", "layers.{}.v"), "o": "o"}
+    save_peft(tmp_path / "one", tree, scale=1.0, names=names)
+    found = read_peft(tmp_path / "one").magnitudes
+    assert {name: x.tolist() for name, x in found.items()} == {
+        "layers.0.q": [1, 2, 3, 4],
+        "layers.1.q": [5, 6, 7, 8],
+        "layers.2.q": [9, 10, 11, 12],
+        "layers.0.k": [1, 2, 3],
+        "layers.0.v": [4, 5, 6],
+        "layers.1.k": [7, 8, 9],
+        "layers.1.v": [10, 11, 12],
+        "o": [1, 2, 3, 4],
+    }
+    zeros = jax.tree.map(jnp.zeros_like, tree)
+    loaded = load_peft(tmp_path / "one", zeros, scale=1.0, names=names)
+    jax.tree.map(np.testing.assert_array_equal, loaded, tree)
+
+
+@pytest.mark.parametrize("window", [(3,), (3, 2)])
+def test_magnitudes_of_convolutions_have_pefts_shape(window, tmp_path):
+    """PEFT keeps the norms over all axes but the first, transposed: (1, out, 1, ...)."""
+    from safetensors.numpy import load_file
+
+    model = nnx.Dict(conv=nnx.Conv(2, 5, window, rngs=nnx.Rngs(0)))
+    nn.add_lora(model, "conv", nn.LoRAConfig(rank=2, dora=True), rngs=nnx.Rngs(1))
+    save_peft(tmp_path / "one", model)
+    stored = load_file(tmp_path / "one" / WEIGHTS)["base_model.model.conv.lora_magnitude_vector"]
+    assert stored.shape == (1, 5, *[1] * len(window))
+    np.testing.assert_array_equal(stored.ravel(), model.conv.lora_magnitude[...])
+
+
 @pytest.mark.parametrize("leaf", ["lora_magnitude_vector", "lora_magnitude_vector.weight"])
 def test_magnitudes_of_a_tree_in_pefts_layout_are_written_and_loaded(tmp_path, leaf):
     tree = {"q.lora_A.weight": jnp.ones((2, 4)), "q.lora_B.weight": jnp.ones((6, 2))}

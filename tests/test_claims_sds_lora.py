@@ -124,6 +124,19 @@ def test_inverse_square_root_of_the_gram_gives_the_gradients_of_frames(x64, cond
     np.testing.assert_allclose(updates.b, SCALE * polar(pair.a).T @ full, rtol=1e-6, atol=1e-8)
 
 
+def test_the_damping_is_added_to_the_gram_matrix_before_the_root(x64):
+    pair, full = random_pair(), normal(5, N_IN, N_OUT)
+    tx, grads = scale_by_inverse_sqrt_gram(0.5), gradients(pair, full)
+    updates, _ = tx.update(grads, tx.init(pair), pair)
+
+    def root(gram):
+        values, vectors = np.linalg.eigh(gram + 0.5 * np.eye(RANK))
+        return vectors / np.sqrt(values) @ vectors.T
+
+    np.testing.assert_allclose(updates.a, grads.a @ root(pair.b @ pair.b.T), rtol=1e-10)
+    np.testing.assert_allclose(updates.b, root(pair.a.T @ pair.a) @ grads.b, rtol=1e-10)
+
+
 def test_inverse_square_root_of_the_gram_is_finite_at_b_zero():
     pair = jax.tree.map(lambda x: x.astype(jnp.float32), random_pair())
     pair, full = pair._replace(b=jnp.zeros_like(pair.b)), normal(5, N_IN, N_OUT)

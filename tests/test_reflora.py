@@ -107,6 +107,24 @@ def test_scalar_form_has_the_products_of_factors_that_are_refactored(decay):
     np.testing.assert_allclose(found, expected, atol=1e-10)
 
 
+def test_the_norms_of_the_scalar_form_are_traces_of_damped_gram_matrices():
+    """The squared norm of a factor of rank r grows by r times the damping."""
+    pair, moments, damping = PAIR, [(0.0, 0.0)] * 2, 0.3
+    tx = reflora(0.01, **BETAS, refactoring="scalar", warmup_steps=0, damping=damping)
+    expected = [pair]
+    for t in range(1, 6):
+        grads = gradients(pair, pair.a @ pair.b - TARGET)
+        of_a, of_b = adam(moments, grads, t, **BETAS, eps=1e-8)
+        squares = [np.sum(x**2) + RANK * damping for x in pair]
+        root = (squares[1] / squares[0]) ** 0.25
+        pair = LoRAPair(pair.a - 0.01 / root * of_a, pair.b - 0.01 * root * of_b)
+        expected.append(pair)
+    assert_trajectory(
+        run(tx, data_from(PAIR, 5), 1.0),
+        {"A": [pair.a.T for pair in expected], "B": [pair.b.T for pair in expected]},
+    )
+
+
 def first_preconditioned(pair, grads=None):
     """The preconditioned gradients that the first update takes in: without b1, the momentum."""
     tx = reflora(1e-3, 0.0, warmup_steps=0, damping=1e-14)

@@ -85,7 +85,8 @@ def reflora(
             $\eta\,\sigma^{1/2}$ of b, $\sigma = \|b\| / \|a\|$.
         warmup_steps: how many updates are AdamW's at first; 100 is the released scripts'.
         eps: $\epsilon$, added to the root of the second moment, positive.
-        damping: added to the Gram matrices, or to the squared norms, positive.
+        damping: added to the Gram matrices, positive. The squared norms of the scalar form are
+            their traces, so they grow by the rank times it.
         weight_decay: $\lambda$, decoupled.
         mask: what is decayed: a tree of booleans, or a callable from the parameters to one. Under
             `optax.inject_hyperparams` name it in `static_args`.

@@ -13,6 +13,7 @@ from lowrank_optax import (
     LoRAPair,
     altlora,
     altlora_plus,
+    clip_by_global_norm,
     lora_fa,
     lora_muon,
     lora_plus,
@@ -22,6 +23,7 @@ from lowrank_optax import (
     lora_soap,
     oplora,
     oplora_proj,
+    polora,
     reflora,
     scaled_adamw,
     scaled_oplora,
@@ -65,10 +67,23 @@ def test_nonsense_is_refused(make, keywords, message):
         use()
 
 
-@pytest.mark.parametrize("keywords", [{"b2": -0.1}, {"eps": -1.0}, {"eps": 0.0}])
-def test_second_moment_arguments(keywords):
-    with pytest.raises(ValueError, match="must"):
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"b2": -0.1}, r"`b2` must lie in \[0, 1\)"),
+        ({"eps": -1.0}, "`eps` must be positive, got -1"),
+        ({"eps": 0.0}, "`eps` must be positive, got 0"),
+    ],
+)
+def test_second_moment_arguments(keywords, message):
+    with pytest.raises(ValueError, match=message):
         altlora_plus(0.1, **keywords)
+
+
+@pytest.mark.parametrize("max_norm", [0.0, -1.0])
+def test_clipping_to_no_length_is_refused(max_norm):
+    with pytest.raises(ValueError, match=f"`max_norm` must be positive, got {max_norm}"):
+        clip_by_global_norm(max_norm)
 
 
 def test_infinite_numbers_are_refused():
@@ -183,12 +198,13 @@ BETAS = optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0)
 @pytest.mark.parametrize(
     ("tx", "expected"),
     [
-        (partial(altlora, 0.1), optax.adamw(0.1, weight_decay=0.0)),
+        (partial(altlora, 0.1, 0.8), optax.adamw(0.1, 0.8, weight_decay=0.0)),
         (
             partial(altlora_plus, 0.1, 0.8, 0.9, eps=1e-3),
             optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0),
         ),
         (partial(lora_muon, 0.1, 0.8), optax.adamw(0.1, weight_decay=0.0)),
+        (partial(polora, 0.1, 0.8, 0.9), optax.adamw(0.1, weight_decay=0.0)),
         (
             partial(lora_plus, 0.1, 0.8, 0.9, eps=1e-3),
             optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0),
@@ -205,9 +221,9 @@ BETAS = optax.adamw(0.1, 0.8, 0.9, 1e-3, weight_decay=0.0)
             (partial(make, 0.1, 0.8, 0.9, eps=1e-3), BETAS)
             for make in (lora_fa, lora_pro, lora_pro_efficient, lora_soap, reflora)
         ),
-        (partial(oplora, 0.1), optax.adamw(0.1)),
-        (partial(oplora_proj, 0.1), optax.adamw(0.1)),
-        (partial(scaled_oplora, 0.1), optax.adamw(0.1)),
+        (partial(oplora, 0.1, 0.8), optax.adamw(0.1)),
+        (partial(oplora_proj, 0.1, 0.8), optax.adamw(0.1)),
+        (partial(scaled_oplora, 0.1, 0.8, 0.9), optax.adamw(0.1)),
         (partial(sds_lora, 0.1, total_steps=20), optax.adamw(0.1)),
     ],
 )

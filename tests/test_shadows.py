@@ -483,20 +483,23 @@ def test_injected_iterations_must_be_static(method):
 
 
 @pytest.mark.parametrize(
-    "make",
+    ("method", "keywords", "message"),
     [
-        lambda: oplora(-0.1),
-        lambda: oplora(0.1, 1.0),
-        lambda: oplora(0.1, dampening=1.0),
-        lambda: oplora(0.1, iterations=-1),
-        lambda: oplora(0.1, lmbd=-1.0),
-        lambda: oplora(0.1, damping=-1.0),
-        lambda: oplora_proj(0.1, momentum=-0.5),
-        lambda: scaled_oplora(0.1, b2=1.0),
-        lambda: scaled_oplora(0.1, damping=0.0),
-        lambda: scaled_oplora(0.1, power=0.0),
+        (oplora, {"learning_rate": -0.1}, "`learning_rate` must be positive"),
+        (oplora, {"momentum": 1.0}, r"`momentum` must lie in \[0, 1\)"),
+        (oplora, {"dampening": 1.0}, r"`dampening` must lie in \[0, 1\)"),
+        (oplora, {"iterations": -1}, "`iterations` must be at least 0"),
+        (oplora, {"lmbd": -1.0}, "`lmbd` must not be negative"),
+        (oplora, {"damping": -1.0}, "`damping` must not be negative"),
+        (oplora, {"momentum_damping": 0.0}, "`momentum_damping` must be positive"),
+        (oplora_proj, {"momentum": -0.5}, r"`momentum` must lie in \[0, 1\)"),
+        (oplora_proj, {"damping": -1.0}, "`damping` must not be negative"),
+        (scaled_oplora, {"b2": 1.0}, r"`b2` must lie in \[0, 1\)"),
+        (scaled_oplora, {"damping": 0.0}, "`damping` must be positive"),
+        (scaled_oplora, {"power": 0.0}, "`power` must be positive"),
+        (scaled_oplora, {"momentum_damping": 0.0}, "`momentum_damping` must be positive"),
     ],
 )
-def test_hyperparameters_out_of_range(make):
-    with pytest.raises(ValueError, match="must"):
-        make()
+def test_hyperparameters_out_of_range(method, keywords, message):
+    with pytest.raises(ValueError, match=message):
+        method(**{"learning_rate": 0.1, **keywords})

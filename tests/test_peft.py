@@ -630,6 +630,27 @@ def test_a_start_from_the_weights_is_written_for_the_original_base(method, use_r
         load_peft(tmp_path / "own", model)
 
 
+def test_a_start_is_written_at_a_given_rank_as_the_nearest_to_the_whole_change(tmp_path):
+    original = Model(nnx.Rngs(7))
+    model = nnx.clone(original)
+    nn.add_lora(model, "query", nn.LoRAConfig(2, alpha=6.0), rngs=nnx.Rngs(0))
+    nn.weight_start(model, progress=False)
+    layer = model.query
+    layer.lora_a[...] += normal(1, 6, 2)
+    layer.lora_b[...] += normal(2, 2, 4)
+    errors = save_peft(tmp_path / "out", model, original=original, rank=2)
+    found = read_peft(tmp_path / "out")
+    assert found.config.r == 2
+    now = layer.kernel[...] + layer.scale * layer.lora_a[...] @ layer.lora_b[...]
+    change = np.float64(now - original.query.kernel[...])
+    left, values, right = np.linalg.svd(change, full_matrices=False)
+    written = found.scales["query"] * found.pairs["query"].a @ found.pairs["query"].b
+    np.testing.assert_allclose(written, left[:, :2] * values[:2] @ right[:2], atol=1e-5)
+    cut = np.linalg.norm(values[2:]) / np.linalg.norm(values)
+    assert cut > 0.01
+    assert errors["query"] == pytest.approx(cut, rel=1e-4)
+
+
 def test_numbers_that_are_not_finite_are_not_written(tmp_path):
     broken = LoRAPair(jnp.full((6, 2), jnp.nan), pair().b)
     with pytest.raises(ValueError, match=r"q\.lora_A\.weight holds numbers that are not finite"):

@@ -7,6 +7,7 @@ import struct
 import subprocess
 import sys
 import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -345,7 +346,7 @@ def test_configurations_that_are_not_plain_lora_are_refused_by_name(changes, mes
         PeftConfig.parse(json.dumps({**PLAIN, **changes}))
 
 
-REFUSED = {
+REFUSED: dict[str, list[Any]] = {
     "use_qalora": [True],
     "lora_bias": [True],
     "bias": ["all", "lora_only"],

@@ -79,10 +79,11 @@ def gradient_start(
     Raises:
         TypeError: batches that are no list, such as one array.
         ValueError: no LoRA layer, a merged one, an argument out of range, no batches; a layer whose
-            gradient is zero, not finite, or of a lower rank than its adapter; a kernel that is not
-            floating or shared, and would have to be corrected, or was by an earlier start; frames
-            for adapters without, or another method for adapters with `Frames(warmup=False)`; a zero
-            column of a kernel under DoRA. Nothing is changed then.
+            gradient is zero, not finite, or of a lower rank than its adapter beyond rounding (on
+            a GPU or TPU under `jax.default_matmul_precision("highest")` there is less of it); a
+            kernel that is not floating or shared, and would have to be corrected, or was by an
+            earlier start; frames for adapters without, or another method for adapters with
+            `Frames(warmup=False)`; a zero column of a kernel under DoRA. Nothing is changed then.
 
     Example:
         >>> import jax.numpy as jnp

@@ -10,8 +10,8 @@ With adapters in query and value alone LoRA with AdamW does not leave the loss o
 frequencies (0.61) in 600 steps, so this study adapts all linear maps, as `glue-sst2` does query and
 value. AltLoRA+ moves both factors in every step, as the guide advises.
 
-Cost: `peers` 2.2 minutes a run with --jobs 2 on two CPU cores (AMD EPYC), about 75 runs; `papers`
-80 minutes on two of 100 GFLOP/s each in single precision. Expect PoLoRA with the start ahead of
+Cost: `peers` 2.2 minutes a run with --jobs 2 on two CPU cores (AMD EPYC), 77 runs; `papers` 80
+minutes on two of 100 GFLOP/s each in single precision. Expect PoLoRA with the start ahead of
 AdamW, and of the papers' methods no difference from it out of the domain:
 docs/results/glue-cola.md.
 """

@@ -7,8 +7,9 @@ windows of 128 tokens, 150 steps; learning rates are chosen on 128 validation wi
 windows are only reported (64 in `papers`). Loss in nats a token, of a vocabulary of 512.
 
 Cost: `peers` an hour with --jobs 2 beside other work, `papers` 52 minutes, `rank-32` 45, `constant`
-11, `long` an hour, the attempts of the hunt 2 each. Expect PoLoRA and AdamW ahead with a start from
-the gradient in 150 steps and not in 1,500, SDS-LoRA beside AdamW: docs/results/lm.md.
+11, `long` an hour, `long-rank-32` 25, the attempts of the hunt 2 each. Expect PoLoRA and AdamW
+ahead with a start from the gradient in 150 steps and not in 1,500 at rank 8, SDS-LoRA beside AdamW:
+docs/results/lm.md.
 """
 
 from experiments.hunt import attempts

@@ -1,5 +1,6 @@
 """Figures of a study: loss curves, loss against learning rate, and loss by variant."""
 
+import itertools
 import math
 import statistics
 from collections.abc import Mapping, Sequence
@@ -8,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullLocator
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 from sklearn.isotonic import isotonic_regression
 
 from experiments.start import gradients_of
@@ -185,8 +186,8 @@ def _draw_finals(
 ) -> None:
     """Draws every seed's final loss as a dot and their mean as a bar, the best method on top."""
     ranked = by_loss(summaries)
-    means = [statistics.mean(_final(s)) for s in ranked if s.best]
-    limit = _limit(means)
+    finals = [_final(summary) for summary in ranked if summary.best]
+    limit = _limit(finals)
     for row, summary in enumerate(ranked):
         color = styles[summary.method]["color"]
         color = "0.5" if color == GREY else color
@@ -206,20 +207,29 @@ def _draw_finals(
         color = styles[summary.method]["color"]
         label.set_color("0.4" if color == GREY else color)
     axes.invert_yaxis()
-    if means:
-        axes.set_xlim(right=limit + 0.05 * (limit - min(means)))
+    if finals:
+        axes.set_xlim(right=limit + 0.05 * (limit - min(map(min, finals))))
+    axes.xaxis.set_major_locator(MaxNLocator(6))  # losses of close methods have many digits
     split = next((s.reported_split for s in ranked if s.best), "validation")
     axes.set(xlabel=f"final {split} loss")
     axes.set_title("Dots: seeds, bars: means, ▸ beyond, × diverged", fontsize=10)
     axes.grid(alpha=0.2)
 
 
-def _limit(means: Sequence[float]) -> float:
-    """Where the axis of final losses ends, so that the worst do not squeeze the others."""
-    if not means:
+def _limit(finals: Sequence[Sequence[float]]) -> float:
+    """Where the axis of final losses ends, so that the worst do not squeeze the others.
+
+    Methods far behind the middle one are beyond, with all their seeds, and so is a seed that is
+    farther from the methods that are shown than these from each other.
+    """
+    if not finals:
         return 1.0
+    means = [statistics.mean(losses) for losses in finals]
     best, middle = min(means), statistics.median(means)
-    return max([mean for mean in means if mean <= middle + 4 * (middle - best)])
+    shown = [mean <= middle + 4 * (middle - best) for mean in means]
+    last = max(itertools.compress(means, shown))
+    worst = max(map(max, itertools.compress(finals, shown)))
+    return min(worst, 2 * last - best) if last > best else worst
 
 
 def _row_name(summary: MethodSummary) -> str:

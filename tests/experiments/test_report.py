@@ -8,7 +8,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from experiments.errors import ExperimentError
-from experiments.figures import draw_variant
+from experiments.figures import _limit, draw_variant
 from experiments.headline import claim, compare, headline_table
 from experiments.hunt import ATTEMPTS, attempts, hunt_table
 from experiments.methods import get_method
@@ -302,6 +302,20 @@ def test_figure_is_a_readable_png(results, tmp_path):
     pixels = imread(path)
     assert pixels.shape[1] > 1000
     assert pixels[..., :3].std() > 0.05
+
+
+@pytest.mark.parametrize(
+    ("finals", "limit"),
+    [
+        ([[1.0, 1.2], [1.9, 2.3]], 2.3),  # of two close methods every seed is seen
+        ([[1.0, 1.2], [1.9, 2.3], [30.0, 31.0]], 2.3),
+        ([[1.0, 1.2], [1.9, 1.9, 10.0, 1.8]], 6.7),  # a seed that broke down is beyond
+        ([[1.0, 3.0]], 3.0),
+        ([], 1.0),
+    ],
+)
+def test_the_axis_of_final_losses_shows_all_seeds_but_those_far_behind(finals, limit):
+    assert _limit(finals) == pytest.approx(limit)
 
 
 @pytest.fixture(scope="module")

@@ -255,7 +255,7 @@ def test_a_record_is_gone_on_with_only_where_that_is_asked_for(tmp_path, monkeyp
     assert "has another device (TPU v0)" in shown(invoke("--out", out, "--quick", "--resume"))
     assert "parts are: update" in shown(invoke("--out", out, "--quick", "--part", "all"))
     out.write_text('{"calls": [')
-    assert "record.json is not JSON" in shown(invoke("--out", out, "--quick", "--resume"))
+    assert "is not JSON" in shown(invoke("--out", out, "--quick", "--resume"))
     out.write_text("{}")
     assert "is no record of this benchmark" in shown(invoke("--out", out, "--quick", "--resume"))
 

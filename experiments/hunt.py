@@ -2,10 +2,12 @@
 
 An attempt changes a few options of `polora-start`, or leaves one of its parts out, or changes what
 it is compared with, AdamW and LoRA+; its learning rates are swept again. It is a variant `hunt-…`
-of a study; `docs/results/hunt.md` has a row for each.
+of a study, or `long-hunt-…` where it is compared with the variant `long`; `docs/results/hunt.md`
+has a row for each.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from experiments.headline import RECOMMENDED
@@ -23,8 +25,8 @@ from experiments.tables import NOTHING, markdown, spread, times, verdict
 PREFIX = "hunt-"
 ABLATED = "polora-ablated-start"
 REFERENCE = "peers"
-"""How the variant begins that an attempt is compared with: it has AdamW and the unchanged method.
-Of several the first one counts."""
+"""How the variant begins that an attempt is compared with, unless it names another: it has AdamW
+and the unchanged method. Of several the first one counts."""
 
 
 class Attempt(NamedTuple):
@@ -75,21 +77,28 @@ ATTEMPTS = {
 
 
 def attempts(
-    rates: Mapping[str, tuple[float, ...]], reference: Mapping[str, Any] | None = None
+    rates: Mapping[str, tuple[float, ...]],
+    reference: Mapping[str, Any] | None = None,
+    *,
+    named: str = "",
+    names: Collection[str] = tuple(ATTEMPTS),
 ) -> dict[str, dict[str, Any]]:
-    """Makes the variants of all attempts.
+    """Makes the variants of attempts.
 
     Args:
         rates: The learning rates with which a sweep begins, by the unchanged method.
         reference: What the variant that they are compared with changes in the study.
+        named: That variant's name, where it is not the first one of the peers.
+        names: Which attempts; all unless given.
     """
+    prefix = f"{named}-{PREFIX}" if named else PREFIX
     return {
-        f"{PREFIX}{name}": {
+        f"{prefix}{name}": {
             **(reference or {}),
-            "learning_rates": {attempt.method: rates[_unchanged(attempt)]},
-            f"method_options.{attempt.method}": dict(attempt.options),
+            "learning_rates": {ATTEMPTS[name].method: rates[_unchanged(ATTEMPTS[name])]},
+            f"method_options.{ATTEMPTS[name].method}": dict(ATTEMPTS[name].options),
         }
-        for name, attempt in ATTEMPTS.items()
+        for name in names
     }
 
 
@@ -100,7 +109,12 @@ def _unchanged(attempt: Attempt) -> str:
 
 def is_attempt(variant: str) -> bool:
     """Says whether a variant of a study is an attempt."""
-    return variant.startswith(PREFIX)
+    return variant.startswith(PREFIX) or f"-{PREFIX}" in variant
+
+
+def _reference_of(variant: str) -> str:
+    """The name that an attempt's variant gives to what it is compared with; empty if none."""
+    return variant.partition(PREFIX)[0].removesuffix("-")
 
 
 def hunt_table(studies: Mapping[str, Sequence[Variant]]) -> str:
@@ -120,10 +134,19 @@ def hunt_table(studies: Mapping[str, Sequence[Variant]]) -> str:
 
 def _rows(study: str, variants: Sequence[Variant]) -> Iterator[list[str]]:
     by_name = {variant.name: variant.summaries for variant in variants}
-    tried = [name for name in by_name if is_attempt(name)]
-    if not tried:
-        return
-    reference = next((by_name[name] for name in by_name if name.startswith(REFERENCE)), [])
+    tried = sorted(filter(is_attempt, by_name), key=_reference_of)
+    for named, variants_tried in groupby(tried, _reference_of):
+        peers = next((name for name in by_name if name.startswith(REFERENCE)), REFERENCE)
+        reference = by_name.get(named or peers, [])
+        label = f"{study}:{named}" if named else study
+        yield from _compared(label, reference, {name: by_name[name] for name in variants_tried})
+
+
+def _compared(
+    label: str,
+    reference: Sequence[MethodSummary],
+    tried: Mapping[str, Sequence[MethodSummary]],
+) -> Iterator[list[str]]:
     baseline = tuned_baseline(reference)
     unchanged = {summary.method: summary for summary in reference if summary.best}
     if baseline is None or RECOMMENDED not in unchanged:
@@ -132,17 +155,17 @@ def _rows(study: str, variants: Sequence[Variant]) -> Iterator[list[str]]:
 
     def row(change: str, summary: MethodSummary, before: MethodSummary | None) -> list[str]:
         if not summary.best:
-            return [study, change, NOTHING, "none finished", *[NOTHING] * 3]
+            return [label, change, NOTHING, "none finished", *[NOTHING] * 3]
         rate = f"{summary.best[0].config.learning_rate:g}" + "*" * summary.at_edge
         steps, loss = times(speedup(summary, goal)), spread(summary.losses(split))
         differences = [
             verdict(difference(summary.losses(name), before.losses(name))) if before else NOTHING
             for name in (split, "validation")
         ]
-        return [study, change, rate, steps, loss, *differences]
+        return [label, change, rate, steps, loss, *differences]
 
     yield row("none", unchanged[RECOMMENDED], None)
-    for name in tried:
-        attempt = ATTEMPTS[name.removeprefix(PREFIX)]
-        for summary in by_name[name]:
+    for name, summaries in tried.items():
+        attempt = ATTEMPTS[name.rpartition(PREFIX)[2]]
+        for summary in summaries:
             yield row(attempt.change, summary, unchanged.get(_unchanged(attempt)))

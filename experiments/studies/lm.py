@@ -7,15 +7,17 @@ windows of 128 tokens, 150 steps; learning rates are chosen on 128 validation wi
 windows are only reported (64 in `papers`). Loss in nats a token, of a vocabulary of 512.
 
 Cost: `peers` an hour with --jobs 2 beside other work, `papers` 52 minutes, `rank-32` 45, `constant`
-11, `long` an hour, `long-rank-32` 25, the attempts of the hunt 2 each. Expect PoLoRA and AdamW
-ahead with a start from the gradient in 150 steps and not in 1,500 at rank 8, SDS-LoRA beside AdamW:
-docs/results/lm.md.
+11, `long` an hour, `long-rank-32` 25, the attempts of the hunt 2 each, of `long-hunt` 12. Expect
+PoLoRA and AdamW ahead with a start from the gradient in 150 steps and not in 1,500 at rank 8,
+SDS-LoRA beside AdamW: docs/results/lm.md.
 """
 
 from experiments.hunt import attempts
 from experiments.peers import around, highlights, others, peers
 from experiments.schema import Plan
 from experiments.study import Study
+
+LONG = {"plan.steps": 1500, "plan.eval_every": 50}
 
 ADAM = (1e-3, 3e-3, 1e-2, 3e-2, 0.1)
 STEP = (0.01, 0.03, 0.1, 0.3, 1.0)
@@ -52,13 +54,11 @@ STUDY = Study(
             "learning_rates": peers(adamw=3e-3, polora=0.1),
         },
         "long": {
-            "plan.steps": 1500,
-            "plan.eval_every": 50,
+            **LONG,
             "learning_rates": highlights(adamw=3e-3, polora=0.1, count=3),
         },
         "long-rank-32": {
-            "plan.steps": 1500,
-            "plan.eval_every": 50,
+            **LONG,
             "task_options.rank": 32,
             "task_options.alpha": 64.0,
             "learning_rates": {"adamw": around(3e-3, 3), "polora-start": around(0.1, 3)},
@@ -73,6 +73,12 @@ STUDY = Study(
             "learning_rates": PAPERS,
         },
         **attempts(peers(adamw=1e-2, polora=0.1, count=3)),
+        **attempts(
+            highlights(adamw=3e-3, polora=0.1, count=3),
+            LONG,
+            named="long",
+            names=("shorter-momentum", "longer-momentum", "larger-start"),
+        ),
     },
 )
 

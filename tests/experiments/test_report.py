@@ -222,6 +222,21 @@ def test_the_hunt_compares_with_the_first_variant_of_the_peers(curves):
     assert found == hunt_table({"digits": [peers, attempt]})
 
 
+def test_an_attempt_is_compared_with_the_variant_that_it_names(curves):
+    peers, attempt = hunted(curves, 0.2, 0.3)
+    long = Variant("long", peers.study, curves)
+    near = Variant("long-rank-32", peers.study, curves[:1])
+    named = Variant("long-hunt-shorter-momentum", attempt.study, attempt.results)
+    found = hunt_table({"lm": [near, peers, attempt, long, named]}).splitlines()
+    assert [row.split(" | ")[0] for row in found[2:]] == ["| lm"] * 2 + ["| lm:long"] * 2
+    assert [row.split(" | ")[1:] for row in found[2:4]] == [
+        row.split(" | ")[1:] for row in found[4:]
+    ]
+    assert hunt_table({"lm": [near, peers, named]}) == ""
+    lm = expand(load_study("lm").study, {}, ["long", "long-hunt-shorter-momentum"])
+    assert lm["long-hunt-shorter-momentum"].plan == lm["long"].plan
+
+
 def test_attempts_change_what_their_reference_changes():
     rates = peers(adamw=1e-2, polora=0.3)
     variant = attempts(rates, {"task_options.rank": 4})["hunt-no-momentum"]
@@ -234,6 +249,7 @@ def test_attempts_are_no_comparisons_and_have_a_page_of_their_own(curves):
     of_adamw = variants[0].study.model_copy(update={"learning_rates": {"adamw": (1e-3,)}})
     variants.append(Variant("hunt-adamw-b2-99", of_adamw, curves[:3]))
     assert "hunt" not in index_block({"digits": variants})
+    variants.append(Variant("long-hunt-adamw-b2-99", of_adamw, curves[:3]))
     file = load_study("digits")
     assert "hunt" not in study_page(file, variants)
 

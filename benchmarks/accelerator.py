@@ -18,15 +18,11 @@ is set where nothing is: the CPU is needed too. ``--quick`` is small enough for 
 """
 
 import functools
-import importlib.util
 import itertools
-import json
 import pathlib
-import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
-from types import MappingProxyType
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from collections.abc import Callable, Iterable
+from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
@@ -34,29 +30,15 @@ import numpy as np
 import typer
 
 from benchmarks import train_step, update_step
-from benchmarks.timing import (
-    BesideAdamW,
-    Item,
-    LeftOutError,
-    Part,
-    Record,
-    environment,
-    jax_option,
-    programs_kept,
-    use_accelerator,
-)
+from benchmarks.devices import programs_kept, use_accelerator
+from benchmarks.record import Item, Part, Record, environment
+from benchmarks.sizes import FULL, QUICK, Call
+from benchmarks.timing import BesideAdamW
+from benchmarks.tune import tune, why_not_tuned
 from lowrank_optax import find_pairs, nn
-
-if TYPE_CHECKING:  # these need packages that the other parts can do without
-    from experiments.schema import RunResult
-    from experiments.tasks.books import Books, BooksOptions
-    from experiments.trainer import Trainer
 
 CHECKED = [name for name in train_step.METHODS if "," not in name]
 FIRST = ("adamw", "polora", "polora two-sided", "altlora_plus")
-TUNED = ("adamw", "polora-start", "altlora-plus-simultaneous")
-NEAREST_FIRST = (2, 1, 3, 0, 4)
-SEED = 0
 TOLERANCE = 3e-3
 """Of the largest move of a ΔK: both devices compute in float32, in another order. When the inputs
 change by a unit of rounding, AltLoRA's steps change by 2e-4, the others' by less."""
@@ -67,66 +49,10 @@ SHARES = {"correct": 0.25, "update": 0.2, "step": 0.15, "tune": 0.4}
 IN_TIME = 0.95
 """Of the time; the rest is for what still runs then."""
 
-FIRST_S = {"stacked": 5.0, "separate": 20.0, "run": 30.0}
-"""Seconds that the first of its kind may take: most of them compiling."""
+FIRST_S = {"stacked": 5.0, "separate": 20.0}
+"""Seconds that the first of its layout may take: most of them compiling."""
 
-NEEDED = ("datasets", "pydantic", "safetensors", "tokenizers")
 TIMES = ("median_ms", "ratio")
-
-
-class Sizes(NamedTuple):
-    """How large the parts are."""
-
-    width: float = 1.0
-    rank: int = 16
-    layers: int = 4
-    tokens: int = 8192
-    steps: int = 20
-    updates: int = 100
-    calls: int = 5
-    pretrain_s: float = 60.0
-    pretrain_steps: int = 1500
-    decoder: Mapping[str, Any] = MappingProxyType(
-        {"width": 512, "depth": 8, "head_width": 64, "batch_size": 64, "length": 256}
-    )
-    tune_steps: int = 200
-    length: int = 384
-    batch_size: int = 16
-    eval_limit: int = 256
-
-
-FULL = Sizes()
-QUICK = Sizes(
-    width=1 / 128,
-    rank=2,
-    layers=2,
-    tokens=32,
-    steps=2,
-    updates=2,
-    calls=2,
-    pretrain_s=2.0,
-    pretrain_steps=20,
-    decoder={"width": 32, "depth": 1, "head_width": 8, "vocabulary": 300}
-    | {"batch_size": 2, "length": 16, "eval_limit": 4},
-    tune_steps=2,
-    length=1024,  # few tokens make long texts
-    batch_size=2,
-    eval_limit=2,
-)
-
-
-class Call(NamedTuple):
-    """What a part is given: the sizes, the data, where the decoder is or will be, and the end."""
-
-    sizes: Sizes
-    data_dir: pathlib.Path | None
-    decoder: pathlib.Path
-    end: float
-
-    def require_time(self, done: int, total: int) -> None:
-        """Stops a training, which may be slower than was expected, when all time is over."""
-        if time.monotonic() > self.end:
-            raise LeftOutError(f"the time was over after {done} of {total} steps")
 
 
 def in_order(names: Iterable[str]) -> list[str]:
@@ -220,144 +146,12 @@ def time_training(call: Call) -> Part:
     return Part(shape | {"dtype": "bfloat16"}, items, TIMES)
 
 
-def tune(call: Call) -> Part:
-    """Pretrains a decoder, then adapts it to GSM8K, every method at the rate of its rule first."""
-    from experiments.schema import Plan
-    from experiments.tasks.books import BooksOptions
-    from experiments.tasks.gsm8k import GSM8K, GSM8KOptions
-
-    sizes, decoder = call.sizes, BooksOptions(**call.sizes.decoder)
-    options = GSM8KOptions(
-        model=str(call.decoder.absolute()),
-        max_length=sizes.length,
-        batch_size=sizes.batch_size,
-        eval_limit=sizes.eval_limit,
-        dtype="float32",
-    )
-    every = max(1, sizes.tune_steps // 10)
-    plan = Plan(steps=sizes.tune_steps, eval_every=every, head_learning_rate=1e-3)
-    task = functools.cache(lambda: GSM8K(options, call.data_dir))
-    trainer = functools.cache(lambda method: make_trainer(task(), method, plan))
-
-    def adapt(method: str, rate: float) -> dict[str, Any]:
-        if not call.decoder.is_dir():
-            raise LeftOutError(
-                f"{call.decoder}, the decoder, is not there (any more): another --out makes one"
-            )
-        run = trainer(method).run(rate, SEED, call.require_time).result
-        if run.status == "failed":
-            raise RuntimeError(run.error)
-        return kept_of(run)
-
-    rates = {method: rates_around_rule(method, decoder, options.rank) for method in TUNED}
-    make = functools.partial(pretrained, call, decoder)
-    items = [Item("decoder", make, "decoder", sizes.pretrain_s)]
-    for at, method in itertools.product(NEAREST_FIRST, TUNED):
-        kind = "first run" if at == NEAREST_FIRST[0] else "run"
-        find = functools.partial(adapt, method, rates[method][at])
-        items.append(Item(f"{method}, {rates[method][at]:g}", find, kind, FIRST_S["run"]))
-    content = {
-        "note": "not a comparison: one seed",
-        "seed": SEED,
-        "rates_by_rule": {method: found[NEAREST_FIRST[0]] for method, found in rates.items()},
-        "matmul_precision": jax_option("jax_default_matmul_precision") or "default",
-    }
-    return Part(content, items, ("status", "loss", "steps_done", "median_step_seconds"))
-
-
-def pretrained(call: Call, options: "BooksOptions") -> dict[str, Any]:
-    """Pretrains the decoder unless it is there, in about `pretrain_s` with the host's work."""
-    from experiments.decoder import RECORD_FILE, make_decoder
-    from experiments.errors import ExperimentError
-    from experiments.schema import RunResult
-    from experiments.tasks.books import Books
-
-    if not call.decoder.is_dir():
-        end, on_step = time.monotonic() + call.sizes.pretrain_s, call.require_time
-        books, rate = Books(options, call.data_dir), 0.4 / options.width
-        steps = steps_until(end, books, rate, call.sizes)
-        make_decoder(books, call.decoder, steps=steps, learning_rate=rate, on_step=on_step)
-    run = RunResult.model_validate_json((call.decoder / RECORD_FILE).read_text())
-    if run.config.task_options != options.model_dump(mode="json"):
-        raise ExperimentError(f"{call.decoder} is of other sizes: pass another --out")
-    return kept_of(run)
-
-
-def kept_of(run: "RunResult") -> dict[str, Any]:
-    """Returns what a record keeps of a run, by way of text, in which infinities survive."""
-    stored = json.loads(run.model_dump_json(exclude={"environment", "error"}))
-    return {"loss": run.final["validation"].loss, **stored}
-
-
-def steps_until(end: float, task: "Books", rate: float, sizes: Sizes) -> int:
-    """Measures how many steps of the pretraining fit; most often all that are wanted.
-
-    The plan is that of `make_decoder` for all of them, whose program is then compiled already; for
-    fewer it is compiled anew.
-    """
-    from experiments.schema import Plan
-    from experiments.trainer import Trainer
-
-    wanted = sizes.pretrain_steps
-    plan = Plan(steps=wanted, eval_every=wanted, head_learning_rate=rate)
-    clock = Trainer(task, "full-adamw", plan).stopwatch()
-    times = [next(clock) for _ in range(6)]
-    # A fifth is for the scores; and however slow the host was, a decoder needs some steps.
-    left = max(0.8 * (end - time.monotonic()), 0.2 * sizes.pretrain_s)
-    return max(1, min(wanted, int(left / statistics.median(times[1:]))))
-
-
-def make_trainer(task: Any, method: str, plan: Any) -> "Trainer":
-    """Makes a trainer that computes a start from the gradient once, and not for every rate."""
-    from experiments.trainer import Trainer
-
-    trainer = Trainer(task, method, plan)
-    trainer.build_model = functools.cache(trainer.build_model)  # type: ignore[method-assign]
-    return trainer
-
-
-def rates_around_rule(method: str, decoder: "BooksOptions", rank: int) -> list[float]:
-    """Returns five learning rates, a factor of three apart, around that of the method's rule.
-
-    Args:
-        method: Name of the method.
-        decoder: Sizes of the decoder, all of whose linear maps are adapted.
-        rank: r of the adapters.
-    """
-    from experiments.rules import RULES, Layers
-
-    width, mlp_width = decoder.width, decoder.shape.mlp_width
-    mean = (4 * width + 3 * (width * mlp_width) ** 0.5) / 7
-    middle = RULES[method].rate(Layers(7 * decoder.depth, mean), rank)
-    return [float(f"{middle * 3.0**power:.2g}") for power in range(-2, 3)]
-
-
 PARTS: dict[str, Callable[[Call], Part]] = {
     "correct": check,
     "update": time_updates,
     "step": time_training,
     "tune": tune,
 }
-
-
-def why_not_tuned(call: Call) -> str:
-    """Says what "tune" lacks, before anything that takes long."""
-    missing = " ".join(name for name in NEEDED if importlib.util.find_spec(name) is None)
-    if missing:
-        return f"packages are missing: pip install {missing} (without internet, from their wheels)"
-    try:
-        from experiments.schema import current_environment
-        from experiments.tasks.books import SOURCES, TEXT_FILE
-        from experiments.tasks.gsm8k import DATA
-        from experiments.tasks.windows import require_file
-
-        require_file("books", call.data_dir, TEXT_FILE, SOURCES)
-        DATA.load(call.data_dir)
-        current_environment()  # every run's record has it
-        tune(call)
-    except Exception as error:
-        return f"{type(error).__name__}: {error}"
-    return ""
 
 
 def main(

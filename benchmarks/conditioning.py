@@ -32,7 +32,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.timing import write_record
+from benchmarks.record import write_record
 from experiments.tasks.conditioning import N_IN, SCALE, Kind, Problem, make_problem
 from lowrank_optax import FramedPair, LoRAPair, frame, nn, sds_lora
 

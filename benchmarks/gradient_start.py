@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import write_record
+from benchmarks.record import write_record
 from lowrank_optax import LoRAPair, nn
 
 

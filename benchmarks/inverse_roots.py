@@ -26,7 +26,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import Runner, time_in_turn, times_beside, write_record
+from benchmarks.record import write_record
+from benchmarks.timing import Runner, time_in_turn, times_beside
 from lowrank_optax import engine
 
 DELTA = 1e-4

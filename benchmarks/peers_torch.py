@@ -25,7 +25,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import WARM_UP, write_record
+from benchmarks.record import write_record
+from benchmarks.timing import WARM_UP
 from benchmarks.update_step import LLAMA_3_8B, N_LAYERS, make_params, make_runner
 from lowrank_optax import lora_rite, scaled_adamw
 

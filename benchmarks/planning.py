@@ -27,7 +27,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.timing import write_record
+from benchmarks.record import write_record
 from lowrank_optax import LoRAPair, altlora_plus, frame, nn, oplora, sds_lora, shadow, sharding
 from tests import collectives
 

@@ -22,7 +22,8 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from benchmarks.timing import Runner, megabytes, time_in_turn, times_beside, write_record
+from benchmarks.record import write_record
+from benchmarks.timing import Runner, megabytes, time_in_turn, times_beside
 from lowrank_optax import (
     LoRAPair,
     altlora,

@@ -12,20 +12,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from benchmarks import accelerator, timing, train_step
-from benchmarks.accelerator import (
-    FIRST,
-    FULL,
-    QUICK,
-    TOLERANCE,
-    Call,
-    difference_of_devices,
-    products,
-    rates_around_rule,
-)
-from benchmarks.timing import Item, Part, Record
+from benchmarks import accelerator, devices, train_step, tune
+from benchmarks.accelerator import FIRST, TOLERANCE, difference_of_devices, products
+from benchmarks.record import Item, Part, Record
+from benchmarks.sizes import FULL, QUICK, Call
+from benchmarks.tune import rates_around_rule
 from experiments.tasks.books import BooksOptions
-from lowrank_optax import FramedPair
+from lowrank_optax import FramedPair, nn
 from tests.experiments.tiny_data import write_books, write_gsm8k
 
 
@@ -141,12 +134,12 @@ def data(tmp_path):
 
 def test_a_decoder_is_pretrained_and_tuned(data, monkeypatch):
     """One method: both of its runs have the start of one gradient; a failed run has no loss."""
-    starts, start = [], accelerator.nn.gradient_start
+    starts, start = [], nn.gradient_start
     count = lambda *arguments, **options: (starts.append(1), start(*arguments, **options))
     monkeypatch.setattr("experiments.trainer.nn.gradient_start", count)
     monkeypatch.setattr(accelerator, "QUICK", QUICK._replace(length=32))
-    monkeypatch.setattr(accelerator, "TUNED", ("polora-start",))
-    monkeypatch.setattr(accelerator, "NEAREST_FIRST", (2, 1))
+    monkeypatch.setattr(tune, "TUNED", ("polora-start",))
+    monkeypatch.setattr(tune, "NEAREST_FIRST", (2, 1))
     out = data / "record.json"
     command = ["--quick", "--part", "tune", "--data-dir", data, "--out", out]
     assert invoke(*command).exit_code == 0
@@ -163,7 +156,7 @@ def test_a_decoder_is_pretrained_and_tuned(data, monkeypatch):
     assert len(starts) == 1
 
     # Another run needs the decoder of the first ones, which lies beside the record.
-    monkeypatch.setattr(accelerator, "NEAREST_FIRST", (2, 1, 3))
+    monkeypatch.setattr(tune, "NEAREST_FIRST", (2, 1, 3))
     (data / "record.decoder").rename(data / "away")
     assert "is not there (any more)" in invoke(*command, "--resume").output
     (data / "away").rename(data / "record.decoder")
@@ -209,7 +202,7 @@ def test_the_script_begins_without_what_experiments_need():
 
 
 def test_the_cpu_alone_is_no_accelerator(tmp_path, monkeypatch):
-    monkeypatch.setattr(timing, "jax_option", lambda name: "cpu")
+    monkeypatch.setattr(devices, "jax_option", lambda name: "cpu")
     result = invoke("--out", tmp_path / "record.json")
     assert result.exit_code == 2
     assert "it finds the CPU alone" in shown(result)
@@ -287,7 +280,7 @@ def test_one_row_that_fails_is_no_end(tmp_path, monkeypatch, error):
 
 def test_rows_are_on_the_disk_before_the_next_begins_and_end_in_time(tmp_path, monkeypatch):
     now, seen, out = [0.0], [], tmp_path / "record.json"
-    monkeypatch.setattr(timing.time, "monotonic", lambda: now[0])
+    monkeypatch.setattr("benchmarks.record.time.monotonic", lambda: now[0])
 
     def takes(seconds):
         def find():

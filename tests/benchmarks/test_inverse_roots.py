@@ -12,7 +12,7 @@ from benchmarks.inverse_roots import (
     largest_error,
     measure,
 )
-from benchmarks.timing import QUIET
+from benchmarks.record import QUIET
 
 
 @pytest.mark.parametrize("kind", ["partner", "polar"])

@@ -1,5 +1,6 @@
 """Small configurations and made-up results that several tests use."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from experiments.schema import (
@@ -65,3 +66,16 @@ def make_result(
         best=end,
         final={"validation": scores, "test": scores},
     )
+
+
+def _curve_of(losses: Sequence[float], every: int = 10) -> list[CurvePoint]:
+    points = enumerate(losses)
+    return [
+        CurvePoint(step=every * i, seconds=0.0, validation=Scores(loss=loss)) for i, loss in points
+    ]
+
+
+def with_curve(*losses: float, **changes: Any) -> RunResult:
+    """Returns a result with these losses at steps 0, 10, …"""
+    result = make_result(loss=losses[-1], **changes)
+    return result.model_copy(update={"curve": _curve_of(losses)})

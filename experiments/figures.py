@@ -18,16 +18,25 @@ from experiments.tables import probed
 from lowrank_optax import plots
 
 BLACK, GREY = "black", "0.75"
-COLORS = ["tab:orange", "tab:blue", "tab:green", "tab:red", "tab:purple"]
-"""Of the highlighted methods, the best first; the baseline is black."""
+OWN_COLORS = {
+    "polora-start": "tab:blue",
+    "polora": "tab:green",
+    "full-adamw": "tab:orange",
+    "adamw-start": "tab:red",
+}
+"""Of the methods that most figures show; the baseline is black."""
+
+COLORS = ["tab:purple", "tab:cyan", "tab:olive", "tab:pink", "tab:brown"]
+"""Of other highlighted methods, the best first."""
 
 
 def looks(summaries: Sequence[MethodSummary]) -> dict[str, dict[str, Any]]:
     """Returns how each method is drawn: the baseline black, the five best colored, others grey."""
     baseline = tuned_baseline(summaries)
     name = baseline.method if baseline else None
-    ranked = [s.method for s in by_loss(summaries) if s.best and s.method != name]
-    colored = dict(zip(ranked, COLORS, strict=False))
+    ranked = [s.method for s in by_loss(summaries) if s.best and s.method != name][: len(COLORS)]
+    colored = {method: OWN_COLORS[method] for method in ranked if method in OWN_COLORS}
+    colored |= zip((method for method in ranked if method not in colored), COLORS, strict=False)
     if name:
         colored[name] = BLACK
     return {

@@ -10,7 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullLocator
 
-from experiments.figures import BLACK, COLORS, GREY, save
+from experiments.figures import BLACK, COLORS, GREY, OWN_COLORS, save
 from experiments.headline import RECOMMENDED, SHOWN, Comparison
 from experiments.peers import TUNED_ADAMW
 from experiments.rules import Trial
@@ -32,7 +32,8 @@ def draw_speedups(comparisons: Sequence[Comparison], title: str, path: Path) -> 
     figure.suptitle(title)
     axes.axvline(1.0, color=BLACK, lw=1)
     axes.text(1.0, -0.9, " AdamW", color=BLACK, fontsize=8)
-    for place, (method, color) in enumerate(zip(SHOWN, COLORS, strict=False)):
+    for place, method in enumerate(SHOWN):
+        color = OWN_COLORS[method]
         for row, comparison in enumerate(comparisons):
             found = comparison.speedups.get(method)
             height = row + 0.16 * (place - (len(SHOWN) - 1) / 2)
@@ -69,7 +70,8 @@ def draw_stability(found: Mapping[str, Sequence[Range]], title: str, path: Path)
     axes = figure.subplots()
     figure.suptitle(title)
     for row, (method, each) in enumerate(found.items()):
-        color = BLACK if method in TUNED_ADAMW else COLORS[1] if "polora" in method else "0.5"
+        color = OWN_COLORS[RECOMMENDED] if "polora" in method else "0.5"
+        color = BLACK if method in TUNED_ADAMW else color
         closed = [one.decades for one in each if not one.is_open]
         opened = [one.decades for one in each if one.is_open]
         axes.plot(closed, [row] * len(closed), "o", markersize=4, alpha=0.6, color=color)
@@ -100,12 +102,11 @@ def draw_rules(found: Sequence[Trial], title: str, path: Path) -> None:
     ends = np.array([min(rates) / 1.5, max(rates) * 1.5])
     axes.plot(ends, ends, color=BLACK, lw=1)
     axes.fill_between(ends, ends / 3, ends * 3, color=GREY, alpha=0.35, lw=0)
-    markers = "osD^v<>pPX*h"
-    for (method, marker), color in zip(
-        zip(dict.fromkeys(trial.method for trial in found), markers, strict=False),
-        itertools.cycle([BLACK, *COLORS]),
-        strict=False,
-    ):
+    others, markers = itertools.cycle(COLORS), "osD^v<>pPX*h"
+    methods = dict.fromkeys(trial.method for trial in found)
+    own = {"adamw": BLACK, **OWN_COLORS}
+    for method, marker in zip(methods, markers, strict=False):
+        color = own[method] if method in own else next(others)
         for is_fitted in (True, False):
             some = [t for t in found if t.method == method and t.is_fitted == is_fitted]
             axes.plot(
@@ -156,8 +157,8 @@ def draw_scaling(found: Series, title: str, path: Path) -> None:
 
 def _draw_speedups_along(axes: Axes, points: Sequence[Point]) -> None:
     axes.axhline(1.0, color=BLACK, lw=1)
-    for name, color in zip(GROWING, COLORS, strict=False):
-        line = []
+    for name in GROWING:
+        color, line = OWN_COLORS[name], []
         for value, comparison in points:
             speedup = comparison.speedups.get(name)
             if speedup is None:
@@ -183,5 +184,5 @@ def _draw_losses_along(axes: Axes, points: Sequence[Point]) -> None:
         fmt="o-",
         markersize=4,
         capsize=3,
-        color=COLORS[0],
+        color=OWN_COLORS[RECOMMENDED],
     )

@@ -8,7 +8,7 @@ from matplotlib.image import imread
 from rich.console import Console
 
 from experiments.errors import ExperimentError
-from experiments.figures import _limit, draw_variant
+from experiments.figures import OWN_COLORS, _limit, draw_variant, looks
 from experiments.headline import claim, compare, headline_table
 from experiments.report import (
     Variant,
@@ -188,6 +188,20 @@ def test_the_index_leaves_out_what_adamw_was_not_to_run_beside(results):
     block = index_block({"one": [Variant("", beside, results), Variant("other", alone, results)]})
     assert "[one](one.md) | 0.41 ± 0.014 (adamw) |  |  | altlora |" in block
     assert "other" not in block
+
+
+def test_a_method_has_one_color_in_all_figures_and_no_two_share_one():
+    best_first = ["lora-rite", "polora-start", "reflora", "polora", "full-adamw", "lora-muon"]
+    runs = [make_result(method=name, loss=0.1 * i) for i, name in enumerate(best_first)]
+    styles = looks(summarize([*runs, make_result(loss=9.0)]))
+    colors = {name: styles[name]["color"] for name in best_first}
+    assert styles["adamw"]["color"] == "black"
+    assert colors.pop("lora-muon") == "0.75"
+    assert len(set(colors.values())) == 5
+    for name in ("polora-start", "polora", "full-adamw"):
+        assert colors[name] == OWN_COLORS[name]
+    alone = looks(summarize([make_result(method="polora", loss=0.1), make_result(loss=9.0)]))
+    assert alone["polora"]["color"] == colors["polora"]
 
 
 def test_figure_is_a_readable_png(results, tmp_path):

@@ -109,7 +109,7 @@ def _unchanged(attempt: Attempt) -> str:
 
 def is_attempt(variant: str) -> bool:
     """Says whether a variant of a study is an attempt."""
-    return variant.startswith(PREFIX) or f"-{PREFIX}" in variant
+    return PREFIX in variant
 
 
 def _reference_of(variant: str) -> str:

@@ -295,7 +295,9 @@ def distance(tx, pair):
 excess = {}
 for iterations in tqdm([1, 2, 3, 4], desc="OPLoRA"):
     shadowed = lo.shadow(balanced, jax.random.key(3), iterations=iterations, momentum_rank=0)
-    tx = lo.oplora(rate, momentum=0.0, iterations=iterations, lmbd=0.0, scale=SCALE, damping=1e-9)
+    tx = lo.oplora(
+        rate, momentum=0.0, iterations=iterations, lmbd=0.0, scale=SCALE, solver_damping=1e-9
+    )
     excess[f"OPLoRA, k = {iterations}"] = distance(tx, shadowed)
 excess = {"no step": float(jnp.linalg.norm(product(balanced) - target)) / floor, **excess}
 

@@ -105,7 +105,7 @@ def test_the_optimizer_hands_its_own_numbers_to_the_backward_pass(kind):
 @pytest.mark.parametrize("iterations", [0, 1, 2])
 def test_the_projected_momentum_is_that_of_the_dense_gradient(iterations):
     """The first momentum is the gradient, at the factors that LoRSum gives, over their Grams."""
-    tx = oplora_proj(RATE, iterations=iterations, lmbd=0.0, damping=1e-14)
+    tx = oplora_proj(RATE, iterations=iterations, lmbd=0.0, solver_damping=1e-14)
     node = shadow(PAIR, KEY, iterations=max(iterations, 1) + 1, momentum_rank=0)
     loss = lambda node: jnp.mean((nn.lora_apply(X, node) - TARGET) ** 2)
     updates, state = tx.update(jax.grad(loss)(node), tx.init(node), node)

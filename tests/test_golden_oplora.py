@@ -90,7 +90,7 @@ def test_oplora_follows_the_released_code(name, begin):
         dampening=hp["dampening"],
         iterations=hp["iters"],
         lmbd=hp["lmbd"],
-        damping=RELEASED,
+        solver_damping=RELEASED,
     )
     steps = trajectory(tx, data, start(data, iterations=hp["iters"]))
     assert_follows(steps, data, {"a": "A", "b": "B", "m_a": "M_A", "m_b": "M_B"})
@@ -100,7 +100,11 @@ def test_oplora_follows_the_released_code(name, begin):
 def test_oplora_proj_follows_the_released_code(begin):
     data, hp = load(f"oplora_proj_k1_released_{begin}")
     tx = oplora_proj(
-        hp["lr"], hp["momentum"], iterations=hp["iters"], lmbd=hp["lmbd"], damping=RELEASED
+        hp["lr"],
+        hp["momentum"],
+        iterations=hp["iters"],
+        lmbd=hp["lmbd"],
+        solver_damping=RELEASED,
     )
     node = start(data, iterations=hp["iters"] + 1, momentum_rank=0)
     assert_follows(trajectory(tx, data, node), data, {"a": "A", "b": "B"})

@@ -16,9 +16,10 @@ Deviations from the released code (zeligism/PSI-LoRA, 9cb3fa6), each held by a t
   Without momentum that is preconditioned LoRA.
 - The scale s is applied; the code assumes 1.
 - The code adds 1e-6 to λ inside inversions only, which shrinks the result. Where b = 0 and η = 0,
-  as at the start of a warm-up, it takes a to zero in one step. Here `damping` is 0 by default, and
-  steps are computed as changes, which the floor of `engine.damped_inverse` cannot shrink. The
-  momentum needs the shrinking. Its λ is at least ten times the damping, so it survives η = 0.
+  as at the start of a warm-up, it takes a to zero in one step. Here `solver_damping` is 0 by
+  default, and steps are computed as changes, which the floor of `engine.damped_inverse` cannot
+  shrink. The momentum needs the shrinking. Its λ is at least ten times the damping, so it survives
+  η = 0.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ def oplora(
     iterations: int = 1,
     lmbd: Any = 1e-2,
     scale: Any = 1.0,
-    damping: Any = 0.0,
+    solver_damping: Any = 0.0,
     momentum_damping: Any = 1e-6,
     fallback: optax.GradientTransformation | None = None,
     specs: Any = None,
@@ -67,7 +68,8 @@ def oplora(
         lmbd: $\ell$; the ridge and proximal weight of LoRSum is $\lambda = \eta \ell$.
         scale: the forward scale s: a number, a callable from a pair's path, or a tree. Under
             `optax.inject_hyperparams` wrap a callable by `scales_from`.
-        damping: added to $\lambda$ inside inversions only, not negative; it shrinks the factors.
+        solver_damping: added to $\lambda$ inside inversions only, not negative; it shrinks the
+            factors.
         momentum_damping: the same for the momentum, positive; without it the momentum degrades.
         fallback: transformation of unpaired leaves; AdamW at the same rate by default, with a
             warning, for it is too high.
@@ -97,7 +99,7 @@ def oplora(
     """
     check_settings(iterations, lmbd)
     engine.check_decay("momentum", momentum)
-    engine.check("damping", damping, lambda v: v >= 0, "must not be negative")
+    engine.check("solver_damping", solver_damping, lambda v: v >= 0, "must not be negative")
     engine.check("dampening", dampening, lambda v: 0 <= v < 1, "must lie in [0, 1)")
     engine.check_positive("momentum_damping", momentum_damping)
 
@@ -112,7 +114,7 @@ def oplora(
                 momentum=-length * momentum,
                 gradient=-length * (1 - dampening),
                 ridge=ridge,
-                damping=damping,
+                damping=solver_damping,
             )
 
         def new_momentum(pair: ShadowedPair, basis: krylov.Basis) -> Target | None:

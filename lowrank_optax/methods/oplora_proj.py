@@ -55,7 +55,7 @@ def oplora_proj(
     iterations: int = 1,
     lmbd: Any = 1e-2,
     scale: Any = 1.0,
-    damping: Any = 0.0,
+    solver_damping: Any = 0.0,
     fallback: optax.GradientTransformation | None = None,
     specs: Any = None,
     allow_no_pairs: bool = False,
@@ -75,7 +75,8 @@ def oplora_proj(
         lmbd: $\ell$; the ridge and proximal weight is $\lambda = \eta \ell$.
         scale: the forward scale s: a number, a callable from a pair's path, or a tree. Under
             `optax.inject_hyperparams` wrap a callable by `scales_from`.
-        damping: added to $\lambda$ inside inversions only, not negative; it shrinks the factors.
+        solver_damping: added to $\lambda$ inside inversions only, not negative; it shrinks the
+            factors.
         fallback: transformation of unpaired leaves; AdamW at the same rate by default, with a
             warning, for it is too high.
         specs: layouts of the pairs (`PairSpec`), `DEFAULT_SPECS` by default.
@@ -102,7 +103,7 @@ def oplora_proj(
     """
     check_settings(iterations, lmbd)
     engine.check_decay("momentum", momentum)
-    engine.check("damping", damping, lambda v: v >= 0, "must not be negative")
+    engine.check("solver_damping", solver_damping, lambda v: v >= 0, "must not be negative")
     products = max(iterations, 1) + 1  # the solved factors' Krylov coordinates, times G once more
 
     def rule(
@@ -114,11 +115,11 @@ def oplora_proj(
             gradient = -eta / scale**2
             rank = pair.a.shape[-1]
             return step_target(
-                basis, rank, momentum=0.0, gradient=gradient, ridge=ridge, damping=damping
+                basis, rank, momentum=0.0, gradient=gradient, ridge=ridge, damping=solver_damping
             )
 
         def regularized(x: LoRAPair) -> LoRAPair:
-            damped = lambda gram: gram + (ridge + damping) * identity(gram)
+            damped = lambda gram: gram + (ridge + solver_damping) * identity(gram)
             return both(lambda side, x: damped(gram(side, x)), x)
 
         def carry(mu: LoRAPair, old: LoRAPair, new: LoRAPair, inverse: LoRAPair) -> LoRAPair:

@@ -3,7 +3,7 @@
     python -m experiments run authors --data-dir ../shared/data --jobs 2
 
 MiniLM-L6 in place of a larger encoder, rank 8 in query and value, a new linear head by AdamW at
-2e-3 in every method, 200 steps of 16 paragraphs cut at 64 tokens. Every sweep begins around the
+2e-3 in every method, 200 steps of 16 paragraphs cut at 48 tokens. Every sweep begins around the
 learning rate that the method's rule gives: docs/results/rates.md.
 
 Cost: not run yet.
@@ -16,7 +16,7 @@ from experiments.study import Study
 
 STUDY = Study(
     task="authors",
-    task_options={"batch_size": 16, "max_length": 64},
+    task_options={"batch_size": 16, "max_length": 48},
     plan=Plan(steps=200, eval_every=10, head_learning_rate=2e-3),
     learning_rates={
         **sweeps_by_rule(ADAPTED["authors", "query|value"], 8),

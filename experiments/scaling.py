@@ -48,14 +48,14 @@ def series(variants: Sequence[Variant]) -> Series:
         variants: What has run of the study; of them, those whose comparison is complete count.
 
     Returns:
-        The points by what changes; empty without the middle.
+        The points by what changes; empty without the middle, and with nothing but the middle.
     """
     found = {}
     for variant in variants:
         comparison = compare(variant.name, STUDY, variant.summaries)
         if comparison is not None and is_complete(variant, [RECOMMENDED, *TUNED_ADAMW]):
             found[variant.name] = size_of(variant), comparison
-    if MIDDLE not in found:
+    if MIDDLE not in found or len(found) == 1:
         return {}
     middle, _ = found[MIDDLE]
     along: dict[str, list[Point]] = {}

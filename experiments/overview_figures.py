@@ -157,21 +157,21 @@ def draw_scaling(found: Series, title: str, path: Path) -> None:
 
 def _draw_speedups_along(axes: Axes, points: Sequence[Point]) -> None:
     axes.axhline(1.0, color=BLACK, lw=1)
-    for name in GROWING:
+    for place, name in enumerate(GROWING):
         color, line = OWN_COLORS[name], []
         for value, comparison in points:
             speedup = comparison.speedups.get(name)
             if speedup is None:
                 continue
+            beside = value * 1.05 ** (place - (len(GROWING) - 1) / 2)  # two methods, side by side
             axes.plot(
-                [value] * len(speedup.reached), speedup.reached, "o", markersize=4, color=color
+                [beside] * len(speedup.reached), speedup.reached, "o", markersize=4, color=color
             )
             if speedup.mean is None:
-                axes.plot([value], [0.02], "x", color=color, transform=axes.get_xaxis_transform())
+                axes.plot([beside], [0.02], "x", color=color, transform=axes.get_xaxis_transform())
             else:
-                line.append((value, speedup.mean))
-        if line:
-            axes.plot(*zip(*line, strict=True), color=color, label=name)
+                line.append((beside, speedup.mean))
+        axes.plot(*(zip(*line, strict=True) if line else ([], [])), "o-", color=color, label=name)
 
 
 def _draw_losses_along(axes: Axes, points: Sequence[Point]) -> None:

@@ -341,5 +341,5 @@ def _swept(studies: Mapping[str, Sequence[Variant]]) -> Iterator[tuple[str, Vari
     for study in sorted(studies):
         for variant in studies[study]:
             is_plain = variant.name.startswith(("peers", "papers", "rank-", "layers-"))
-            if is_plain or study in UNSEEN_STUDIES:
+            if is_plain or study in (*UNSEEN_STUDIES, "scaling"):
                 yield study, variant

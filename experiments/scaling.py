@@ -48,20 +48,20 @@ def series(variants: Sequence[Variant]) -> Series:
         variants: What has run of the study; of them, those whose comparison is complete count.
 
     Returns:
-        The points by what changes; empty without the middle, and with nothing but the middle.
+        The points by what changes, where one beside the middle has run; empty without the middle.
     """
     found = {}
     for variant in variants:
         comparison = compare(variant.name, STUDY, variant.summaries)
         if comparison is not None and is_complete(variant, [RECOMMENDED, *TUNED_ADAMW]):
             found[variant.name] = size_of(variant), comparison
-    if MIDDLE not in found or len(found) == 1:
+    if MIDDLE not in found:
         return {}
     middle, _ = found[MIDDLE]
     along: dict[str, list[Point]] = {}
     for axis in Size._fields:
         at_middle = {axis: getattr(middle, axis)}
-        along[axis] = sorted(
+        points = sorted(
             (
                 Point(getattr(size, axis), comparison)
                 for size, comparison in found.values()
@@ -69,6 +69,8 @@ def series(variants: Sequence[Variant]) -> Series:
             ),
             key=lambda point: point.value,
         )
+        if len(points) > 1:
+            along[axis] = points
     return along
 
 

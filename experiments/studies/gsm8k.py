@@ -3,9 +3,9 @@
     python -m experiments pretrain --width 128 --data-dir ../shared/data
     python -m experiments run gsm8k --data-dir ../shared/data --jobs 2
 
-A decoder of 1.3 million parameters in place of a Llama, rank 8 in all seven linear maps, 300 steps
+A decoder of 1.3 million parameters in place of a Llama, rank 8 in all seven linear maps, 160 steps
 of 4 problems of up to 320 tokens. No default was chosen on it: every sweep begins around the
-learning rate that the method's rule gives, docs/results/rates.md. Answers to 64 test problems are
+learning rate that the method's rule gives, docs/results/rates.md. Answers to 32 test problems are
 generated at the end; a decoder of this size may solve none.
 
 Cost: not run yet.
@@ -22,11 +22,11 @@ STUDY = Study(
         "model": "./build/decoders/w128",
         "batch_size": 4,
         "max_length": 320,
-        "eval_limit": 128,
-        "solve_limit": 64,
+        "eval_limit": 48,
+        "solve_limit": 32,
         "dtype": "float32",
     },
-    plan=Plan(steps=300, eval_every=15, head_learning_rate=1e-3),
+    plan=Plan(steps=160, eval_every=8, head_learning_rate=1e-3),
     learning_rates={**sweeps_by_rule(DECODERS[128], 8), "full-adamw": around(1e-3, 3)},
     seeds=(0, 1, 2),
 )

@@ -44,8 +44,13 @@ def variants():
 def test_the_middle_lies_on_all_three_lines(variants):
     along = {axis: [point.value for point in points] for axis, points in series(variants).items()}
     assert along == {"width": [128, 256], "rank": [2, 8], "steps": [800, 3200]}
-    assert series(variants[:1]) == {}
-    assert series(variants[1:2]) == {}  # nothing to compare the middle with
+
+
+def test_nothing_is_shown_without_the_middle_and_another_point(variants):
+    long, middle, *_ = variants
+    assert series([long]) == {}
+    assert series([middle]) == {}
+    assert list(series([long, middle])) == ["steps"]
 
 
 def test_what_is_not_complete_is_no_point(variants):

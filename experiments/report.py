@@ -20,8 +20,8 @@ from experiments.overview_figures import (
 )
 from experiments.peers import TUNED_ADAMW
 from experiments.rules import rules_table, trials, unseen_table
+from experiments.scaling import MIDDLE, scaling_table, series
 from experiments.scaling import STUDY as SCALING
-from experiments.scaling import scaling_table, series
 from experiments.schema import RunResult
 from experiments.stability import broken_seeds, lost_runs, ranges, stability_table
 from experiments.study import Study, StudyFile, expand, load_study, study_names
@@ -211,16 +211,17 @@ def headline_block(comparisons: Sequence[Comparison]) -> str:
     return f"{text}\n\n{headline_table(comparisons)}" if comparisons else text
 
 
-def _comparisons(studies: Mapping[str, Sequence[Variant]]) -> list[Comparison]:
+def counted_comparisons(studies: Mapping[str, Sequence[Variant]]) -> list[Comparison]:
     """Returns what is complete of the comparisons with AdamW as it is tuned in two dimensions.
 
-    One task at eight sizes would outweigh the others: `SCALING` has a page of its own.
+    One task at eight sizes would outweigh the others: of `SCALING` the middle counts.
     """
     found = [
         compare(f"{name}, {variant.name}".removesuffix(", "), name, variant.summaries)
         for name, variants in studies.items()
         for variant in variants
-        if name != SCALING and is_complete(variant, [RECOMMENDED, *TUNED_ADAMW])
+        if name != SCALING or variant.name == MIDDLE
+        if is_complete(variant, [RECOMMENDED, *TUNED_ADAMW])
     ]
     return [comparison for comparison in found if comparison is not None]
 
@@ -307,7 +308,7 @@ def make_pages(results: Path, docs: Path, readme: Path) -> dict[Path, str]:
         text = replace_block(text, parts, str(path), "parts")
         pages[path] = replace_block(text, steps, str(path), "steps")
     index = docs / "README.md"
-    comparisons = _comparisons(studies)
+    comparisons = counted_comparisons(studies)
     text = index.read_text() if index.exists() else _empty_page("Results", "headline", "results")
     text = replace_block(text, headline_block(comparisons), str(index), "headline")
     pages[index] = replace_block(text, index_block(studies), str(index))
@@ -356,7 +357,7 @@ def draw_pages(results: Path, docs: Path) -> list[Path]:
         function(found, title, drawn[-1])
 
     studies = {file.name: variants for file, variants in _studies(results)}
-    if comparisons := _comparisons(studies):
+    if comparisons := counted_comparisons(studies):
         draw(draw_speedups, comparisons, "Fewer steps than tuned AdamW", SPEEDUPS)
     if found := ranges(studies):
         draw(draw_stability, found, "How forgiving each method is", f"{STABILITY}.png")

@@ -3,6 +3,7 @@
 import pytest
 
 from experiments.overview_figures import draw_scaling
+from experiments.report import counted_comparisons
 from experiments.scaling import scaling_table, series
 from experiments.schema import CurvePoint, Scores
 from experiments.studies.scaling import VARIANTS
@@ -57,6 +58,12 @@ def test_what_is_not_complete_is_no_point(variants):
     for method in ("polora-start", "lora-plus-4"):
         unfinished = variant("rank-32", rank=32, missing=[method])
         assert [point.value for point in series([*variants, unfinished])["rank"]] == [2, 8]
+
+
+def test_of_one_task_at_many_sizes_the_middle_alone_is_counted(variants):
+    assert [found.label for found in counted_comparisons({"scaling": variants})] == [
+        "scaling, middle"
+    ]
 
 
 def test_a_row_for_each_point(variants):

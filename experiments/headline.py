@@ -75,8 +75,8 @@ def claim(comparisons: Sequence[Comparison]) -> str:
     lower_too, higher_too = _claimed([comparison.validation for comparison in comparisons])
     return " ".join(
         [
-            f"In {len(reached)} of {number} comparisons on {len({c.study for c in comparisons})}"
-            " tasks, every seed of PoLoRA started from the gradient reaches the best validation"
+            f"In {len(reached)} of {number} comparisons in {len({c.study for c in comparisons})}"
+            " studies, every seed of PoLoRA started from the gradient reaches the best validation"
             f" loss of tuned LoRA AdamW. It needs {_range(reached)} times fewer steps there (median"
             f" {statistics.median(reached):.2f}), at least 1.5 times fewer in {at_least(1.5)}, at"
             f" least 2 times in {at_least(2.0)}.",

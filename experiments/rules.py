@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from experiments.peers import TUNED_ADAMW
+from experiments.scaling import STUDY as SCALING
 from experiments.schema import RunConfig
 from experiments.studies.layers import LAYERS
 from experiments.summary import MethodSummary, SweepPoint, Variant, is_complete
@@ -299,7 +300,7 @@ def unseen_table(studies: Mapping[str, Sequence[Variant]]) -> str:
         complete. Empty if nothing is.
     """
     rows = []
-    for study in UNSEEN_STUDIES:
+    for study in (*UNSEEN_STUDIES, SCALING):
         for variant in studies.get(study, ()):
             if not is_complete(variant, TUNED_ADAMW):
                 continue
@@ -341,5 +342,5 @@ def _swept(studies: Mapping[str, Sequence[Variant]]) -> Iterator[tuple[str, Vari
     for study in sorted(studies):
         for variant in studies[study]:
             is_plain = variant.name.startswith(("peers", "papers", "rank-", "layers-"))
-            if is_plain or study in (*UNSEEN_STUDIES, "scaling"):
+            if is_plain or study in (*UNSEEN_STUDIES, SCALING):
                 yield study, variant

@@ -137,7 +137,7 @@ def test_the_claim_counts_the_comparisons(curves):
     assert found.speedups["polora-start"].mean == pytest.approx((20 / 12 + 20 / 17) / 2)
     speedups = {"polora-start": Speedup([1.7], 2, None, None)}  # one seed of two arrives
     text = claim([found, found._replace(study="mnist"), found._replace(speedups=speedups)])
-    assert "In 2 of 3 comparisons on 2 tasks, every seed of PoLoRA" in text
+    assert "In 2 of 3 comparisons in 2 studies, every seed of PoLoRA" in text
     assert "1.42 to 1.42 times fewer steps there (median 1.42)" in text
     assert "at least 1.5 times fewer in 0, at least 2 times in 0" in text
     assert "The mean curve of the seeds gets there in 2 of 3, in 1.30 to 1.30 times fewer" in text

@@ -88,6 +88,18 @@ def test_a_rule_stands_beside_every_sweep_whose_best_rate_is_inside():
     assert not later.is_fitted
 
 
+def test_the_rules_stand_beside_scaling_at_all_sizes():
+    config = {"task": "shakespeare", "task_options": {"rank": 8, "width": 128}}
+    runs = [
+        run.model_copy(update={"config": run.config.model_copy(update=config)})
+        for run in sweep({0.03: 1.1, 0.1: 1.0, 0.3: 1.1}, "polora")
+    ]
+    for name in ("middle", "steps-200"):
+        (found,) = trials({"scaling": [Variant(name, runs)]})
+        assert (found.comparison, found.is_fitted) == (f"scaling, {name}", False)
+    assert trials({"lm": [Variant("long", runs)]}) == []
+
+
 def trial(layers, rank, best, is_fitted=True):
     return Trial("here", "polora", Layers(*layers), rank, best, is_fitted)
 

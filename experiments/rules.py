@@ -300,7 +300,7 @@ def unseen_table(studies: Mapping[str, Sequence[Variant]]) -> str:
         complete. Empty if nothing is.
     """
     rows = []
-    for study in (*UNSEEN_STUDIES, SCALING):
+    for study in UNSEEN_STUDIES:
         for variant in studies.get(study, ()):
             if not is_complete(variant, TUNED_ADAMW):
                 continue

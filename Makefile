@@ -87,7 +87,7 @@ notebooks: $(READY)
 	$(NOTEBOOKS_PYTHON) -m tests.notebooks.runner
 
 notebooks-check: $(READY)
-	$(PY) -m pytest -m notebooks tests/notebooks
+	$(PY) -m pytest -n 2 --dist worksteal -m notebooks tests/notebooks
 
 # What a stranger does on the first day, in an empty environment away from the checkout.
 first-day: $(READY)

@@ -12,13 +12,17 @@ from flax import nnx
 
 from lowrank_optax import LoRAPair, checkpoints, engine, find_pairs, nn, notices, skipped
 from lowrank_optax._core.layouts import variables_of
-from tests.conformance.methods import METHODS, random_frames
+from tests.conformance.methods import FIRST_FORMS, METHODS, random_frames
 
-# One worker runs all of a row, so that what a row compiles once is compiled by one process.
-each_method = pytest.mark.parametrize(
-    "method",
-    [pytest.param(m, id=m.name, marks=pytest.mark.xdist_group(m.name)) for m in METHODS],
-)
+
+def each_of(methods):
+    """Every row in a test of its own; one worker runs all of a row, and compiles it once."""
+    rows = [pytest.param(m, id=m.name, marks=pytest.mark.xdist_group(m.name)) for m in methods]
+    return pytest.mark.parametrize("method", rows)
+
+
+each_method = each_of(METHODS)
+each_state = each_of(FIRST_FORMS)
 
 
 def make_pair(key, n_in=6, rank=2, n_out=5, batch=(), dtype=jnp.float32):
@@ -143,7 +147,7 @@ def test_loss_falls_and_every_leaf_moves(method):
     assert all(jnp.any(before != now) for before, now in zip(*leaves, strict=True))
 
 
-@each_method
+@each_state
 def test_inject_hyperparams(method):
     params = make_params(method)
 
@@ -177,7 +181,7 @@ def test_schedules_are_applied_without_recompilation(method):
     assert update._cache_size() == 1
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if not m.single_pass], ids=lambda m: m.name)
+@each_of([m for m in FIRST_FORMS if not m.single_pass])
 def test_multi_steps_sees_the_mean_gradient(method):
     params = make_params(method)
     grads = [gradients(params), jax.tree.map(lambda x: 3 * x, gradients(params))]
@@ -191,7 +195,7 @@ def test_multi_steps_sees_the_mean_gradient(method):
     assert_close(updates, update(mean, init(params), params)[0])
 
 
-@each_method
+@each_state
 def test_scan_and_cond(method):
     tx, init, _ = default(method)
     params = make_params(method)
@@ -323,7 +327,7 @@ def test_batch_axes_are_independent_pairs(method):
         np.testing.assert_allclose(x[1, 2], y, rtol=0, atol=1e-4 * jnp.max(jnp.abs(y)))
 
 
-@each_method
+@each_state
 def test_donation(method):
     tx, params = method(), make_params(method)
     expected, _ = run(method, params)
@@ -336,7 +340,7 @@ def test_donation(method):
     assert_close(params, expected)
 
 
-@each_method
+@each_state
 def test_a_run_goes_on_from_a_checkpoint_bit_by_bit(method, tmp_path):
     _, init, update = default(method)
     params, state = run(method, make_params(method), steps=2)
@@ -349,7 +353,7 @@ def test_a_run_goes_on_from_a_checkpoint_bit_by_bit(method, tmp_path):
     assert bits(after) == bits(whole)
 
 
-@each_method
+@each_state
 def test_abstract_init(method):
     tx, params = method(), make_params(method)
     abstract, concrete = jax.eval_shape(tx.init, params), default(method)[1](params)
@@ -357,7 +361,7 @@ def test_abstract_init(method):
     assert shapes(abstract) == shapes(concrete)
 
 
-@each_method
+@each_state
 def test_extra_arguments_are_accepted(method):
     tx, init, _ = default(method)
     params = make_params(method)
@@ -367,14 +371,14 @@ def test_extra_arguments_are_accepted(method):
     assert given == update(grads, state, params)
 
 
-@each_method
+@each_state
 def test_missing_params_are_named(method):
     params = make_params(method)
     with pytest.raises(ValueError, match=r"update\(grads, state, params\)"):
         method().update(params, default(method)[1](params))
 
 
-@each_method
+@each_state
 def test_half_a_pair_is_an_error(method):
     params = make_params(method)
     del params["layers"][0]["q"]["lora_b"]
@@ -382,7 +386,7 @@ def test_half_a_pair_is_an_error(method):
         method().init(params)
 
 
-@each_method
+@each_state
 def test_no_pairs_leaves_all_to_the_fallback(method):
     params = make_params(method)["head"]
     tx = method(fallback=optax.scale(-0.5), allow_no_pairs=True)
@@ -430,7 +434,7 @@ def test_a_non_finite_gradient_spoils_its_own_pair_alone(method, bad):
     assert_equal(spoiled, healthy)
 
 
-@each_method
+@each_state
 def test_apply_if_finite_skips_a_spoiled_step(method):
     params = separate_pairs(method, "pq")
     tx = optax.apply_if_finite(method(), max_consecutive_errors=3)
@@ -443,7 +447,7 @@ def test_apply_if_finite_skips_a_spoiled_step(method):
     assert_equal(after.inner_state, state.inner_state)
 
 
-@each_method
+@each_state
 def test_masked_none_and_empty_trees_pass_through(method):
     tx = method(allow_no_pairs=True)
     for empty in ({}, {"nothing": None}, optax.MaskedNode()):
@@ -454,7 +458,7 @@ def test_masked_none_and_empty_trees_pass_through(method):
     assert jax.tree.structure(updates) == jax.tree.structure(params)
 
 
-@each_method
+@each_state
 def test_frozen_leaves_with_partition(method):
     params = make_params(method)
     labels = {"layers": "train", "scanned": "train", "head": "freeze"}
@@ -466,7 +470,7 @@ def test_frozen_leaves_with_partition(method):
     assert_close(updates["scanned"], alone["scanned"])
 
 
-@each_method
+@each_state
 def test_map_params_reaches_the_moments(method):
     params = make_params(method)
     tx, init, _ = default(method)
@@ -485,7 +489,7 @@ def test_map_params_reaches_the_moments(method):
     assert int(lifted(mapped).count) == 0
 
 
-@each_method
+@each_state
 def test_nnx_optimizer(method):
     class Layer(nnx.Module):
         def __init__(self, rngs):
@@ -534,3 +538,10 @@ def test_state_bytes(method):
     vectors = (method.vectors * (64 + 32) + method.dense * 64 * 32) * 4
     copies = method.state_copies * size(engine.only(method.moves, pair))
     assert copies <= size(state) <= copies + counters + small + vectors
+
+
+@each_of([m for m in METHODS if m.form_of])
+def test_other_forms_of_a_method_have_its_state(method):
+    [first] = [m for m in METHODS if m.name == method.form_of]
+    shapes = lambda m: jax.tree.leaves(jax.eval_shape(m().init, make_params(m)))
+    assert shapes(method) == shapes(first)

@@ -1,6 +1,7 @@
 """The installed optax's own suite for contributed optimizers, run on this library's aliases.
 
-Its targets hold no LoRA pairs: this is the promise that the aliases serve any parameter tree.
+Its targets hold no LoRA pairs: this is the promise that the aliases serve any parameter tree. There
+other forms of an alias do the same.
 """
 
 import importlib.util
@@ -8,9 +9,9 @@ import pathlib
 
 import optax.contrib
 
-from tests.conformance.methods import METHODS
+from tests.conformance.methods import FIRST_FORMS
 
-ALIASES = {method.name: method for method in METHODS if method.is_alias}
+ALIASES = {method.name: method for method in FIRST_FORMS if method.is_alias}
 OPTIMIZERS = tuple(
     {
         "opt_name": name,

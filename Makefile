@@ -4,7 +4,7 @@ VENV   ?= .venv
 PY     := $(VENV)/bin/python
 READY  := $(VENV)/.ready
 
-.PHONY: setup test integration docs docs-serve first-day demo dist lint format bench clean
+.PHONY: setup test test-slow integration docs docs-serve first-day demo dist lint format bench clean
 
 setup: $(READY)
 
@@ -19,12 +19,16 @@ $(READY): pyproject.toml
 	@touch $(READY)
 
 # Tests compile thousands of small programs; another run, or another process of one, finds them here.
-test notebooks-check: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/build/programs
-test notebooks-check: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
-test notebooks-check: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = 0
+test test-slow notebooks-check: export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/build/programs
+test test-slow notebooks-check: export JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS = 0
+test test-slow notebooks-check: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES = 0
 
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist loadgroup
+
+# What takes minutes; a shorter form of it is in `make test`.
+test-slow: $(READY)
+	$(PY) -m pytest -m slow tests
 
 # Other libraries, each set in an environment of its own; CI runs `integration-jax`. This package goes
 # in without its requirements, for EasyDeL holds JAX and Flax below them.

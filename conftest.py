@@ -27,6 +27,15 @@ collect_ignore = [
 ]
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips slow tests, unless `make test-slow` asks for them."""
+    if "slow" in config.option.markexpr:
+        return
+    for item in items:
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.skip(reason="`make test-slow` runs what takes minutes"))
+
+
 @pytest.fixture(autouse=True, scope="session")
 def quick_compilation() -> Iterator[None]:
     """The tests compile many tiny programs: compiling them fast beats running them fast."""

@@ -1,8 +1,9 @@
-"""A training run that may be killed at any time: `python -m tests.kill_worker FOLDER [LINE TOUCH]`.
+"""A training run to be killed: `python -m tests.kill_worker FOLDER METHODS [LINE TOUCH]`.
 
-It trains methods for a few steps, saves parameters and state after each, and goes on from the
-last whole checkpoint. It says what it is about to do, one line each, so that a test can kill it
-there. After the line LINE it kills itself, when it touches files in the folder for the time TOUCH.
+It trains the methods of these names, separated by commas, for a few steps, saves parameters and
+state after each, and goes on from the last whole checkpoint. It says what it is about to do, one
+line each, so that a test can kill it there. After the line LINE it kills itself, when it touches
+files in the folder for the time TOUCH.
 """
 
 import os
@@ -17,10 +18,6 @@ from lowrank_optax import LoRAPair, checkpoints, nn
 from tests.conformance.methods import METHODS
 
 STEPS = 3
-# States of all kinds: moments, matrices, whole products, shadows, frames. That every method goes on
-# from a checkpoint is seen in one process, by `test_conformance.py`.
-NAMES = ("altlora_plus", "polora", "lora_soap", "lora_pro", "oplora-1", "scaled_oplora", "sds_lora")
-ROWS = [method for method in METHODS if method.name in NAMES]
 
 
 def make_params(method):
@@ -77,15 +74,15 @@ def train(method, folder: Path) -> None:
         checkpoints.save(folder, number, params=params, opt_state=state, keep=2)
 
 
-def main(folder: Path) -> None:
-    for method in ROWS:
-        if STEPS not in checkpoints.steps(folder / method.name):
+def main(folder: Path, names: list[str]) -> None:
+    for method in METHODS:
+        if method.name in names and STEPS not in checkpoints.steps(folder / method.name):
             train(method, folder / method.name)
     say("done")
 
 
 if __name__ == "__main__":
-    where, *when = sys.argv[1:]
+    where, names, *when = sys.argv[1:]
     if when:
         kill_at(Path(where).absolute(), *map(int, when))
-    main(Path(where).absolute())
+    main(Path(where).absolute(), names.split(","))

@@ -83,7 +83,7 @@ $(DOCS)/katex/.ready:
 
 # The notebooks from scratch. The first writes them with outputs; 03 checks its export in PyTorch where
 # torch, transformers and peft are installed: `make notebooks NOTEBOOKS_PYTHON=...`. The second runs
-# every cell twice and tests what the conclusions say.
+# every cell twice, those of the longest once, and tests what the conclusions say.
 .PHONY: notebooks notebooks-check
 NOTEBOOKS_PYTHON ?= $(PY)
 

@@ -1,4 +1,4 @@
-"""Running the notebooks takes minutes: `pytest -m notebooks` does it, nothing else."""
+"""Running the notebooks takes minutes: `pytest -m notebooks` or `-m slow`, nothing else."""
 
 import importlib.util
 
@@ -10,7 +10,7 @@ collect_ignore_glob = [] if all(map(importlib.util.find_spec, needed)) else ["*.
 
 
 def pytest_collection_modifyitems(config, items):
-    if "notebooks" in (config.option.markexpr or ""):
+    if any(marker in config.option.markexpr for marker in ("notebooks", "slow")):
         return
     skip = pytest.mark.skip(reason="`make notebooks-check` runs the notebooks")
     for item in items:

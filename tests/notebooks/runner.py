@@ -41,16 +41,15 @@ def execute(notebook, folder):
     return notebook
 
 
-def numbers_of(notebook, folder):
-    """Runs a notebook, each code cell twice in a row, and returns its conclusion's `numbers`."""
-    cells = []
-    for cell in notebook.cells:
-        cells += [cell, nbformat.from_dict(cell)] if cell.cell_type == "code" else []
+def numbers_of(notebook, folder, times):
+    """Runs a notebook, each code cell some times in a row; returns its conclusion's `numbers`."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    cells = [nbformat.from_dict(cell) for cell in code for _ in range(times)]
     cells.append(nbformat.v4.new_code_cell(REPORT))
     for index, cell in enumerate(cells):
         cell["id"] = f"run-{index:02d}"
-    twice = nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
-    return json.loads(execute(twice, folder).cells[-1].outputs[-1].text)
+    repeated = nbformat.v4.new_notebook(cells=cells, metadata=notebook.metadata)
+    return json.loads(execute(repeated, folder).cells[-1].outputs[-1].text)
 
 
 def sources_of(notebook):

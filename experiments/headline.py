@@ -26,6 +26,7 @@ class Comparison(NamedTuple):
         label: Name of the study and the variant.
         study: Name of the study.
         baseline: AdamW as it was best.
+        recommended: The recommended method.
         speedups: Of each method of `SHOWN` that has run.
         loss: How the recommended method's final loss differs from the baseline's, on the test where
             there is one.
@@ -35,6 +36,7 @@ class Comparison(NamedTuple):
     label: str
     study: str
     baseline: MethodSummary
+    recommended: MethodSummary
     speedups: dict[str, Speedup]
     loss: Difference
     validation: Difference
@@ -54,11 +56,12 @@ def compare(label: str, study: str, summaries: Sequence[MethodSummary]) -> Compa
         return None
     goal = goal_of(baseline)
     found = {name: speedup(by_name[name], goal) for name in SHOWN if name in by_name}
+    recommended = by_name[RECOMMENDED]
     loss, validation = (
-        difference(by_name[RECOMMENDED].losses(split), baseline.losses(split))
+        difference(recommended.losses(split), baseline.losses(split))
         for split in (baseline.reported_split, "validation")
     )
-    return Comparison(label, study, baseline, found, loss, validation)
+    return Comparison(label, study, baseline, recommended, found, loss, validation)
 
 
 def claim(comparisons: Sequence[Comparison]) -> str:

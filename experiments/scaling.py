@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from experiments.headline import RECOMMENDED, Comparison, compare
 from experiments.peers import TUNED_ADAMW
-from experiments.summary import Variant, is_complete
+from experiments.summary import Variant, is_complete, paired_difference
 from experiments.tables import NOTHING, markdown, spread, times, verdict
 
 STUDY = "scaling"
@@ -85,7 +85,16 @@ def scaling_table(found: Series) -> str:
                 for name in SHOWN
             ]
             loss = f"{spread(best.losses(best.reported_split))} ({best.method})"
-            rows.append([axis, str(value), loss, *speedups, verdict(comparison.loss)])
+            seed_by_seed = [_paired(comparison, at) for at in (best.reported_split, "validation")]
+            rows.append(
+                [axis, str(value), loss, *speedups, verdict(comparison.loss), *seed_by_seed]
+            )
     headings = ["what changes", "value", "AdamW's loss"]
     headings += [f"fewer steps: {name}" for name in SHOWN]
-    return markdown([*headings, f"loss of {RECOMMENDED} – AdamW's"], rows)
+    headings += [f"loss of {RECOMMENDED} – AdamW's", "seed by seed", "seed by seed, validation"]
+    return markdown(headings, rows)
+
+
+def _paired(comparison: Comparison, split: str) -> str:
+    found = paired_difference(comparison.recommended, comparison.baseline, split)
+    return f"{found.value:+.2g}" + (f" ± {found.error:.1g}" if found.error is not None else "")

@@ -209,6 +209,35 @@ def difference(own: Sequence[float], base: Sequence[float]) -> Difference:
     return Difference(value, math.sqrt(sum(squares) / freedom * (1 / len(own) + 1 / len(base))))
 
 
+def paired_difference(own: MethodSummary, base: MethodSummary, split: str) -> Difference:
+    """Compares two methods seed by seed: runs of one seed see the same data in the same order.
+
+    Args:
+        own: A method.
+        base: The baseline.
+        split: Of the final losses.
+
+    Returns:
+        The mean over the seeds of both of the difference; its error is that of a mean. None is
+        claimed from it: the protocol of the studies compares two samples.
+
+    Raises:
+        ValueError: No seed is in both.
+    """
+    losses = {run.config.seed: run.final[split].loss for run in base.best}
+    differences = [
+        run.final[split].loss - losses[run.config.seed]
+        for run in own.best
+        if run.config.seed in losses
+    ]
+    if not differences:
+        raise ValueError(f"{own.method} and {base.method} have no seed in common; run one for both")
+    if len(differences) < 2:
+        return Difference(differences[0], None)
+    error = statistics.stdev(differences) / math.sqrt(len(differences))
+    return Difference(statistics.mean(differences), error)
+
+
 def tuned_baseline(summaries: Sequence[MethodSummary]) -> MethodSummary | None:
     """Returns the baseline: of LoRA with AdamW, at each ratio of b's rate to a's, the best.
 

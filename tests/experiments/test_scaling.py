@@ -7,6 +7,7 @@ from experiments.report import counted_comparisons
 from experiments.scaling import scaling_table, series
 from experiments.schema import CurvePoint, Scores
 from experiments.studies.scaling import VARIANTS
+from experiments.summary import paired_difference, summarize
 from tests.experiments.samples import make_result
 from tests.experiments.test_stability import Variant
 
@@ -83,6 +84,25 @@ def test_a_row_for_each_point(variants):
     assert [row[3] for row in cells] == [f"{value:.2f}× ± 0.00" for value in expected]
     assert cells[0][5].endswith("better")
     assert cells[1][5].endswith("worse")
+    # Seeds differ alike in both methods: by pairs nothing is left of it.
+    assert [row[6:] for row in cells[:2]] == [["-0.1 ± 0", "-0.1 ± 0"], ["+0.2 ± 0", "+0.2 ± 0"]]
+
+
+def summary_of(losses):
+    """A method with a final loss for each seed."""
+    return summarize(
+        [make_result(method="adamw", seed=seed, loss=loss) for seed, loss in losses.items()]
+    )[0]
+
+
+def test_seed_by_seed_takes_the_seeds_of_both():
+    own, base = summary_of({0: 1.0, 1: 2.0, 2: 9.0}), summary_of({1: 1.5, 0: 0.1})
+    found = paired_difference(own, base, "validation")
+    assert found.value == pytest.approx((0.9 + 0.5) / 2)
+    assert found.error == pytest.approx(0.2)  # |0.9 − 0.5| / √2 over √2
+    assert paired_difference(own, summary_of({2: 8.0}), "validation").error is None
+    with pytest.raises(ValueError, match="no seed in common"):
+        paired_difference(own, summary_of({7: 8.0}), "validation")
 
 
 def test_the_figure_has_a_column_for_each(variants, tmp_path):

@@ -9,8 +9,8 @@ import jax
 import pytest
 
 # Both before any backend starts. Eight devices, so that no test of several can be skipped; and
-# without the fusion emitters the tests take two thirds of the time (JAX 0.11 has no such flag). With
-# programs compiled in one part they take a tenth less of the processor's.
+# without the fusion emitters the tests take two thirds of the time (JAX 0.11 has no such flag). To
+# compile programs in one part saves a tenth of the processor's time besides.
 jax.config.update("jax_num_cpu_devices", 8)
 if jax.__version_info__ < (0, 11):
     flags = os.environ.get("XLA_FLAGS", "")

@@ -26,9 +26,9 @@ test test-slow notebooks-check: export JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES
 test: $(READY)
 	$(PY) -m pytest -n 2 --dist loadgroup
 
-# What takes minutes; a shorter form of it is in `make test`.
+# What takes minutes and changes seldom; a shorter form of it is in `make test`.
 test-slow: $(READY)
-	$(PY) -m pytest -m slow tests
+	$(PY) -m pytest -n 2 --dist loadgroup -m slow tests
 
 # Other libraries, each set in an environment of its own; CI runs `integration-jax`. This package goes
 # in without its requirements, for EasyDeL holds JAX and Flax below them.

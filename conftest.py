@@ -33,7 +33,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         return
     for item in items:
         if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.skip(reason="`make test-slow` runs what takes minutes"))
+            item.add_marker(pytest.mark.skip(reason="`make test-slow` runs it; a shorter form ran"))
 
 
 @pytest.fixture(autouse=True, scope="session")

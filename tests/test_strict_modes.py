@@ -27,6 +27,7 @@ from lowrank_optax import (
     sds_lora,
 )
 from tests.conformance.methods import METHODS
+from tests.conformance.test_conformance import OTHER_FORMS, each_of
 
 MODES = {
     "rank-promotion": lambda: jax.numpy_rank_promotion("raise"),
@@ -74,13 +75,7 @@ def usual(name, size_of_b):
     return train(method(), make_params(method, size_of_b))
 
 
-each_method = pytest.mark.parametrize(
-    "method",
-    [
-        pytest.param(m, id=m.name, marks=pytest.mark.xdist_group(f"strict-{m.name}"))
-        for m in METHODS
-    ],
-)
+each_method = each_of(METHODS, group="strict-", slow=OTHER_FORMS)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -15,14 +15,22 @@ from lowrank_optax._core.layouts import variables_of
 from tests.conformance.methods import FIRST_FORMS, METHODS, random_frames
 
 
-def each_of(methods):
+def each_of(methods, group="", slow=()):
     """Every row in a test of its own; one worker runs all of a row, and compiles it once."""
-    rows = [pytest.param(m, id=m.name, marks=pytest.mark.xdist_group(m.name)) for m in methods]
-    return pytest.mark.parametrize("method", rows)
+
+    def row(method):
+        together = pytest.mark.xdist_group(group + method.name)
+        marks = [together, pytest.mark.slow] if method in slow else [together]
+        return pytest.param(method, id=method.name, marks=marks)
+
+    return pytest.mark.parametrize("method", [row(method) for method in methods])
 
 
-each_method = each_of(METHODS)
+# Other forms of a method have goldens of their own, and are here in `make test-slow`.
+OTHER_FORMS = [method for method in METHODS if method.form_of]
+each_method = each_of(METHODS, slow=OTHER_FORMS)
 each_state = each_of(FIRST_FORMS)
+each_form = each_of(METHODS)
 
 
 def make_pair(key, n_in=6, rank=2, n_out=5, batch=(), dtype=jnp.float32):
@@ -134,7 +142,7 @@ def assert_equal(x, y):
     assert_close(x, y, rtol=0, atol=0)
 
 
-@each_method
+@each_form
 def test_loss_falls_and_every_leaf_moves(method):
     params = make_params(method)
     after, _ = run(method, params, steps=30)
@@ -305,9 +313,7 @@ def test_rank_one(method):
     assert _pair_loss(after["rank_one"]) < _pair_loss(before["rank_one"])
 
 
-@pytest.mark.parametrize(
-    "method", [m for m in METHODS if m.node is not random_frames], ids=lambda m: m.name
-)
+@each_of([m for m in METHODS if m.node is not random_frames], slow=OTHER_FORMS)
 def test_zero_padded_ranks_change_nothing(method):
     """Padded ranks make the Gram matrices singular; the live part must not notice."""
     _, after = _odd_shapes(method.name)
@@ -540,7 +546,7 @@ def test_state_bytes(method):
     assert copies <= size(state) <= copies + counters + small + vectors
 
 
-@each_of([m for m in METHODS if m.form_of])
+@each_of(OTHER_FORMS)
 def test_other_forms_of_a_method_have_its_state(method):
     [first] = [m for m in METHODS if m.name == method.form_of]
     shapes = lambda m: jax.tree.leaves(jax.eval_shape(m().init, make_params(m)))

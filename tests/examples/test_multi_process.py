@@ -1,6 +1,7 @@
 """Runs of several processes are the run of one, also when a process dies and others go on."""
 
 import contextlib
+import itertools
 import json
 import os
 import pathlib
@@ -162,12 +163,19 @@ def test_two_processes_train_as_one(method, recipe, slurm, tmp_path):
         run_here(tmp_path / "one", **options)
 
 
-def test_killed_runs_go_on_with_other_numbers_of_processes(tmp_path):
-    """A run of two loses its second process; one of three its first; one process ends it."""
+@pytest.mark.parametrize(
+    "kills",
+    [
+        pytest.param([(2, 0, 1)], id="once"),
+        pytest.param([(2, 1, 3), (3, 0, 1)], id="twice", marks=pytest.mark.slow),
+    ],
+)
+def test_killed_runs_go_on_with_other_numbers_of_processes(kills, tmp_path):
+    """A run of so many loses one process; so many others go on, and the last time one ends it."""
     folder = tmp_path / "killed"
     options = {"method": "sds_lora", "recipe": "fsdp"}
     resumed_at = {2: 0}
-    for processes, victim, resumed_by in [(2, 1, 3), (3, 0, 1)]:
+    for processes, victim, resumed_by in kills:
         start = last_checkpoint(folder)
         with Run(folder, processes, {**options, "steps": ENDLESS, "every": 8}) as run:
             run.reaches(lambda start=start: last_checkpoint(folder) > start)
@@ -184,6 +192,6 @@ def test_killed_runs_go_on_with_other_numbers_of_processes(tmp_path):
     for line in lines(folder):
         first.setdefault(line["processes"], line["step"])
     assert first == {processes: done + 1 for processes, done in resumed_at.items()}
-    assert 0 < resumed_at[3] < resumed_at[1]
+    assert all(one < other for one, other in itertools.pairwise(resumed_at.values()))
     assert_losses(folder, tmp_path / "uninterrupted")
     assert_adapters(folder, tmp_path / "uninterrupted")

@@ -42,14 +42,14 @@ STUDY = Study(
 )
 
 SMOKE = {
-    "plan.steps": 30,
-    "plan.eval_every": 15,
+    "plan.steps": 12,
+    "plan.eval_every": 6,
     "task_options.depth": 1,
     "task_options.targets": "query|value",
-    "task_options.pretrain_steps": 60,
+    "task_options.pretrain_steps": 20,
     "learning_rates": {
-        "adamw": [3e-3, 1e-2],
-        "polora-start": [0.1, 0.3],
+        "adamw": [3e-3],
+        "polora-start": [0.1],
         "altlora-plus-simultaneous": [1e-2],
         "sds-lora": [1e-3],
     },

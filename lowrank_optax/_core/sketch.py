@@ -5,6 +5,7 @@ gradients of an adapter are products of the full gradient with whatever the adap
 power iteration needs nothing else: no array larger than a factor exists.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -70,7 +71,6 @@ def leading_triplets(
 
     Source: subspace iteration, arXiv 0909.4061, section 4.5.
     """
-    verbs = Verbs([{}] * len(pairs))
     found: list[list[Triplets]] = [[] for _ in pairs]
     zeros = [jax.tree.map(lambda x: jnp.zeros_like(x, compute_dtype(x)), pair) for pair in pairs]
 
@@ -89,8 +89,7 @@ def leading_triplets(
         return orthogonal(across, wide)
 
     def orthonormal(side: Side, factors: Sequence[jax.Array]) -> list[jax.Array]:
-        halves = [only(side, LoRAPair(x, x)) for x in factors]
-        return [getattr(half, side) for half in orthonormalize(verbs, halves)]
+        return [_orthonormal(side, x) for x in factors]
 
     for block in range(blocks):
         keys = jax.random.split(jax.random.fold_in(key, block), len(pairs))
@@ -101,10 +100,17 @@ def leading_triplets(
             right = orthonormal("b", products("a", left))
             left = orthonormal("a", products("b", right))
         low_rank = [LoRAPair(q, x) for q, x in zip(left, products("a", left), strict=True)]
-        vectors, values = decompose(verbs, low_rank, [1.0] * len(pairs))
+        vectors, values = decompose(Verbs([{}] * len(pairs)), low_rank, [1.0] * len(pairs))
         for before, pair, value in zip(found, vectors, values, strict=True):
             before.append(Triplets(pair.a, value, pair.b))
     return [_concatenated(triplets) for triplets in found]
+
+
+@functools.partial(jax.jit, static_argnames="side")
+def _orthonormal(side: Side, factor: jax.Array) -> jax.Array:
+    """Orthonormalizes a factor in one program: outside of jit its many small steps are slow."""
+    [found] = orthonormalize(Verbs([{}]), [only(side, LoRAPair(factor, factor))])
+    return getattr(found, side)
 
 
 def _concatenated(blocks: Sequence[Triplets]) -> Triplets:

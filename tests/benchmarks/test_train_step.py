@@ -33,7 +33,7 @@ def test_a_leaf_that_is_not_a_number_does_not_agree():
     assert np.isnan(relative_difference([want[0], np.full(2, np.nan), want[2]], want, start))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_oplora_keeps_no_more_than_adamw_until_the_step(dtype):
     """Temporary memory by the compiler's own analysis; one activation is an eighth of it here."""
     problem = make_problem(8, 64, 2048, 1, jnp.dtype(dtype))

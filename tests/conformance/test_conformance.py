@@ -30,7 +30,6 @@ def each_of(methods, group="", slow=()):
 OTHER_FORMS = [method for method in METHODS if method.form_of]
 each_method = each_of(METHODS, slow=OTHER_FORMS)
 each_state = each_of(FIRST_FORMS)
-each_form = each_of(METHODS)
 
 
 def make_pair(key, n_in=6, rank=2, n_out=5, batch=(), dtype=jnp.float32):
@@ -142,7 +141,7 @@ def assert_equal(x, y):
     assert_close(x, y, rtol=0, atol=0)
 
 
-@each_form
+@each_of(METHODS)
 def test_loss_falls_and_every_leaf_moves(method):
     params = make_params(method)
     after, _ = run(method, params, steps=30)

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 from lowrank_optax import sharding
 from tests import collectives
 from tests.conformance.methods import METHODS
-from tests.conformance.test_conformance import each_form, each_method, make_pair, product_of
+from tests.conformance.test_conformance import each_method, make_pair, product_of
 
 P = jax.P
 
@@ -139,7 +139,7 @@ def assert_steps_are_those_of_one_device(name, tx, mesh, make_step):
     assert_equal(jax.device_get((params, state)), expected.end)
 
 
-@each_form
+@each_method
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit])
 def test_on_a_mesh(method, kind, x64):
     tx = method()
@@ -151,7 +151,7 @@ def test_on_a_mesh(method, kind, x64):
 
 
 @each_method
-@pytest.mark.parametrize("checked", [True, False])
+@pytest.mark.parametrize("checked", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_in_shard_map(method, checked, x64):
     tx, mesh = method(), mesh_of(AxisType.Auto)
 

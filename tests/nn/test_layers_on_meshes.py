@@ -216,8 +216,17 @@ def assert_close(found, expected):
         assert (size == 0) == name.endswith(CONSTANTS), name
 
 
-@pytest.mark.parametrize("mesh_kind", [AxisType.Auto, AxisType.Explicit], ids=lambda k: k.name)
-@pytest.mark.parametrize("recipe", RECIPES)
+ON_MESHES = [(recipe, AxisType.Explicit) for recipe in RECIPES]
+# Where the compiler chooses, one recipe has the collectives of the others.
+ON_MESHES += [("fsdp within tensor", AxisType.Auto)]
+SELDOM = [(recipe, AxisType.Auto) for recipe in RECIPES if (recipe, AxisType.Auto) not in ON_MESHES]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "mesh_kind"),
+    [*ON_MESHES, *(pytest.param(*each, marks=pytest.mark.slow) for each in SELDOM)],
+    ids=lambda x: getattr(x, "name", x),
+)
 @pytest.mark.parametrize("kind", sorted(EVERYWHERE))
 @pytest.mark.parametrize("route", ROUTES)
 def test_layers(route, kind, recipe, mesh_kind, x64):

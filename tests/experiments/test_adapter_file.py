@@ -27,7 +27,6 @@ KINDS = [  # one or more for every kind of pair, and for what has none
     "oplora-2",
     "scaled-oplora",
     "sds-lora",
-    "sds-lora-no-warmup",
     "svd-lora",
     "full-adamw",
 ]

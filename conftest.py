@@ -8,14 +8,13 @@ from pathlib import Path
 import jax
 import pytest
 
-# Both before any backend starts. Eight devices, so that no test of several can be skipped; and
-# without the fusion emitters the tests take two thirds of the time (JAX 0.11 has no such flag). To
-# compile programs in one part saves a tenth of the processor's time besides.
+# All before a backend starts. Eight devices, so that no test of several can be skipped. To compile
+# programs in one part saves a tenth of the processor's time, and without the fusion emitters the
+# tests take two thirds of it (JAX 0.11 has no such flag).
 jax.config.update("jax_num_cpu_devices", 8)
-if jax.__version_info__ < (0, 11):
-    flags = os.environ.get("XLA_FLAGS", "")
-    flags += " --xla_cpu_use_fusion_emitters=false --xla_cpu_parallel_codegen_split_count=1"
-    os.environ["XLA_FLAGS"] = flags
+flags = ["--xla_cpu_parallel_codegen_split_count=1"]
+flags += ["--xla_cpu_use_fusion_emitters=false"] if jax.__version_info__ < (0, 11) else []
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *flags])
 
 # Before Keras is imported, which otherwise runs on TensorFlow. Each module of `integrations` bears
 # the name of the library that it imports, so its examples run where that library is installed.

@@ -8,8 +8,7 @@ of 4 problems of up to 320 tokens. No default was chosen on it: every sweep begi
 learning rate that the method's rule gives, docs/results/rates.md. Answers to 32 test problems are
 generated at the end; a decoder of this size may solve none.
 
-Cost: 16 minutes of pretraining, and 55 for the first six methods and full fine-tuning, on two CPU
-cores with --jobs 2. AltLoRA+, SDS-LoRA and OPLoRA did not run.
+Cost: 16 minutes of pretraining, and 88 for all methods, on two CPU cores with --jobs 2.
 """
 
 from experiments.peers import around

@@ -118,7 +118,10 @@ def test_run_writes_results_and_figure_then_goes_on_from_them(tmp_path, tiny_dig
         (["run", "glue-sst2", "--data-dir=no/such/folder"], "no/such/folder/train.tsv does not"),
     ],
 )
-def test_mistakes_are_explained_without_a_traceback(arguments, message, tmp_path):
+def test_mistakes_are_explained_without_a_traceback(
+    arguments, message, tmp_path, tmp_path_factory, monkeypatch
+):
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))  # where nothing was pretrained
     out = ["--out", tmp_path] if arguments[0] == "run" else []
     code, output = invoke(*arguments, *out)
     assert code == 2

@@ -9,8 +9,8 @@ English books by the first command and adapted to Shakespeare by the second. Aro
 and every sweep begins around the learning rate that the method's rule gives.
 
 Cost: 16 minutes of pretraining at width 128; of runs 23 to 26 minutes a variant of 800 steps there,
-53 beside other work at rank 128, 9 of 200 steps, 76 of 3,200 for four methods; on two CPU cores with
---jobs 2. Widths 256 and 448 did not run.
+53 beside other work at rank 128, 9 of 200 steps, 76 of 3,200 for four methods; on two CPU cores
+with --jobs 2. Widths 256 and 448 did not run.
 """
 
 from typing import Any

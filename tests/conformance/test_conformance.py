@@ -26,7 +26,7 @@ def each_of(methods, group="", slow=()):
     return pytest.mark.parametrize("method", [row(method) for method in methods])
 
 
-# Other forms of a method have goldens of their own, and are here in `make test-slow`.
+# Numbers of other forms have tests beside their method; in most of these they are slow.
 OTHER_FORMS = [method for method in METHODS if method.form_of]
 each_method = each_of(METHODS, slow=OTHER_FORMS)
 each_state = each_of(FIRST_FORMS)
